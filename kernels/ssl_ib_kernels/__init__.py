@@ -1,0 +1,1 @@
+"""Triton kernels behind `ssl_ib.ops`; nothing else imports this package."""

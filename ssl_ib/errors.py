@@ -1,0 +1,30 @@
+"""Mistakes a user can make. The command line prints their message and exits with code 2, without a traceback.
+
+Our own bugs are `assert`s and ordinary exceptions: those keep their traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; the message says what was expected, what came, and the choices."""
+
+
+class ConfigError(UserError):
+    """Everything wrong with a configuration, reported together."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A hint for an unknown name: `; did you mean 'x'?` where something is close, then the choices."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    return f"{hint or ';'} choices: {', '.join(choices) or '(none)'}"

@@ -1,0 +1,180 @@
+"""The three parts a run is composed of: Task makes batches, Model makes representations, Criterion scores them.
+
+All are `torch.nn.Module`s, so their state lives in one state_dict. State is created in `__init__` and changed outside
+the gradient only in the hooks below. A part keeps each number of its constructor as an attribute of the same name and
+reads it when it is used: that is what lets any number be a schedule.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .types import Batch, Loss, Progress, Sample
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a part may want to know of the run it is built for (constructor argument `info`).
+
+    view_shapes: one [C, H, W] a view (without the batch dimension).
+    batch_size:  images a step and a process.
+    cap:         the largest number of rows a bank of past features may have (a dry run makes it small), or None.
+    images:      how many training images there are; a call, because it may have to read the source.
+    grid:        patches (rows, columns) the model cuts a view of a given shape into, or None; known once the model is.
+    """
+
+    view_shapes: tuple[tuple[int, ...], ...]
+    batch_size: int
+    world_size: int = 1
+    cap: int | None = None
+    images: Callable[[], int] = lambda: 0
+    grid: Callable[[tuple[int, ...]], tuple[int, int] | None] = lambda shape: None
+
+    def capped(self, rows: int) -> int:
+        """`rows`, or the cap where that is smaller."""
+        return rows if self.cap is None else min(rows, self.cap)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a hook may use of the run; never the trainer.
+
+    collect(name, n): the model's output `name` (its first entry) for n plain training images, stacked: [n, ...].
+    reset_optimizer_state(param): forgets the optimiser's moments of a parameter whose value was replaced.
+    """
+
+    progress: Progress
+    collect: Callable[[str, int], Tensor]
+    reset_optimizer_state: Callable[[nn.Parameter], None]
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that learn alike.
+
+    name:         shown in logs; clipping acts on one group at a time.
+    params:       (name, parameter) pairs.
+    lr_scale:     factor on the run's learning rate.
+    lr:           a learning rate of its own, in place of the run's (it follows the same schedule shape).
+    weight_decay: in place of the run's; biases and other 1-D parameters never decay.
+    """
+
+    name: str
+    params: list[tuple[str, nn.Parameter]]
+    lr_scale: float = 1.0
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+class Part(nn.Module, ABC):
+    """Hooks and parameter groups shared by task, model and criterion. Every hook may be left as it is."""
+
+    def param_groups(self) -> Iterable[ParamGroup]:
+        """What the optimiser trains; by default every parameter that requires a gradient, as one group."""
+        params = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        return [ParamGroup(type(self).__name__.lower(), params)] if params else []
+
+    def on_epoch_start(self, ctx: Context) -> None:
+        """Before the first step of an epoch; not called again when a run resumes within the epoch."""
+
+    def on_epoch_end(self, ctx: Context) -> None:
+        """After the last step of an epoch."""
+
+    def after_forward(
+        self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
+    ) -> None:
+        """After each micro-batch, with everything detached: queues, banks, centres, running statistics."""
+
+    def before_step(self, ctx: Context) -> None:
+        """Gradients are final and unclipped: freeze a layer by dropping its gradient."""
+
+    def after_step(self, ctx: Context) -> None:
+        """Once an optimiser step: move an EMA teacher."""
+
+
+class Task(Part):
+    """Owns data: turns a raw sample into views and masks."""
+
+    registry_kind: ClassVar[str] = "task"
+    #: How many samples one image counts for in the linear-scaling rule.
+    samples_per_image: int = 1
+
+    @abstractmethod
+    def prepare(self, sample: Sample, progress: Progress) -> Batch:
+        """Draws the views and masks; afterwards the forward is deterministic in the batch."""
+
+
+class Model(Part):
+    """Owns what makes representations: encoder, heads, decoder, teacher.
+
+    provides: names of the outputs `forward` can return, each a list with one entry a view.
+    wanted:   the outputs the criterion asked for; `forward` may skip the others.
+    backbone: a timm model that the run leaves behind, or None.
+    """
+
+    registry_kind: ClassVar[str] = "model"
+    provides: frozenset[str] = frozenset()
+    wanted: frozenset[str] = frozenset()
+    backbone: nn.Module | None = None
+
+    def select(self, names: Iterable[str]) -> None:
+        """Says which outputs will be used. A model that skips a part of itself freezes that part here."""
+        self.wanted = frozenset(names)
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """Named outputs, each a list with one entry a view; at least those in `wanted`."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """The representation that is evaluated: images [B, 3, H, W], normalised -> [B, D]."""
+
+    def feature_maps(self, images: Tensor, layers: list[int]) -> list[Tensor]:
+        """Spatial features of the given backbone layers: each [B, D, h, w]."""
+        raise UserError(f"{type(self).__name__} has no feature maps")
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """Patches (rows, columns) a view of shape [C, H, W] is cut into; None where the model has no patches."""
+        return None
+
+    def export(self) -> tuple[str, dict[str, Any]] | None:
+        """The timm model name and arguments that rebuild `backbone`, or None."""
+        return None
+
+
+class Criterion(Part):
+    """Scores the outputs. Owns what exists only for that: queues, prototypes, auxiliary networks.
+
+    requires: the outputs `forward` reads.
+    """
+
+    registry_kind: ClassVar[str] = "criterion"
+    requires: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
+        """The loss of one batch; reads the outputs it `requires`."""
+
+
+class Step(nn.Module):
+    """Model and criterion as one module, so that a distributed wrapper sees every parameter every step."""
+
+    def __init__(self, model: Model, criterion: Criterion):
+        super().__init__()
+        self.model, self.criterion = model, criterion
+
+    def forward(self, batch: Batch, progress: Progress) -> tuple[dict[str, list[Tensor]], Loss]:
+        outputs = self.model(batch)
+        return outputs, self.criterion(outputs, batch, progress)
+
+
+def detached(outputs: dict[str, Any]) -> dict[str, Any]:
+    """The same outputs without their graph, for hooks."""
+    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, outputs)

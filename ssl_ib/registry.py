@@ -1,0 +1,261 @@
+"""Names for the parts a run is composed of, and the schema each name's constructor implies.
+
+    @register_criterion("info_nce")
+    class InfoNCE(Criterion):
+        def __init__(self, temperature: Positive = 0.1): ...
+
+A recipe's `criterion: {name: info_nce, temperature: 0.2}` is checked against the constructor's type hints. An argument
+whose hint is itself a registered kind (`contrastive: Criterion`) takes a nested part. Arguments a registry `supplies`
+come from the run, not from the recipe. Any number may be a schedule (see schedule.py).
+
+Importing this module is cheap: the built-in parts are imported when a registry is first read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+from .errors import UserError, nearest
+from .schedule import Schedule
+
+T = TypeVar("T")
+
+
+def _place(thing: Any) -> str:
+    """Where a class or function is defined: `file:line`."""
+    try:
+        return f"{inspect.getsourcefile(thing)}:{inspect.getsourcelines(thing)[1]}"
+    except (OSError, TypeError):
+        return f"{thing.__module__}.{thing.__qualname__}"
+
+
+class Registry(Generic[T]):
+    """Names of one kind of part.
+
+    kind:     singular, as recipes spell it ("criterion").
+    package:  imported when the registry is first read; its `__init__` imports every built-in part.
+    supplied: constructor arguments that the run gives and a recipe cannot.
+    """
+
+    def __init__(self, kind: str, package: str, supplied: tuple[str, ...] = ()):
+        self.kind, self.package, self.supplied = kind, package, supplied
+        self._entries: dict[str, Callable[..., T]] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+        """Decorator that gives a class (or a function that builds one) a name. A taken name raises UserError."""
+
+        def decorate(maker: Callable[..., T]) -> Callable[..., T]:
+            taken = self._entries.get(name)
+            if taken is not None:
+                raise UserError(f"{self.kind} {name!r} is registered twice: at {_place(taken)} and at {_place(maker)}")
+            self._entries[name] = maker
+            return maker
+
+        return decorate
+
+    def _load(self) -> None:
+        if not self._loaded:
+            self._loaded = True
+            importlib.import_module(self.package)
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._load()
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        self._load()
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Callable[..., T]:
+        self._load()
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UserError(f"unknown {self.kind} {name!r}{nearest(name, self._entries)}") from None
+
+    def schema(self, name: str) -> dict[str, inspect.Parameter]:
+        """The arguments a recipe may give the part `name`, with evaluated type hints, in the constructor's order."""
+        maker = self[name]
+        target = maker.__init__ if inspect.isclass(maker) else maker
+        hints = typing.get_type_hints(target, include_extras=True)
+        parameters = {}
+        for key, parameter in inspect.signature(target).parameters.items():
+            if key == "self" or key in self.supplied or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            parameters[key] = parameter.replace(annotation=hints.get(key, Any))
+        return parameters
+
+    def takes(self, name: str) -> set[str]:
+        """Which of the supplied arguments the part's constructor asks for."""
+        maker = self[name]
+        target = maker.__init__ if inspect.isclass(maker) else maker
+        return {key for key in inspect.signature(target).parameters if key in self.supplied}
+
+
+TASKS: Registry = Registry("task", "ssl_ib.tasks", supplied=("views", "masker", "info"))
+MODELS: Registry = Registry("model", "ssl_ib.models", supplied=("info",))
+CRITERIONS: Registry = Registry("criterion", "ssl_ib.criterions", supplied=("info",))
+MASKERS: Registry = Registry("masker", "ssl_ib.maskers")
+SOURCES: Registry = Registry("source", "ssl_ib.data.sources")
+VIEWS: Registry = Registry("views", "ssl_ib.data.views")
+
+#: By kind, in the order in which a run builds them.
+REGISTRIES: dict[str, Registry] = {r.kind: r for r in (SOURCES, VIEWS, MASKERS, TASKS, MODELS, CRITERIONS)}
+
+register_task = TASKS.register
+register_model = MODELS.register
+register_criterion = CRITERIONS.register
+register_masker = MASKERS.register
+register_source = SOURCES.register
+register_views = VIEWS.register
+
+
+def part_kind(hint: Any) -> str | None:
+    """The registry kind a type hint stands for: `Criterion` or `Criterion | None` -> "criterion"; else None."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = {getattr(option, "registry_kind", None) for option in options if option is not type(None)}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+@lru_cache(maxsize=None)
+def _checker(kind: str, name: str):
+    """A pydantic model of the part's plain arguments (nested parts are checked on their own)."""
+    import pydantic
+
+    fields = {}
+    for key, parameter in REGISTRIES[kind].schema(name).items():
+        hint = Any if part_kind(parameter.annotation) else parameter.annotation
+        fields[key] = (hint, ... if parameter.default is parameter.empty else parameter.default)
+    config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    return pydantic.create_model(f"{kind}:{name}", __config__=config, **fields)
+
+
+def _validate(kind: str, name: str, plain: dict[str, Any]) -> Any:
+    # JSON mode, because strict JSON lets a list be a tuple and nothing else be what it is not.
+    return _checker(kind, name).model_validate_json(json.dumps(plain, default=str))
+
+
+def problems_of(error: Any, prefix: str = "", known: Any = ()) -> list[str]:
+    """A pydantic ValidationError as lines `path: what is wrong (got ...)`, unknown keys with the nearest of `known`."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(p) for p in (*filter(None, [prefix]), *item["loc"]))
+        if item["type"] == "extra_forbidden":
+            near = nearest(str(item["loc"][-1]), known) if len(item["loc"]) == 1 else ""
+            lines.append(f"{path}: unknown key{near}")
+        elif item["type"] == "missing":
+            lines.append(f"{path}: required, but not given")
+        else:
+            message = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            lines.append(f"{path}: expected {message}, got {item['input']!r}")
+    return lines
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether a recipe's value has the form of a schedule rather than of a number."""
+    return isinstance(value, dict) and {"from", "to"} <= set(value)
+
+
+def check_part(kind: str, spec: Any, path: str, problems: list[str]) -> dict[str, Any]:
+    """Completes a part's spec (`"name"` or `{name: ..., key: value}`) with its defaults.
+
+    Appends what is wrong to `problems`, each line beginning with the dotted path. Returns plain data, fit for YAML.
+    """
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        problems.append(f"{path}: expected a name or {{name: ..., key: value}}, got {spec!r}")
+        return {}
+    name, registry = spec["name"], REGISTRIES[kind]
+    try:
+        schema = registry.schema(name)
+    except UserError as error:
+        problems.append(f"{path}: {error}")
+        return dict(spec)
+    given = {key: value for key, value in spec.items() if key != "name"}
+    plain, done = {}, {}
+    for key, value in given.items():
+        nested = part_kind(schema[key].annotation) if key in schema else None
+        if nested and value is not None:
+            done[key] = check_part(nested, value, f"{path}.{key}", problems)
+            plain[key] = None
+        elif is_schedule(value):
+            schedule = Schedule.parse(value, f"{path}.{key}", problems)
+            done[key] = value if schedule is None else schedule.spec()
+            plain[key] = value if schedule is None else schedule.largest
+        else:
+            plain[key] = value
+    import pydantic
+
+    try:
+        checked = _validate(kind, name, plain)
+        return {"name": name, **{**json.loads(checked.model_dump_json()), **done}}
+    except pydantic.ValidationError as error:
+        problems.extend(problems_of(error, path, schema))
+        return {"name": name, **given}
+
+
+@dataclass
+class Built(Generic[T]):
+    """A part, and the numbers in it that follow a schedule: (owner, attribute, schedule)."""
+
+    part: T
+    schedules: list[tuple[Any, str, Schedule]] = field(default_factory=list)
+
+
+def build_part(kind: str, spec: dict[str, Any], **supplied: Any) -> Built:
+    """Builds a part from a spec that `check_part` returned; supplied arguments go to the constructors that ask for them."""
+    registry, name = REGISTRIES[kind], spec["name"]
+    schema = registry.schema(name)
+    schedules, numbers, inner, plain = [], {}, {}, {}
+    for key, value in spec.items():
+        if key == "name":
+            continue
+        nested = part_kind(schema[key].annotation)
+        plain[key] = value
+        if nested and value is not None:
+            built = build_part(nested, value, **supplied)
+            inner[key], plain[key] = built.part, None
+            schedules += built.schedules
+        elif is_schedule(value):
+            numbers[key] = Schedule.parse(value, key, [])
+            plain[key] = numbers[key].largest
+    checked = _validate(kind, name, plain)
+    arguments = {key: inner.get(key, getattr(checked, key)) for key in schema}
+    arguments |= {key: supplied[key] for key in registry.takes(name) if key in supplied}
+    part = registry[name](**arguments)
+    for key, schedule in numbers.items():
+        if getattr(part, key, None) != arguments[key]:
+            raise UserError(f"{kind}.{key}: {name!r} cannot follow a schedule here: it keeps no such number to change")
+        schedules.append((part, key, schedule))
+    return Built(part, schedules)
+
+
+def walk() -> Iterator[tuple[str, str]]:
+    """Every (kind, name) that is registered."""
+    for kind, registry in REGISTRIES.items():
+        for name in registry.names():
+            yield kind, name
+
+
+def describe(kind: str, name: str) -> str:
+    """The part's arguments with hints and defaults, then its docstring: what `--describe kind:name` prints."""
+    registry = REGISTRIES[kind]
+    lines = [f"{kind} {name}   ({_place(registry[name])})"]
+    for key, parameter in registry.schema(name).items():
+        hint = part_kind(parameter.annotation) or inspect.formatannotation(parameter.annotation)
+        hint = hint.replace("typing.", "").replace("annotated_types.", "")
+        default = "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
+        lines.append(f"  {key}: {hint}, {default}")
+    doc = inspect.getdoc(registry[name]) or ""
+    return "\n".join([*lines, "", doc]).rstrip() + "\n"
