@@ -20,7 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 from .errors import UserError, nearest
@@ -90,7 +90,8 @@ class Registry(Generic[T]):
         hints = typing.get_type_hints(target, include_extras=True)
         parameters = {}
         for key, parameter in inspect.signature(target).parameters.items():
-            if key == "self" or key in self.supplied or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if variadic or key == "self" or key in self.supplied:
                 continue
             parameters[key] = parameter.replace(annotation=hints.get(key, Any))
         return parameters
@@ -127,7 +128,7 @@ def part_kind(hint: Any) -> str | None:
     return kinds.pop() if len(kinds) == 1 else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _checker(kind: str, name: str):
     """A pydantic model of the part's plain arguments (nested parts are checked on their own)."""
     import pydantic
@@ -214,7 +215,7 @@ class Built(Generic[T]):
 
 
 def build_part(kind: str, spec: dict[str, Any], **supplied: Any) -> Built:
-    """Builds a part from a spec that `check_part` returned; supplied arguments go to the constructors that ask for them."""
+    """Builds a part from what `check_part` returned; supplied arguments go to the constructors that ask for them."""
     registry, name = REGISTRIES[kind], spec["name"]
     schema = registry.schema(name)
     schedules, numbers, inner, plain = [], {}, {}, {}
