@@ -3,6 +3,9 @@
 All are `torch.nn.Module`s, so their state lives in one state_dict. State is created in `__init__` and changed outside
 the gradient only in the hooks below. A part keeps each number of its constructor as an attribute of the same name and
 reads it when it is used: that is what lets any number be a schedule.
+
+Hooks and parameter groups are asked of every part in the tree, so a part that holds another (MRCL's criterion holds a
+contrastive one) forwards nothing.
 """
 
 from __future__ import annotations
@@ -77,8 +80,9 @@ class Part(nn.Module, ABC):
     """Hooks and parameter groups shared by task, model and criterion. Every hook may be left as it is."""
 
     def param_groups(self) -> Iterable[ParamGroup]:
-        """What the optimiser trains; by default every parameter that requires a gradient, as one group."""
-        params = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        """What the optimiser trains of this part, those inside it left to themselves; by default one group of all."""
+        inner = {id(p) for part in parts(self) if part is not self for p in part.parameters()}
+        params = [(n, p) for n, p in self.named_parameters() if p.requires_grad and id(p) not in inner]
         return [ParamGroup(type(self).__name__.lower(), params)] if params else []
 
     def on_epoch_start(self, ctx: Context) -> None:
@@ -99,6 +103,12 @@ class Part(nn.Module, ABC):
         """Once an optimiser step: move an EMA teacher."""
 
 
+def parts(*roots: nn.Module) -> list[Part]:
+    """Every part in the trees, each once, outer before inner."""
+    found = {id(m): m for root in roots for m in root.modules() if isinstance(m, Part)}
+    return list(found.values())
+
+
 class Task(Part):
     """Owns data: turns a raw sample into views and masks."""
 
@@ -116,13 +126,12 @@ class Model(Part):
 
     provides: names of the outputs `forward` can return, each a list with one entry a view.
     wanted:   the outputs the criterion asked for; `forward` may skip the others.
-    backbone: a timm model that the run leaves behind, or None.
+    backbone: the timm model that the run leaves behind, where there is one (an attribute or a property).
     """
 
     registry_kind: ClassVar[str] = "model"
     provides: frozenset[str] = frozenset()
     wanted: frozenset[str] = frozenset()
-    backbone: nn.Module | None = None
 
     def select(self, names: Iterable[str]) -> None:
         """Says which outputs will be used. A model that skips a part of itself freezes that part here."""
@@ -161,6 +170,10 @@ class Criterion(Part):
     @abstractmethod
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
         """The loss of one batch; reads the outputs it `requires`."""
+
+    def pixels(self, outputs: dict[str, list[Tensor]], batch: Batch) -> list[Tensor] | None:
+        """For figures: the reconstructed patches [B*N, L, p*p*C] in the views' units, one a view, or None."""
+        return outputs.get("reconstruction")
 
 
 class Step(nn.Module):

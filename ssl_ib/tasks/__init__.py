@@ -1,0 +1,3 @@
+"""The built-in tasks, one a file."""
+
+from . import views  # noqa: F401

@@ -1,0 +1,113 @@
+"""What a run leaves when it ends: figures, the backbone, and one line that says what came of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, figures
+from .backbone import save_backbone, snippet
+from .data.loader import ordered
+from .trainer import Trainer
+from .types import Progress
+
+#: Images shown as original, masked and reconstructed.
+SHOWN = 8
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and command of a run, for `environment.json`."""
+    packages = {}
+    for name in ("torch", "torchvision", "timm", "triton", "numpy", "scikit-learn", "lightly"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "ssl_ib": __version__,
+        "packages": packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_environment(out: Path, device: torch.device) -> None:
+    """Writes `environment.json`."""
+    (out / "environment.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+
+
+def finish(trainer: Trainer) -> list[str]:
+    """Draws the figures, saves the backbone, and returns the closing lines; the last one is the comparison."""
+    out, results, run = trainer.out, trainer.results, trainer.run
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    rows = trainer.log.rows()
+    figures.loss_curves(rows, folder / "loss_curves.png")
+    raw, untrained = (results.get(f"{name}/knn/top1") for name in ("raw_pixels", "untrained"))
+    if any("knn/top1" in row for row in rows):
+        figures.knn_curve(rows, folder / "knn_curve.png", raw, untrained)
+    draw_views(trainer, folder / "reconstructions.png")
+    lines = []
+    exported = run.model.export()
+    if exported is not None:
+        save_backbone(run.model.backbone, *exported, run.source.statistics(), out)
+        lines.append("the encoder, with timm alone:\n" + snippet(out).rstrip())
+    return [*lines, *summary(trainer)]
+
+
+@torch.no_grad()
+def draw_views(trainer: Trainer, path: Path) -> None:
+    """Figure of some images: each view, the view masked, and its reconstruction where the model has one."""
+    run = trainer.run
+    sample = next(islice(ordered(run.source.val() or run.source.train(), SHOWN), 1)).to(run.device)
+    with trainer.online.evaluating():
+        batch = run.task.prepare(sample, Progress(0, -1, 1, 1, run.config.seed))
+        if any(view.ndim != 4 or view.shape[1] != 3 for view in batch.views):
+            return
+        pixels = run.criterion.pixels(run.model(batch), batch)
+    grids = [run.model.grid(tuple(view.shape[1:])) for view in batch.views]
+    images = None
+    if pixels is not None:
+        rows = [patches.float()[:: patches.shape[0] // len(sample)] for patches in pixels]
+        images = [
+            run.views.denormalize(figures.unpatchify(patches, grid)).cpu()
+            for patches, grid in zip(rows, grids, strict=True)
+        ]
+    figures.reconstructions(
+        [run.views.denormalize(view).cpu() for view in batch.views],
+        [None if masks is None else masks.mask[:, 0].cpu() for masks in batch.masks],
+        images,
+        patch=batch.views[0].shape[-1] // grids[0][1] if grids[0] else 1,
+        path=path,
+        num=SHOWN,
+    )
+
+
+def summary(trainer: Trainer) -> list[str]:
+    """How trained compares with untrained features and raw pixels, on the same split; time; folder."""
+    results = trainer.results
+    minutes, seconds = divmod(round(trainer.seconds), 60)
+    ending = f"{minutes} min {seconds:02d} s | {trainer.out}"
+    names = ("untrained", "raw_pixels", "trained")
+    scores = {name: results.get(f"{name}/knn/top1") for name in names}
+    if scores["trained"] is None:
+        return [f"no labels, so no kNN | {ending}"]
+    lines = []
+    if scores["raw_pixels"] is not None and scores["trained"] < scores["raw_pixels"]:
+        lines.append("the trained encoder is BELOW raw pixels: kNN on the images themselves does better")
+    shown = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items() if v is not None)
+    probe = results.get("trained/linear/top1")
+    linear = "" if probe is None else f" | linear trained {probe:.4f}"
+    return [*lines, f"kNN top-1: {shown}{linear} | {ending}"]

@@ -1,0 +1,76 @@
+"""Checkpoints that a kill, a full disk or a torn file cannot cost: written beside the old one, then renamed over it.
+
+`last.pt` is the newest, `previous.pt` the one before; both load with `torch.load(..., weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+
+
+def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Path:
+    """Writes `last.pt` atomically, keeping the former one as `previous.pt`, and this one also as `keep_as`.
+
+    Raises UserError where the disk refuses; what was there before is then untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    last, fresh = folder / "last.pt", folder / "last.pt.tmp"
+    try:
+        with fresh.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if last.exists():
+            _alias(last, folder / "previous.pt")
+        os.replace(fresh, last)
+        if keep_as is not None:
+            _alias(last, folder / keep_as)
+    # torch wraps an error of the file in a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:
+        fresh.unlink(missing_ok=True)
+        there = f"the checkpoint saved before is intact: {last}" if last.exists() else "no checkpoint was saved before"
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(
+            f"could not save {last}: {cause}; {there}. Free some space, then continue with --resume"
+        ) from error
+    return last
+
+
+def _alias(file: Path, name: Path) -> None:
+    """Gives `file` a second name, replacing what had it; by a link where the file system has them."""
+    fresh = name.with_suffix(".tmp")
+    fresh.unlink(missing_ok=True)
+    try:
+        os.link(file, fresh)
+    except OSError:
+        fresh.write_bytes(file.read_bytes())
+    os.replace(fresh, name)
+
+
+def load(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The newest checkpoint that can be read, and a warning for each one that could not.
+
+    Raises UserError where there is none, or none can be read.
+    """
+    warnings: list[str] = []
+    files = [folder / name for name in ("last.pt", "previous.pt")]
+    files += sorted(folder.glob("epoch_*.pt"), reverse=True)
+    for file in files:
+        if not file.is_file():
+            continue
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True), warnings
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.append(f"{file} cannot be read ({reason}); falling back to the one before")
+    if warnings:
+        raise UserError("no checkpoint can be read:\n  " + "\n  ".join(warnings))
+    raise UserError(f"nothing to resume: there is no checkpoint in {folder}")

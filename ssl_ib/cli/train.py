@@ -1,0 +1,266 @@
+"""`ssl-ib-train`: resolve a recipe, build the run, train it, and leave its folder. `--help` shows the usage.
+
+Exit codes: 0 done, 2 a mistake of the user's (one message on stderr), 128 + n stopped by signal n after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, UserError, nearest
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+SWAPS = ("task", "model", "criterion", "masker")
+#: What a run writes; `--overwrite` removes these and nothing else.
+WRITTEN = (
+    "config.yaml environment.json metrics.jsonl tensorboard figures checkpoints backbone.safetensors backbone.json "
+    "bad_images.txt bad_batch.txt"
+).split()
+#: Keys that may change when a run resumes: they move no loss.
+MOVABLE = ("device", "workers", "log_every", "checkpoint")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="ssl-ib-train",
+        description="Pretrain an encoder without labels: RECIPE is a shipped name or a path; KEY=VALUE overrides it.",
+        epilog="examples: ssl-ib-train mrcl_digits | ssl-ib-train simclr_cifar10 source.path=cifar10.tar.xz "
+        "optim.lr=1e-3 --masker block | ssl-ib-train --list recipes | ssl-ib-train --describe masker:random",
+    )
+    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a path")
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted, as in optim.lr=1e-3 masker.ratio=0.5")
+    for kind in SWAPS:
+        p.add_argument(f"--{kind}", metavar="NAME", help=f"use another registered {kind}")
+    p.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE_OR_PATH", help="import your own parts first"
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="continue the run in the folder from its last checkpoint")
+    group.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in the folder")
+    p.add_argument("--dry-run", action="store_true", help="build all, run two small steps and one evaluation, no files")
+    p.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    p.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--list", nargs="?", const="all", metavar="KIND", help="names: tasks, models, ..., recipes")
+    p.add_argument("--describe", metavar="KIND:NAME", help="a part's arguments, defaults and documentation")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    # Deterministic matrix products on CUDA need this before the first of them (cuBLAS, "Results reproducibility").
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        return _main(options)
+    except UserError as error:
+        print(f"ssl-ib-train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssl-ib-train: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(options: argparse.Namespace) -> int:
+    from ..plugins import load_plugins
+
+    if options.list or options.describe:
+        load_plugins(options.plugin)
+        print(_listing(options.list) if options.list else _description(options.describe), end="")
+        return 0
+    if options.recipe is None:
+        raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
+    if "=" in options.recipe:
+        raise UserError(f"expected RECIPE first, got {options.recipe!r}")
+    config = _config(options)
+    if options.print_config:
+        print(config.yaml(), end="")
+        return 0
+    return _train(config, options)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    from ..config import find_recipe, read_recipe, resolve
+    from ..plugins import load_plugins
+
+    remembered = read_recipe(find_recipe(options.recipe)).get("plugins") or []
+    plugins = load_plugins(list(dict.fromkeys([*remembered, *options.plugin])))
+    swaps = [f"{kind}={getattr(options, kind)}" for kind in SWAPS if getattr(options, kind)]
+    device = [f"device={options.device}"] if options.device else []
+    return resolve(options.recipe, [*swaps, *device, *options.overrides], plugins)
+
+
+def _train(config: Config, options: argparse.Namespace) -> int:
+    import signal
+
+    import torch
+
+    from .. import artifacts, distributed
+    from ..run import build_run, choose_device
+    from ..trainer import Stopped, Trainer
+
+    out = None if options.dry_run else options.out or Path("runs") / config.recipe
+    state = _prepare_folder(out, config, options) if out else None
+    device = choose_device(config.device)
+    if device.type == "cuda" and config.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.parallel == "none":
+        raise UserError("several processes were started; say how they share the work: parallel=ddp")
+    distributed.initialise(device)
+    try:
+        run = build_run(config, dry=options.dry_run)
+        trainer = Trainer(run, out)
+        if state is not None:
+            trainer.restore(state)
+        if distributed.is_main():
+            print(_heading(trainer, out), flush=True)
+            if out:
+                artifacts.write_environment(out, device)
+                trainer.record_bad_images()
+        try:
+            trainer.fit()
+        except Stopped as stop:
+            where = f"; saved {stop.saved}, continue with --resume" if stop.saved else ""
+            print(f"stopped by {signal.Signals(stop.signum).name} at step {trainer.step}{where}", file=sys.stderr)
+            return 128 + stop.signum
+        if distributed.is_main():
+            if out:
+                trainer.record_bad_images()
+                print("\n".join(artifacts.finish(trainer)))
+            else:
+                print(f"dry run of {config.recipe} passed: {trainer.step} steps, one evaluation, nothing written")
+        trainer.log.close()
+        return 0
+    finally:
+        distributed.shutdown()
+
+
+def _prepare_folder(out: Path, config: Config, options: argparse.Namespace):
+    """Checks or clears the run's folder; returns the checkpoint to continue from, or None."""
+    import yaml
+
+    from ..checkpoint import load
+    from ..config import differences
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; a run needs a folder")
+    empty = not out.exists() or not any(out.iterdir())
+    if options.resume:
+        saved = out / "config.yaml"
+        if not saved.is_file():
+            raise UserError(f"nothing to resume: {out} holds no run (no config.yaml)")
+        changed = [
+            line
+            for line in differences(yaml.safe_load(saved.read_text()), config.plain())
+            if not line.startswith(tuple(f"{key}{end}" for key in MOVABLE for end in (":", ".")))
+        ]
+        if changed:
+            raise ConfigError([f"--resume cannot change {line}" for line in changed])
+        if not any((out / "checkpoints").glob("*.pt")):
+            print(f"{out} has no checkpoint yet: starting from the beginning", file=sys.stderr)
+            return None
+        state, warnings = load(out / "checkpoints")
+        for warning in warnings:
+            print(f"ssl-ib-train: {warning}", file=sys.stderr)
+        return state
+    if empty:
+        return None
+    if not options.overwrite:
+        raise UserError(f"{out} is not empty: continue it with --resume, replace it with --overwrite, or choose --out")
+    if not (out / "config.yaml").is_file():
+        raise UserError(f"{out} holds files but no run (no config.yaml), so --overwrite leaves it alone: choose --out")
+    for name in WRITTEN:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return None
+
+
+def _heading(trainer, out: Path | None) -> str:
+    """The run in a few lines, before it starts."""
+    import torch
+
+    from .. import ops
+    from ..config import PARTS
+    from ..run import DRY_BANK_BATCHES, DRY_BATCH, DRY_IMAGES, parameter_counts
+
+    run, config = trainer.run, trainer.config
+    counts = parameter_counts(run)
+    held_out = run.source.val()
+    steps, device = trainer.total_steps, run.device
+    lines = [f"{config.recipe} -> {out or 'a dry run, which writes nothing'}"]
+    lines += [f"  {kind:<10} {_shown(kind, getattr(config, kind))}" for kind in PARTS]
+    held = f"{len(held_out):,} held out" if held_out is not None else "none held out"
+    place = "in memory" if trainer.images.in_memory else "streamed"
+    lr = config.optim.lr * trainer.scale if isinstance(config.optim.lr, float) else config.optim.lr
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    backends = ", ".join(f"{op} {backend}" for op, backend in sorted(ops.chosen().items()))
+    lines += [
+        f"  data       {len(trainer.images):,} training images ({place}), {held}",
+        f"  parameters {counts['all']:,}, of which {counts['trained']:,} are trained",
+        f"  batch      {run.samples_per_step} a step, {config.epochs} epochs, {steps:,} steps",
+        f"  optimiser  {config.optim.name}, learning rate {lr if isinstance(lr, dict) else format(lr, '.4g')}"
+        f" ({config.optim.lr} x {trainer.scale:g})",
+        f"  device     {device}{threads}, {config.precision}{', compiled' * config.compile}, seed {config.seed}",
+        f"  ops        {backends}",
+    ]
+    if out is None:
+        lines.append(
+            f"  dry run    batch at most {DRY_BATCH}, banks at most {DRY_BANK_BATCHES * run.batch_size} rows, "
+            f"evaluation on at most {DRY_IMAGES} images"
+        )
+    return "\n".join(lines)
+
+
+def _shown(kind: str, spec: dict) -> str:
+    """A part with those arguments that are not the defaults."""
+    from ..registry import REGISTRIES, part_kind
+
+    schema = REGISTRIES[kind].schema(spec["name"])
+    given = []
+    for key, value in spec.items():
+        if key == "name":
+            continue
+        nested = part_kind(schema[key].annotation)
+        default = schema[key].default
+        default = list(default) if isinstance(default, tuple) else default
+        if nested and value is not None:
+            given.append(f"{key}: {_shown(nested, value)}")
+        elif value != default:
+            given.append(f"{key}={value}")
+    return f"{spec['name']}({', '.join(given)})" if given else spec["name"]
+
+
+def _listing(kind: str) -> str:
+    """Names of one kind, or of all."""
+    from ..config import recipe_names
+    from ..registry import REGISTRIES
+
+    names = {f"{kind.removesuffix('s')}s": registry.names for kind, registry in REGISTRIES.items()}
+    names["recipes"] = recipe_names
+    if kind != "all" and kind not in names:
+        raise UserError(f"--list: unknown kind {kind!r}{nearest(kind, names)}")
+    if kind != "all":
+        return "".join(f"{name}\n" for name in names[kind]())
+    return "".join(f"{plural:<11} {', '.join(get())}\n" for plural, get in names.items())
+
+
+def _description(text: str) -> str:
+    from ..registry import REGISTRIES, describe
+
+    kind, colon, name = text.partition(":")
+    if not colon or kind not in REGISTRIES:
+        raise UserError(f"--describe: expected KIND:NAME, got {text!r}{nearest(kind, REGISTRIES)}")
+    return describe(kind, name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""One frozen, typed configuration a run: shipped defaults < recipe (and its `base`) < command line.
+
+Every problem is reported at once. What is resolved here is printed, saved as `config.yaml`, and enough to repeat the
+run: `ssl-ib-train runs/x/config.yaml --out elsewhere`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
+
+from .errors import ConfigError, UserError, nearest
+from .hints import Count, NonNegative, Positive, PositiveInt
+from .registry import REGISTRIES, check_part, is_schedule, problems_of
+from .schedule import Schedule
+
+#: The sections of a recipe that name a registered part, in the order in which they are shown.
+PARTS = ("task", "model", "criterion", "masker", "source", "views")
+
+
+def _number(value: Any) -> Any:
+    if is_schedule(value):
+        problems: list[str] = []
+        schedule = Schedule.parse(value, "schedule", problems)
+        if schedule is None:
+            raise ValueError("a valid schedule: " + "; ".join(problems))
+        return schedule.spec()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError("a number of at least 0, or a schedule {from: .., to: .., shape: ..}")
+    return float(value)
+
+
+#: A number of at least 0 or a schedule of it, as plain data.
+Number = Annotated[Any, PlainValidator(_number)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class OptimConfig(Section):
+    """The optimiser, by timm's name.
+
+    lr is used as it stands, or with `linear_scaling` as the base rate of lr x batch_size x samples_per_image / 256.
+    It warms up linearly from 0 and then follows `shape` down to `min_lr`; a schedule in its place replaces both.
+    weight_decay never acts on biases and other 1-D parameters, whose rate is multiplied by `bias_lr_scale`.
+    clip bounds the gradient's norm, over each parameter group or each parameter. args go to the optimiser as they are.
+    """
+
+    name: str = "adamw"
+    lr: Number = 1e-3
+    linear_scaling: bool = False
+    weight_decay: Number = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.9
+    warmup_epochs: NonNegative = 0.0
+    min_lr: NonNegative = 0.0
+    shape: Literal["cosine", "constant"] = "cosine"
+    bias_lr_scale: Positive = 1.0
+    clip: Positive | None = None
+    clip_mode: Literal["group", "param"] = "group"
+    args: dict[str, Any] = {}
+
+
+class CheckpointConfig(Section):
+    """When `checkpoints/last.pt` is written; every `keep`-th epoch's is kept beside it (0: none)."""
+
+    every_epochs: PositiveInt = 1
+    every_steps: PositiveInt | None = None
+    keep: Count = 0
+
+
+class LinearConfig(Section):
+    """The linear probe on cached features at the end; `lr_scale=linear` multiplies the rate by batch_size / 256."""
+
+    enabled: bool = True
+    epochs: PositiveInt = 100
+    lr: Positive = 0.2
+    batch_size: PositiveInt = 1024
+    lr_scale: Literal["raw", "linear"] = "raw"
+    weight_decay: NonNegative = 0.0
+
+
+class EvalConfig(Section):
+    """The online evaluation: weighted kNN and representation health, on at most so many images of each split."""
+
+    every_epochs: PositiveInt = 10
+    batch_size: PositiveInt = 256
+    train_images: PositiveInt | None = 20000
+    val_images: PositiveInt | None = None
+    knn_k: PositiveInt = 20
+    knn_temperature: Positive = 0.07
+    linear: LinearConfig = LinearConfig()
+
+
+class OpsConfig(Section):
+    backend: str = "auto"
+
+
+def _spec(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+PartSpec = Annotated[dict[str, Any], BeforeValidator(_spec)]
+
+
+class Config(Section):
+    """A whole run. The six parts are `{name: ..., key: value}`, completed with their constructors' defaults."""
+
+    recipe: str
+    task: PartSpec = {"name": "views"}
+    model: PartSpec
+    criterion: PartSpec
+    masker: PartSpec = {"name": "none"}
+    source: PartSpec = {"name": "digits"}
+    views: PartSpec
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 256
+    accumulate: PositiveInt = 1
+    seed: Count = 0
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    deterministic: bool = True
+    workers: Count = 2
+    log_every: PositiveInt = 1
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    ops: OpsConfig = OpsConfig()
+    parallel: Annotated[str, AfterValidator(lambda v: _choice(v, ("none", "ddp")))] = "none"
+    plugins: tuple[str, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """The configuration as plain data, fit for YAML."""
+        return json.loads(self.model_dump_json())
+
+    def yaml(self) -> str:
+        """The configuration as it is printed and saved."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, width=100)
+
+
+def _choice(value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"one of {', '.join(choices)}")
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a repeated key is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = {str(key) for key in keys if keys.count(key) > 1}
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"repeated key {', '.join(sorted(repeated))}", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie: in the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """A shipped recipe's file by name, or a path. Raises UserError with the nearest names."""
+    shipped = recipes_folder() / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    if Path(name).is_file():
+        return Path(name)
+    if Path(name).suffix in (".yaml", ".yml") or "/" in name:
+        raise UserError(f"there is no recipe file {name!r}")
+    raise UserError(f"unknown recipe {name!r}{nearest(name, recipe_names())}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe merged over its `base`. Raises UserError where the file is not a YAML mapping."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" (line {place.line + 1})" if place else ""
+        raise UserError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    below = path.parent / f"{base}.yaml"
+    return merge(read_recipe(below if below.is_file() else find_recipe(str(base))), data)
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` laid over `base`. Mappings merge key by key; one that names another part replaces the old part whole."""
+    over = {"name": over} if isinstance(over, str) and isinstance(base, dict) and "name" in base else over
+    if not isinstance(base, dict) or not isinstance(over, dict) or is_schedule(over):
+        return over
+    if "name" in over and over["name"] != base.get("name", over["name"]):
+        return over
+    return base | {key: merge(base.get(key), value) for key, value in over.items()}
+
+
+def _apply(data: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
+    """Sets a dotted key in nested mappings."""
+    path = key.removesuffix(".name").split(".") if key.count(".") else [key]
+    place = data
+    for depth, step in enumerate(path[:-1]):
+        below = place.get(step)
+        if below is None:
+            below = {}
+        elif isinstance(below, str):
+            below = {"name": below}
+        if not isinstance(below, dict):
+            problems.append(f"{key}: {'.'.join(path[: depth + 1])} is {below!r}, which has no keys")
+            return
+        place[step] = dict(below)
+        place = place[step]
+    place[path[-1]] = merge(place.get(path[-1]), value)
+
+
+def _parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tuple[str, Any]]:
+    parsed = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+            problems.append(f"expected KEY=VALUE, such as optim.lr=1e-3, got {text!r}")
+            continue
+        try:
+            parsed.append((key, yaml.load(value, _Loader)))
+        except yaml.YAMLError:
+            problems.append(f"{key}: expected a YAML value, got {value!r}")
+    # A part is swapped before its keys are set, whatever the order on the command line.
+    return sorted(parsed, key=lambda pair: pair[0].removesuffix(".name").count("."))
+
+
+def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] = ()) -> Config:
+    """The configuration of a run.
+
+    recipe: a shipped name or a path; overrides: `KEY=VALUE` texts; plugins: already loaded, remembered.
+    Raises ConfigError with every problem, or UserError where the recipe cannot be read.
+    """
+    path = find_recipe(recipe)
+    data = read_recipe(path)
+    data.setdefault("recipe", path.stem)
+    data["plugins"] = list(dict.fromkeys([*(data.get("plugins") or []), *plugins]))
+    problems: list[str] = []
+    # What a recipe leaves to the defaults can be overridden key by key like anything else.
+    defaults = {name: f.default for name, f in Config.model_fields.items() if name in PARTS and not f.is_required()}
+    data = {**defaults, **data}
+    for key, value in _parse_overrides(overrides, problems):
+        _apply(data, key, value, problems)
+
+    checked = dict(data)
+    for kind in PARTS:
+        if data.get(kind) is not None:
+            checked[kind] = check_part(kind, data[kind], kind, problems)
+    try:
+        config = Config.model_validate_json(json.dumps(checked, default=str))
+    except ValidationError as error:
+        problems += problems_of(error, known=Config.model_fields)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two plain configurations differ, as `key: old -> new`."""
+    lines = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+assert set(PARTS) == set(REGISTRIES)

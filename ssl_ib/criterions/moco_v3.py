@@ -1,0 +1,44 @@
+"""MoCo v3: each view's prediction picks the target network's projection of the other view out of the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from .. import distributed, ops
+from ..hints import Positive
+from ..part import Criterion
+from ..registry import register_criterion
+from ..types import Batch, Loss, Progress
+from .pair import image_labels, two_views, unit
+
+
+@register_criterion("moco_v3")
+class MoCoV3(Criterion):
+    """2 T x cross-entropy of q.k/T over the targets of the whole batch, both directions added.
+
+    Reads `prediction` and `target` [b, d] of two views; the target is a constant.
+    Source: Chen, Xie and He, "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, algorithm 1.
+
+    temperature: T (0.2 for vision transformers, 1 for ResNet-50). The factor 2 T keeps the gradient's scale.
+
+    Watched: `mi_nats`, log(images of the batch) - the mean of the two directions: a lower bound in nats.
+    """
+
+    requires = frozenset({"prediction", "target"})
+
+    def __init__(self, temperature: Positive = 0.2):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
+        queries = [unit(p) for p in two_views(outputs, "prediction")]
+        keys = [distributed.gather(unit(z.detach())) for z in reversed(two_views(outputs, "target"))]
+        mine, everyone = image_labels(queries[0])
+        both = sum(
+            ops.info_nce(q, k, mine, everyone, self.temperature).mean() for q, k in zip(queries, keys, strict=True)
+        )
+        loss = Loss.weighted(info_nce=(both, 2 * self.temperature))
+        return replace(loss, terms=loss.terms | {"mi_nats": math.log(len(everyone)) - both.detach() / 2})

@@ -1,0 +1,103 @@
+"""From the bytes of an image file to a uint8 tensor, and from several of those to one batch.
+
+Shapes: B images, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+#: Formats that Pillow recognises but cannot decode by itself.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+#: The endings in words, for messages.
+ENDINGS = ".jpg, .jpeg, .png, .webp, .bmp, .gif, .tif or another format that Pillow reads"
+
+
+@cache
+def _endings() -> frozenset[str]:
+    # The common formats first: Pillow tries the formats on a file in the order in which it loaded them.
+    Image.preinit()
+    formats = Image.registered_extensions()
+    return frozenset(end for end, name in formats.items() if name in Image.OPEN and name not in _NOT_DECODED)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file counts as an image: by its ending, in either case, and neither hidden nor in a hidden folder.
+
+    name: relative path with "/" between its parts. What macOS adds to zip files (`__MACOSX/`) counts as hidden.
+    """
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return not hidden and os.path.splitext(name)[1].lower() in _endings()
+
+
+def decode(data: bytes, max_side: int) -> Tensor:
+    """The image in `data` as RGB: uint8 [3, H, W], upright, shrunk (never enlarged) to H, W <= max_side.
+
+    Transparency is dropped, 16-bit grey keeps its high byte, of an animation the first frame counts. Raises whatever
+    Pillow raises on bytes that are no image, or not a whole one.
+    """
+    limit = (max_side, max_side)
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "JPEG":
+            # Before anything loads the pixels: a JPEG can be decoded at a half, a quarter or an eighth of its size.
+            image.thumbnail(limit)
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            # Pillow would clip these to 255 and turn a 16-bit picture white.
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        elif image.mode in ("1", "P", "PA"):
+            # Colour numbers cannot be averaged, colours can. RGBA, because a palette may carry transparency.
+            image = image.convert("RGBA")
+        image.thumbnail(limit)
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that could not be read or decoded, and why."""
+
+    name: str
+    reason: str
+
+
+def decode_file(read: Callable[[str], bytes], name: str, max_side: int) -> Tensor | Unreadable:
+    """Reads and decodes one file: uint8 [3, H, W], or what was wrong with it."""
+    try:
+        return decode(read(name), max_side)
+    except UnidentifiedImageError:
+        return Unreadable(name, "not an image that Pillow knows")
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes, and so do archives.
+        return Unreadable(name, " ".join(f"{type(error).__name__}: {error}".split())[:120])
+
+
+def pack(images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Puts images [3, H, W] in the top-left corner of the smallest common canvas, zeros elsewhere.
+
+    Returns uint8 [B, 3, H, W] and their sizes (height, width), int64 [B, 2].
+    """
+    images = list(images)
+    sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64).reshape(-1, 2)
+    height, width = sizes.amax(dim=0).tolist()
+    if bool((sizes == sizes[0]).all()):
+        return torch.stack(images), sizes
+    canvas = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for row, image in zip(canvas, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return canvas, sizes
+
+
+def num_threads() -> int:
+    """How many threads decode: one a core this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)

@@ -1,0 +1,166 @@
+"""Images in a tar or zip archive, read without unpacking it to the disk."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import posixpath
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...registry import register_source
+from ..decode import ENDINGS, is_image
+from .files import Files, FileSource
+
+#: What opens each compressed tar for reading.
+_COMPRESSED = {
+    ".tar.gz": gzip.open,
+    ".tgz": gzip.open,
+    ".tar.xz": lzma.open,
+    ".txz": lzma.open,
+    ".tar.bz2": bz2.open,
+    ".tbz2": bz2.open,
+}
+_KINDS = (".tar", *_COMPRESSED, ".zip")
+#: Bytes decompressed at a time.
+_PIECE = 1 << 24
+
+
+def _kind(path: Path) -> str | None:
+    return next((kind for kind in _KINDS if path.name.lower().endswith(kind)), None)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what a damaged archive raises into a UserError."""
+    try:
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        raise UserError(f"source.path: cannot read the archive {path}: {error}") from error
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The image files in a tar with their normalised names ("./a/b.png" is "a/b.png")."""
+    for member in tar:
+        name = posixpath.normpath(member.name)
+        if member.isfile() and is_image(name):
+            yield name, member
+
+
+def _common_top(names: list[str]) -> str:
+    """The folder, or chain of folders, that everything lies in: "cifar10/"; `train` alone is a split and stays."""
+    folders = os.path.commonprefix([name.split("/")[:-1] for name in names])
+    return "".join(f"{folder}/" for folder in folders[: folders.index("train") if "train" in folders else None])
+
+
+class _ArchiveFiles(Files):
+    """places: what finds a file in the archive, by its name."""
+
+    def __init__(self, places: dict[str, Any]):
+        self.places, self.names = places, sorted(places)
+        self.top = _common_top(self.names)
+
+
+class _TarFiles(_ArchiveFiles):
+    """A tar, read at random: on the disk, or decompressed in memory (`held`)."""
+
+    def __init__(self, path: Path, held: bytes | None):
+        self.path, self.held = path, held
+        opened = tarfile.open(path, "r:") if held is None else tarfile.open(fileobj=io.BytesIO(held), mode="r:")
+        with opened as tar:
+            super().__init__({name: (member.offset_data, member.size) for name, member in _members(tar)})
+
+    def read(self, name: str) -> bytes:
+        offset, size = self.places[name]
+        if self.held is not None:
+            return self.held[offset : offset + size]
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+class _ZipFiles(_ArchiveFiles):
+    """A zip, read at random. Each process opens it for itself: processes would share one file's position."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        listed = ((posixpath.normpath(info.filename), info) for info in self._zip().infolist() if not info.is_dir())
+        super().__init__({name: info.filename for name, info in listed if is_image(name)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None}
+
+    def _zip(self) -> zipfile.ZipFile:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), zipfile.ZipFile(self.path))
+        return self._opened[1]
+
+    def read(self, name: str) -> bytes:
+        return self._zip().read(self.places[name])
+
+
+@register_source("archive")
+class Archive(FileSource):
+    """Image files in a .tar, .tar.gz, .tgz, .tar.xz, .txz, .tar.bz2, .tbz2 or .zip archive.
+
+    The layouts are those of `folder`, and all may lie below one common top folder. A tar without compression and a zip
+    are read at random, so they may be of any size; a compressed tar is decompressed into memory, and raises UserError
+    where that takes more than `memory_gb`. UserError too where the archive is missing, damaged or without images.
+
+    path:         the archive.
+    val_fraction, limit, max_side, memory_gb, statistics: as for `folder`.
+    """
+
+    def _check(self) -> None:
+        path = self._archive()
+        if not path.is_file():
+            found = "a folder (source=folder reads folders)" if path.exists() else "nothing"
+            raise UserError(f"source.path: expected an archive of images, found {found} at {path}")
+        kind = _kind(path)
+        if kind is None:
+            raise UserError(f"source.path: expected an archive ending in {', '.join(_KINDS)}, got {path}")
+        with _readable(path):
+            if kind == ".zip":
+                empty = not _ZipFiles(path).names
+            else:
+                opener = _COMPRESSED.get(kind, open)
+                with opener(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                    empty = next(_members(tar), None) is None
+        if empty:
+            raise UserError(f"source.path: no image in the archive {path}; what counts: {ENDINGS}")
+
+    def _list(self) -> Files:
+        path = self._archive()
+        kind = _kind(path)
+        with _readable(path):
+            if kind == ".zip":
+                return _ZipFiles(path)
+            return _TarFiles(path, self._decompressed(path) if kind in _COMPRESSED else None)
+
+    def _decompressed(self, path: Path) -> bytes:
+        most = self.memory_gb * 1e9
+        tar = io.BytesIO()
+        with _COMPRESSED[_kind(path)](path, "rb") as file:
+            # Piece by piece, since one read of `most` bytes would take up that much memory first.
+            while piece := file.read(_PIECE):
+                tar.write(piece)
+                if tar.tell() > most:
+                    raise UserError(
+                        f"source.path: {path} takes more than source.memory_gb={self.memory_gb:g} decompressed, and a "
+                        "compressed tar cannot be read at random: unpack it and use source=folder, or decompress it "
+                        "to a plain .tar (which may be of any size), or raise source.memory_gb"
+                    )
+        return tar.getvalue()
+
+    def _archive(self) -> Path:
+        return Path(self.path).expanduser()

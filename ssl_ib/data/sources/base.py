@@ -1,0 +1,208 @@
+"""What a source is, and the two kinds of image sets it gives: held in memory, and streamed.
+
+Shapes: n images in a set, B in a batch, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...types import Sample
+from ..decode import Unreadable, decode_file, num_threads, pack
+from ..statistics import KNOWN, Statistics, measure
+
+log = logging.getLogger(__name__)
+
+#: The share of unreadable images above which a set is refused.
+MOST_UNREADABLE = 0.01
+#: A set moves to a GPU where it takes no more than this share of the free memory: the run needs the rest.
+SHARE_OF_GPU = 0.5
+
+
+class ImageSet(ABC):
+    """Numbered uint8 images, some with labels.
+
+    labels:    int64 [n], -1 where unknown; on the CPU.
+    classes:   the labels' names; label k is `classes[k]`.
+    in_memory: whether every image is decoded already; `gather` is then a mere indexing.
+    """
+
+    in_memory: ClassVar[bool]
+
+    def __init__(self, labels: Tensor, classes: Sequence[str]):
+        self.labels, self.classes = labels, list(classes)
+        self._unreadable: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def bad(self) -> list[str]:
+        """The names of the files that could not be decoded so far."""
+        return list(self._unreadable)
+
+    @abstractmethod
+    def gather(self, index: Tensor) -> Sample:
+        """The images with the numbers `index`, int64 [B].
+
+        The canvas is the smallest that holds the batch; `extra["size"]` is there where the images' sizes differ. An
+        unreadable image is replaced by the next readable one, with that one's number and label. Raises UserError
+        where more than 1 % of the set has turned out to be unreadable.
+        """
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The set with its images on `device`, if it is held in memory and fits there; else the set itself."""
+        return self
+
+    def record(self, unreadable: Sequence[Unreadable], total: int | None = None) -> None:
+        """Remembers unreadable files; raises UserError above 1 % of `total` images (default: of the set's)."""
+        total = len(self) if total is None else total
+        self._unreadable |= {file.name: file.reason for file in unreadable}
+        count = len(self._unreadable)
+        if unreadable and count / total > MOST_UNREADABLE:
+            first = "; ".join(f"{name} ({reason})" for name, reason in list(self._unreadable.items())[:3])
+            raise UserError(
+                f"{count} of {total} images cannot be read ({count / total:.1%}; at most {MOST_UNREADABLE:.0%} are "
+                f"skipped): {first}{'; ...' if count > 3 else ''}"
+            )
+
+
+def _sample(images: Tensor, sizes: Tensor, index: Tensor, label: Tensor) -> Sample:
+    differ = bool((sizes != sizes[:1]).any())
+    return Sample(images, index, label, {"size": sizes} if differ else {})
+
+
+class InMemory(ImageSet):
+    """Images decoded once into one tensor.
+
+    images: uint8 [n, 3, H, W]; sizes: int64 [n, 2], (height, width) of each within the canvas, default the whole of it.
+    """
+
+    in_memory = True
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], sizes: Tensor | None = None):
+        super().__init__(labels, classes)
+        self.images = images
+        self.sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes
+
+    def gather(self, index: Tensor) -> Sample:
+        index = index.cpu()
+        sizes = self.sizes[index]
+        height, width = sizes.amax(dim=0).tolist()
+        device = self.images.device
+        images = self.images[:, :, :height, :width].index_select(0, index.to(device))
+        return _sample(images, sizes, index, self.labels[index]).to(device)
+
+    def to(self, device: torch.device | str) -> InMemory:
+        device = torch.device(device)
+        if device.type == "cuda":
+            free, needed = torch.cuda.mem_get_info(device)[0], self.images.nbytes
+            if needed > SHARE_OF_GPU * free:
+                log.info(
+                    "the images stay on the CPU: %.1f GB, with %.1f GB free on %s", needed / 1e9, free / 1e9, device
+                )
+                return self
+        moved = copy.copy(self)
+        moved.images = self.images.to(device)
+        return moved
+
+
+class Streamed(ImageSet):
+    """Images read and decoded when they are asked for.
+
+    read:     gives the bytes of a named file; may be called from several threads and processes.
+    names:    the n files.
+    max_side: larger images are shrunk until their longer side has this many pixels.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self,
+        read: Callable[[str], bytes],
+        names: Sequence[str],
+        labels: Tensor,
+        classes: Sequence[str],
+        max_side: int,
+    ):
+        super().__init__(labels, classes)
+        self.read, self.names, self.max_side = read, names, max_side
+
+    def gather(self, index: Tensor) -> Sample:
+        sample, unreadable = self.fetch(index.tolist(), num_threads())
+        self.record(unreadable)
+        assert sample is not None
+        return sample
+
+    def fetch(self, numbers: Sequence[int], threads: int = 1) -> tuple[Sample | None, list[Unreadable]]:
+        """What `gather` gives, and the unreadable files on the way, not yet recorded.
+
+        A worker process calls this, and the parent records: the set's own list lives there. The sample is None where
+        so many files are unreadable that `record` will raise.
+        """
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                found = list(pool.map(self._nearest_readable, numbers))
+        else:
+            found = [self._nearest_readable(number) for number in numbers]
+        unreadable = [file for _, _, skipped in found for file in skipped]
+        if any(image is None for _, image, _ in found):
+            return None, unreadable
+        index = torch.tensor([number for number, _, _ in found], dtype=torch.int64)
+        return _sample(*pack(image for _, image, _ in found), index, self.labels[index]), unreadable
+
+    def _nearest_readable(self, number: int) -> tuple[int, Tensor | None, list[Unreadable]]:
+        """The first readable image from `number` on, its number, and the unreadable files before it."""
+        skipped: list[Unreadable] = []
+        while len(skipped) <= MOST_UNREADABLE * len(self):
+            name = self.names[number]
+            image = decode_file(self.read, name, self.max_side)
+            if isinstance(image, Tensor):
+                return number, image, skipped
+            skipped.append(image)
+            number = (number + 1) % len(self)
+        return number, None, skipped
+
+
+class Source(ABC):
+    """Where images come from. The constructor checks what it can without decoding anything."""
+
+    registry_kind: ClassVar[str] = "source"
+
+    @abstractmethod
+    def train(self) -> ImageSet:
+        """The training images; the same object at every call."""
+
+    def val(self) -> ImageSet | None:
+        """Held-out labelled images, or None; the same object at every call."""
+        return None
+
+    def statistics(self) -> Statistics:
+        """Mean and standard deviation of each channel, for pixels in [0, 1].
+
+        Measured on training images held in memory; ImageNet's where they stream.
+        """
+        images = self.train()
+        return measure(images.images, images.sizes) if isinstance(images, InMemory) else KNOWN["imagenet"]
+
+
+def stratified(labels: Tensor, count: int) -> Tensor:
+    """Chooses `count` of n images evenly: each class keeps its share to within one image, strided within the class.
+
+    labels: int64 [n]. Returns the chosen numbers, sorted: int64 [min(count, n)]. No randomness.
+    """
+    n = len(labels)
+    if count >= n:
+        return torch.arange(n)
+    by_class = labels.argsort(stable=True)
+    middles = (2 * torch.arange(count) + 1) * n // (2 * count)
+    return by_class[middles].sort().values

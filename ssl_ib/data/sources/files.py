@@ -1,0 +1,235 @@
+"""What folders and archives share: from a list of named files to training and held-out image sets.
+
+Shapes: n images in a set, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...hints import Positive, PositiveInt, Ratio
+from .. import statistics as known_statistics
+from ..decode import Unreadable, decode_file, num_threads, pack
+from ..statistics import KNOWN, Statistics
+from .base import ImageSet, InMemory, Source, Streamed, stratified
+
+log = logging.getLogger(__name__)
+
+#: Files handed to a thread at a time.
+_BLOCK = 64
+#: Below so many pixels an image, threads wait for Python's lock longer than they decode (measured).
+_WORTH_THREADS = 96 * 96
+
+
+class Files(ABC):
+    """The image files of a folder or archive.
+
+    names: sorted relative paths with "/" between their parts.
+    top:   what every name begins with and the layout leaves out, such as "cifar10/".
+    """
+
+    names: list[str]
+    top: str = ""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The bytes of one file; may be called from several threads and processes."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Files that form one set: their names and labels, int64 [n], -1 where unknown."""
+
+    names: list[str]
+    labels: Tensor
+
+    def rows(self, index: Tensor) -> Split:
+        """The files with the numbers `index`."""
+        return Split([self.names[i] for i in index.tolist()], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The classes that the folders stand for, sorted, and the files of each split."""
+
+    classes: list[str]
+    train: Split
+    val: Split | None
+
+
+def _split_folders(names: Sequence[str]) -> tuple[str, list[str]]:
+    """The folders (ending in "/", or "" for all) of the training split and of the splits that may be held out."""
+    folders = {name.split("/", 1)[0] for name in names if "/" in name}
+    held_out = [split for split in ("val", "test") if split in folders]
+    alone = folders == {"train"} and all("/" in name for name in names)
+    # A folder named `train` among others may be a class: the vehicle.
+    if "train" in folders and (held_out or alone):
+        return "train/", [f"{split}/" for split in held_out]
+    return "", []
+
+
+def arrange(names: Sequence[str], top: str = "", val_fraction: float = 0.1) -> Layout:
+    """Reads splits and labels out of paths: `[top][train/|val/|test/][class/...]file`.
+
+    Where no held-out folder has classes, `val_fraction` of the labelled training images is held out, stratified.
+    """
+    folder, held_out = _split_folders([name[len(top) :] for name in names])
+
+    def of(folder: str) -> list[tuple[str, str | None]]:
+        """The files below a folder, each with its class or None."""
+        prefix = top + folder
+        found = [(name, name[len(prefix) :].split("/")) for name in names if name.startswith(prefix)]
+        return [(name, parts[0] if len(parts) > 1 else None) for name, parts in found]
+
+    train = of(folder)
+    val = next((files for files in map(of, held_out) if any(label is not None for _, label in files)), [])
+    classes = sorted({label for _, label in train + val if label is not None})
+    number = {None: -1} | {label: k for k, label in enumerate(classes)}
+
+    def split(files: list[tuple[str, str | None]]) -> Split:
+        return Split(
+            [name for name, _ in files], torch.tensor([number[label] for _, label in files], dtype=torch.int64)
+        )
+
+    everything = split(train)
+    if val:
+        return Layout(classes, everything, split([file for file in val if file[1] is not None]))
+    labelled = (everything.labels >= 0).nonzero()[:, 0]
+    chosen = labelled[stratified(everything.labels[labelled], int(val_fraction * len(labelled)))]
+    if len(chosen) == 0:
+        return Layout(classes, everything, None)
+    kept = torch.ones(len(train), dtype=torch.bool)
+    kept[chosen] = False
+    return Layout(classes, everything.rows(kept.nonzero()[:, 0]), everything.rows(chosen))
+
+
+def _decode_block(read: Callable[[str], bytes], max_side: int, names: Sequence[str]) -> list[Tensor | Unreadable]:
+    return [decode_file(read, name, max_side) for name in names]
+
+
+def _decoded(read: Callable[[str], bytes], names: Sequence[str], max_side: int) -> Iterator[list[Tensor | Unreadable]]:
+    """Decodes the files in order, a block at a time; the blocks after the first in threads, where that pays."""
+    blocks = [names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)]
+    work = partial(_decode_block, read, max_side)
+    first = work(blocks[0])
+    yield first
+    largest = max((image[0].numel() for image in first if isinstance(image, Tensor)), default=0)
+    if largest < _WORTH_THREADS or num_threads() == 1:
+        yield from map(work, blocks[1:])
+        return
+    with ThreadPoolExecutor(num_threads()) as pool:
+        yield from pool.map(work, blocks[1:])
+
+
+def hold(
+    read: Callable[[str], bytes], split: Split, classes: Sequence[str], max_side: int, most_bytes: float
+) -> InMemory | None:
+    """Decodes a split into memory; None as soon as it is clear that it takes more than `most_bytes`.
+
+    Unreadable files are left out, and the numbers close up. Raises UserError where they are more than 1 %.
+    """
+    n = len(split.names)
+    # The canvas grows when a larger image turns up. Since n is known, one image is enough to refuse a large set.
+    canvas = torch.empty(n, 3, 0, 0, dtype=torch.uint8)
+    sizes = torch.zeros(n, 2, dtype=torch.int64)
+    readable = torch.ones(n, dtype=torch.bool)
+    unreadable: list[Unreadable] = []
+    seen = held = 0
+    with closing(_decoded(read, split.names, max_side)) as blocks:
+        for block in blocks:
+            readable[seen : seen + len(block)] = torch.tensor([isinstance(image, Tensor) for image in block])
+            seen += len(block)
+            unreadable += [file for file in block if isinstance(file, Unreadable)]
+            images = [image for image in block if isinstance(image, Tensor)]
+            if not images:
+                continue
+            packed, packed_sizes = pack(images)
+            (old_height, old_width), (height, width) = canvas.shape[2:], packed.shape[2:]
+            new_height, new_width = max(old_height, height), max(old_width, width)
+            if n * 3 * new_height * new_width > most_bytes:
+                return None
+            if (new_height, new_width) != (old_height, old_width):
+                grown = torch.zeros(n, 3, new_height, new_width, dtype=torch.uint8)
+                grown[:held, :, :old_height, :old_width] = canvas[:held]
+                canvas = grown
+            rows = slice(held, held + len(images))
+            canvas[rows, :, :height, :width], sizes[rows] = packed, packed_sizes
+            held += len(images)
+    found = InMemory(canvas[:held], split.labels[readable], classes, sizes[:held])
+    found.record(unreadable, total=n)
+    return found
+
+
+class FileSource(Source):
+    """A source of image files with splits and labels in their paths; where they lie is for the subclass to say.
+
+    The arguments are described where users look for them: at the source `folder`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        val_fraction: Ratio = 0.1,
+        limit: PositiveInt | None = None,
+        max_side: PositiveInt = 512,
+        memory_gb: Positive = 4.0,
+        statistics: str | None = None,
+    ):
+        self.path, self.val_fraction, self.limit = path, val_fraction, limit
+        self.max_side, self.memory_gb = max_side, memory_gb
+        self._statistics = known_statistics.check(statistics) or known_statistics.recognise(path)
+        self._files: Files | None = None
+        self._layout: Layout | None = None
+        self._sets: dict[str, ImageSet | None] = {}
+        self._check()
+
+    @abstractmethod
+    def _check(self) -> None:
+        """Raises UserError where the path is missing or holds no image; reads as little as that takes."""
+
+    @abstractmethod
+    def _list(self) -> Files:
+        """The image files."""
+
+    def train(self) -> ImageSet:
+        return self._set("train")
+
+    def val(self) -> ImageSet | None:
+        return self._set("val")
+
+    def statistics(self) -> Statistics:
+        return KNOWN[self._statistics] if self._statistics else super().statistics()
+
+    def _set(self, name: str) -> ImageSet | None:
+        if name not in self._sets:
+            if self._files is None:
+                self._files = self._list()
+                self._layout = arrange(self._files.names, self._files.top, self.val_fraction)
+            split = getattr(self._layout, name)
+            if split is not None and name == "train" and self.limit is not None:
+                split = split.rows(stratified(split.labels, self.limit))
+            self._sets[name] = None if split is None else self._images(split)
+            if len(self._sets) == 2:
+                # A compressed archive's bytes are in memory: let them go.
+                self._files = self._layout = None
+        return self._sets[name]
+
+    def _images(self, split: Split) -> ImageSet:
+        assert self._files is not None and self._layout is not None
+        read, classes = self._files.read, self._layout.classes
+        held = hold(read, split, classes, self.max_side, self.memory_gb * 1e9)
+        if held is not None:
+            return held
+        log.info(
+            "%s: %d images stream, as they take more than %g GB decoded", self.path, len(split.names), self.memory_gb
+        )
+        return Streamed(read, split.names, split.labels, classes, self.max_side)

@@ -1,0 +1,208 @@
+"""How a view is drawn from an image: `Augment` is one view's distribution, `Views` all views of a recipe.
+
+A view is drawn in two acts. First its parameters, a few numbers an image, on the CPU: they are functions of the image's
+key alone, come out alike wherever the pixels are, and tell which images an operation applies to without waiting for
+the device. Then the pixels, on the images' device, for the whole batch at once.
+
+Shapes: B images, H x W pixels of the source, h x w of a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import random
+from ...errors import UserError
+from ...types import Sample
+from . import colour, resample
+
+# A stream an operation, so that its draw does not depend on which other operations are on.
+_CROP, _FLIP, _JITTER, _ORDER, _GREY, _BLUR, _SOLARISE = range(7)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What was drawn for one view of B images; on the CPU.
+
+    boxes:    int64 [B, 4], (top, left, height, width).
+    flip:     bool [B].
+    factors:  float32 [B, 4], brightness, contrast, saturation, hue; (1, 1, 1, 0) where there is no jitter.
+    order:    int64 [B, 4], the order of the four.
+    grey:     bool [B].
+    sigma:    float32 [B], the blur's width in pixels; 0 where there is none.
+    solarise: bool [B].
+    """
+
+    boxes: Tensor
+    flip: Tensor
+    factors: Tensor
+    order: Tensor
+    grey: Tensor
+    sigma: Tensor
+    solarise: Tensor
+
+
+@dataclass(frozen=True)
+class Augment:
+    """The distribution of one view: crop, flip, colour jitter, grey, blur, solarise, in this order.
+
+    size:       pixels of a side of the view.
+    scale:      range of the crop's share of the image's area, within (0, 1].
+    ratio:      range of the crop's width / height.
+    flip:       probability of a horizontal flip.
+    jitter:     strength of brightness, contrast, saturation (factors in [max(0, 1 - s), 1 + s]) and hue (shift in
+                [-s, s] turns, s <= 0.5); applied with probability jitter_p.
+    grey_p:     probability of turning grey.
+    blur_p:     probability of a Gaussian blur with sigma uniform in blur_sigma, in pixels of the view. Its kernel spans
+                about a tenth of the view: 23 pixels at 224, 3 at 32.
+    solarise_p: probability of inverting the pixels above one half.
+
+    Raises UserError where a number is out of its range.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter_p: float = 0.8
+    grey_p: float = 0.0
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarise_p: float = 0.0
+    interpolation: resample.Interpolation = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"scale: expected 0 < low <= high <= 1, got {self.scale}")
+        for name in ("ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise UserError(f"{name}: expected 0 < low <= high, got {(low, high)}")
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise UserError(f"jitter: expected strengths of 0 or more, that of the hue up to 0.5, got {self.jitter}")
+        for name in ("flip", "jitter_p", "grey_p", "blur_p", "solarise_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: expected a probability, got {getattr(self, name)}")
+
+    @property
+    def blur_radius(self) -> int:
+        """Pixels the blur reaches to either side: its kernel is the odd one next to size / 10."""
+        return min(max(1, self.size // 20), self.size - 1)
+
+    def draw(self, keys: Tensor, sizes: Tensor) -> Parameters:
+        """Draws a view's parameters: keys int64 [B], sizes int64 [B, 2] of (height, width)."""
+        keys, sizes = keys.cpu(), sizes.cpu()
+        sigma = random.uniform(random.fold(keys, _BLUR), 2, *self.blur_sigma)[:, 1]
+        return Parameters(
+            boxes=resample.sample_boxes(random.fold(keys, _CROP), sizes, self.scale, self.ratio),
+            flip=_chance(keys, _FLIP, self.flip),
+            factors=self._factors(keys),
+            order=random.permutation(random.fold(keys, _ORDER), 4),
+            grey=_chance(keys, _GREY, self.grey_p),
+            sigma=sigma * _chance(keys, _BLUR, self.blur_p),
+            solarise=_chance(keys, _SOLARISE, self.solarise_p),
+        )
+
+    def _factors(self, keys: Tensor) -> Tensor:
+        strength = torch.tensor(self.jitter)
+        neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+        low, high = neutral - strength, neutral + strength
+        low[:3].clamp_min_(0.0)
+        # The stream's first draw decides whether there is jitter at all.
+        factors = low + (high - low) * random.uniform(random.fold(keys, _JITTER), 5)[:, 1:]
+        return torch.where(_chance(keys, _JITTER, self.jitter_p)[:, None], factors, neutral)
+
+    def apply(self, images: Tensor, drawn: Parameters) -> Tensor:
+        """Makes the view: images uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1]."""
+        view = resample.resized_crop(images, drawn.boxes, self.size, drawn.flip, self.interpolation).clamp_(0.0, 1.0)
+        if self.jitter_p and any(self.jitter):
+            view = colour.colour_jitter(view, drawn.factors, drawn.order)
+        _on_rows(view, drawn.grey, colour.greyscale)
+        blurred = drawn.sigma > 0
+        sigma = drawn.sigma[blurred]
+        _on_rows(view, blurred, lambda x: resample.gaussian_blur(x, sigma, self.blur_radius).clamp_(0.0, 1.0))
+        _on_rows(view, drawn.solarise, colour.solarise)
+        return view
+
+    def __call__(self, images: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """One view an image: uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1].
+
+        keys:  int64 [B]; the same key draws the same parameters, whatever else is in the batch and on whatever device,
+               and the same pixels but for rounding: a matrix product may add up otherwise in another batch size (a few
+               units of 1e-7). Keys that are on the CPU already save a wait for the device.
+        sizes: int64 [B, 2], (height, width) of images that lie padded in the top-left corner.
+        """
+        return self.apply(images, self.draw(keys, resample.full_sizes(images) if sizes is None else sizes))
+
+
+def _chance(keys: Tensor, stream: int, probability: float) -> Tensor:
+    """True with the given probability, by the first draw of a stream: keys [B] -> bool [B]."""
+    return random.uniform(random.fold(keys, stream), 1)[:, 0] < probability
+
+
+def _on_rows(images: Tensor, chosen: Tensor, operation: Callable[[Tensor], Tensor]) -> None:
+    """Applies an operation in place to the images chosen (bool [B], on the CPU), and spends nothing on the others."""
+    rows = chosen.nonzero()[:, 0]
+    if len(rows):
+        rows = rows.to(images.device)
+        images[rows] = operation(images[rows])
+
+
+class Views:
+    """The views of a recipe, drawn in batch, and the plain view that is evaluated.
+
+    augments:   one distribution a view.
+    crop_ratio: the evaluation view's size over the side that the shorter side of the image is resized to, in (0, 1].
+    """
+
+    registry_kind: ClassVar[str] = "views"
+
+    def __init__(self, augments: Sequence[Augment], crop_ratio: float = 1.0):
+        self.augments, self.crop_ratio = list(augments), crop_ratio
+        self._mean, self._std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """[C, H, W] of each view."""
+        return tuple((3, augment.size, augment.size) for augment in self.augments)
+
+    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Sets what views are normalised with, channel by channel, for pixels in [0, 1]; until then they are not."""
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise UserError(f"expected a mean and a positive std for each of 3 channels, got {mean} and {std}")
+        self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
+        self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+
+    def draw(self, sample: Sample, keys: list[Tensor]) -> list[Tensor]:
+        """One view of each augment: keys, an int64 [B] a view -> normalised float32 [B, 3, h, w] a view.
+
+        Reads `sample.extra["size"]` where images are padded. See `Augment.__call__`.
+        """
+        sizes = sample.extra.get("size")
+        drawn = zip(self.augments, keys, strict=True)
+        return [self._normalised(augment(sample.images, key, sizes)) for augment, key in drawn]
+
+    def center(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """The view that is evaluated: the first view's size, cut from the centre, without chance; normalised.
+
+        The shorter side is resized to size / crop_ratio, so that images of the view's size stay as they are at a
+        crop_ratio of 1. images: uint8 [B, 3, H, W]; sizes: int64 [B, 2] where they are padded. Returns float32
+        [B, 3, h, w].
+        """
+        size, interpolation = self.augments[0].size, self.augments[0].interpolation
+        sizes = resample.full_sizes(images) if sizes is None else sizes
+        view = resample.centre_crop(images, sizes, round(size / self.crop_ratio), size, interpolation)
+        return self._normalised(view.clamp_(0.0, 1.0))
+
+    def denormalize(self, views: Tensor) -> Tensor:
+        """Normalised views [..., 3, h, w] back to [0, 1], for figures."""
+        return (views * self._std.to(views.device) + self._mean.to(views.device)).clamp_(0.0, 1.0)
+
+    def _normalised(self, views: Tensor) -> Tensor:
+        return views.sub_(self._mean.to(views.device)).div_(self._std.to(views.device))

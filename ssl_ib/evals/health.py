@@ -1,0 +1,70 @@
+"""Signs of life in a representation, read without labels: its rank, its spread, and the geometry of its pairs.
+
+Everything is computed in float64 (a collapse shows in the last digits) and stays finite on collapsed features. Features
+that are not finite give nan.
+
+Shapes: n rows, D feature dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def rankme(features: Tensor) -> float:
+    """Effective rank of features [n, D], in [1, min(n, D)]: 1 when all rows are alike, D when no direction is favoured.
+
+    The exponential of the entropy of the singular values, normalised to sum to 1 (Garrido et al., ICML 2023, eq. 1;
+    their epsilon of 1e-7 in the logarithm is not needed with 0 log 0 = 0). Costs n D min(n, D); a few thousand rows do.
+    """
+    if not features.isfinite().all():
+        return float("nan")
+    spectrum = torch.linalg.svdvals(features.double())
+    total = spectrum.sum()
+    if total == 0:
+        return 1.0
+    return torch.special.entr(spectrum / total).sum().exp().item()
+
+
+@torch.no_grad()
+def dimension_std(features: Tensor) -> float:
+    """Spread of features [n, D] in [0, 1]: 0 when all rows point one way, 1 when every dimension varies alike.
+
+    The mean over dimensions of the standard deviation of the L2-normalised rows, times sqrt(D) (Chen and He, CVPR 2021,
+    section 4.1).
+    """
+    unit = F.normalize(features.double(), dim=1)
+    return (unit.std(dim=0, unbiased=False).mean() * unit.shape[1] ** 0.5).item()
+
+
+@torch.no_grad()
+def alignment(x: Tensor, y: Tensor) -> float:
+    """Mean squared distance of paired rows x, y [n, D] on the unit sphere, in [0, 4]; 0 when the pairs agree.
+
+    Wang and Isola (ICML 2020), with exponent 2. Rows are L2-normalised here.
+    """
+    difference = F.normalize(x.double(), dim=1) - F.normalize(y.double(), dim=1)
+    return difference.square().sum(dim=1).mean().item()
+
+
+@torch.no_grad()
+def uniformity(x: Tensor, t: float = 2.0, chunk: int = 1024) -> float:
+    """Log of the mean of exp(-t |a - b|^2) over pairs of rows of x [n, D]: 0 when all agree, and lower is better.
+
+    Wang and Isola (ICML 2020). Rows are L2-normalised here; `chunk` rows at a time bound the memory to chunk x n.
+    A single row has no pair, and gives nan.
+    """
+    unit = F.normalize(x.double(), dim=1)
+    n, norms = len(unit), unit.square().sum(dim=1)
+    potential = torch.zeros((), dtype=torch.float64, device=x.device)
+    for start in range(0, n, chunk):
+        rows = slice(start, start + chunk)
+        distances = norms[rows, None] + norms - 2 * unit[rows] @ unit.T
+        # Rounding can leave a distance just below 0.
+        energies = (-t * distances.clamp_min(0)).exp()
+        energies.diagonal(start).zero_()
+        potential += energies.sum()
+    return (potential / (n * (n - 1))).log().item()

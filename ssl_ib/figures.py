@@ -1,0 +1,252 @@
+"""The pictures a run leaves in `figures/`: its losses, its kNN accuracy, and what the model saw and rebuilt.
+
+Drawn with matplotlib's objects on the Agg canvas, without pyplot: no display, no global state.
+
+Shapes: B images, C channels, L patches, p pixels a patch side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from .errors import UserError
+
+_DPI = 120
+_INK, _MUTED, _FAINT = "#222222", "#6b6b6b", "#d9d9d9"
+_BLUE, _TEAL = "#2a5f9e", "#3b8686"
+_GREY = 0.55  # of a hidden patch, in [0, 1]
+
+
+def loss_curves(rows: Sequence[dict[str, Any]], path: Path | str) -> None:
+    """Draws `loss` over the run, and below it one small panel a `loss/<term>`: the raw values faint, smoothed on top.
+
+    rows: as in `metrics.jsonl`; those without a loss are passed over. Raises UserError where none has one.
+    """
+    rows = [row for row in rows if "loss" in row]
+    if not rows:
+        raise UserError("loss curves: expected rows with `loss`, got none")
+    x, unit = _clock(rows)
+    terms = list(dict.fromkeys(key for row in rows for key in row if key.startswith("loss/")))
+    columns = min(max(len(terms), 1), 3)
+    small_rows = math.ceil(len(terms) / columns)
+
+    figure = _chart(8, 3.4 + 1.9 * small_rows)
+    grid = figure.add_gridspec(1 + small_rows, columns, height_ratios=[1.7] + [1] * small_rows)
+    total = figure.add_subplot(grid[0, :])
+    _curve(total, x, _numbers(rows, "loss"), _BLUE)
+    _tidy(total, "Training loss", unit)
+    for place, term in enumerate(terms):
+        panel = figure.add_subplot(grid[1 + place // columns, place % columns], sharex=total)
+        _curve(panel, x, _numbers(rows, term), _TEAL)
+        _tidy(panel, term.removeprefix("loss/"), unit, small=True)
+    figure.savefig(path)
+
+
+def knn_curve(
+    rows: Sequence[dict[str, Any]], path: Path | str, raw_pixels: float | None = None, untrained: float | None = None
+) -> None:
+    """Draws `knn/top1` over the run, against the same classifier on raw pixels and on the untrained encoder.
+
+    rows: as in `metrics.jsonl`; those without `knn/top1` are passed over. All accuracies are in [0, 1]; a reference
+    that is None is left out. Raises UserError where no row has an accuracy.
+    """
+    rows = [row for row in rows if "knn/top1" in row]
+    if not rows:
+        raise UserError("kNN curve: expected rows with `knn/top1`, got none")
+    x, unit = _clock(rows)
+    accuracy = 100 * _numbers(rows, "knn/top1")
+
+    figure = _chart(8, 4)
+    axes = figure.add_subplot()
+    axes.plot(x, accuracy, color=_BLUE, linewidth=2, marker="o", markersize=4.5, zorder=3)
+    lines = [("this run", accuracy[-1], _BLUE)]
+    for name, value in (("raw pixels", raw_pixels), ("untrained encoder", untrained)):
+        if value is not None:
+            axes.axhline(100 * value, color=_MUTED, linewidth=1, linestyle=(0, (5, 3)))
+            lines.append((name, 100 * value, _MUTED))
+    axes.margins(y=0.1)
+    _label_lines(axes, [line for line in lines if np.isfinite(line[1])])
+    _tidy(axes, "kNN top-1 accuracy on frozen features (%)", unit)
+    figure.savefig(path)
+
+
+def reconstructions(
+    views: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    reconstructions: Sequence[Tensor | None] | None,
+    patch: int,
+    path: Path | str,
+    num: int = 8,
+) -> None:
+    """Draws the first `num` images as columns; as rows, for each view: the view, the view masked, its reconstruction.
+
+    views:           one [B, 3, H, W] a view, in [0, 1]; H and W may differ between views.
+    masks:           one bool [B, L] a view, True = hidden, over the patches row-major; None leaves its row out.
+    reconstructions: one [B, 3, H, W] a view, in [0, 1] (values outside are clipped); None leaves its row out.
+    patch:           side of a patch in pixels. Raises UserError where the views are not cut into L patches of it.
+    """
+    if reconstructions is None:
+        reconstructions = [None] * len(views)
+    groups = []
+    for number, (view, mask, image) in enumerate(zip(views, masks, reconstructions, strict=True), start=1):
+        group = [(f"view {number}" if len(views) > 1 else "image", view[:num])]
+        if mask is not None:
+            group.append(("masked", hide(view[:num], mask[:num], patch)))
+        if image is not None:
+            group.append(("reconstruction", image[:num]))
+        groups.append(group)
+    title = "What the model sees"
+    if any(image is not None for image in reconstructions):
+        title += ", and what it reconstructs"
+    _contact_sheet(groups, title, path)
+
+
+def hide(images: Tensor, mask: Tensor, patch: int) -> Tensor:
+    """Greys the hidden patches: images [B, C, H, W] in [0, 1], mask bool [B, L] (True = hidden) -> [B, C, H, W].
+
+    Raises UserError where the images are not cut into L patches of side `patch`.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = height // patch, width // patch
+    if (rows * patch, columns * patch) != (height, width) or mask.shape[1] != rows * columns:
+        raise UserError(
+            f"mask: expected one entry a patch of side {patch} in an image of {height} x {width} pixels, "
+            f"got {mask.shape[1]} entries"
+        )
+    hidden = mask.reshape(-1, 1, rows, columns).repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)
+    return images.masked_fill(hidden, _GREY)
+
+
+def unpatchify(pred: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Puts patches together: [B, L, p * p * 3] -> images [B, 3, rows * p, columns * p], with grid = (rows, columns).
+
+    In MAE's order: patches row-major; within a patch row, column, channel, the channel running fastest.
+    """
+    rows, columns = grid
+    batch, num_patches, numbers = pred.shape
+    p = math.isqrt(numbers // 3)
+    assert num_patches == rows * columns and numbers == 3 * p * p, f"{tuple(pred.shape)} is no {rows} x {columns} grid"
+    return pred.view(batch, rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, rows * p, columns * p)
+
+
+def _chart(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, whose axes will fill it."""
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _clock(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, str]:
+    """What to draw the rows over: their epochs where no two share one, otherwise their steps."""
+    epochs = _numbers(rows, "epoch")
+    if (np.diff(epochs) > 0).all():
+        return epochs, "epoch"
+    return _numbers(rows, "step"), "step"
+
+
+def _numbers(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+    """A column of the rows, nan where a row has no such number."""
+    values = (row.get(key) for row in rows)
+    return np.array([math.nan if value is None else value for value in values], dtype=float)
+
+
+def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
+    y = np.where(np.isfinite(y), y, np.nan)
+    if len(y) < 30:
+        axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=3)
+        return
+    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.25)
+    axes.plot(x, _smooth(y, width=max(len(y) // 40, 3)), color=color, linewidth=1.6)
+
+
+def _smooth(y: np.ndarray, width: int) -> np.ndarray:
+    """Mean over a centred window of `width` (made odd) points, fewer at the ends; nan counts for nothing, and stays."""
+    window, finite = np.ones(2 * (width // 2) + 1), np.isfinite(y)
+    count = np.convolve(finite, window, mode="same")
+    mean = np.convolve(np.where(finite, y, 0), window, mode="same") / np.maximum(count, 1)
+    return np.where(finite, mean, np.nan)
+
+
+def _tidy(axes: Axes, title: str, unit: str, small: bool = False) -> None:
+    size = 9 if small else 10
+    axes.set_title(title, loc="left", fontsize=size + 1, color=_INK)
+    axes.set_xlabel(unit, fontsize=size - 1, color=_MUTED)
+    axes.tick_params(colors=_MUTED, labelsize=size - 1, length=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    # Whole epochs or steps, as long as that leaves two of them to mark; a single point has only one.
+    ticks = 2 if axes.dataLim.width else 1
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if small else 8, integer=True, min_n_ticks=ticks))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4 if small else 6, steps=[1, 2, 5, 10]))
+
+
+def _label_lines(axes: Axes, lines: Sequence[tuple[str, float, str]]) -> None:
+    """Names lines (name, height in %, colour) at the right of the axes, spread so that no two names overlap."""
+    bottom, top = axes.get_ylim()
+    gap = 0.065 * (top - bottom)
+    height = -math.inf
+    for name, value, color in sorted(lines, key=lambda line: line[1]):
+        height = max(value, height + gap)
+        axes.text(
+            1.01,
+            height,
+            f"{name}  {value:.1f}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            color=color,
+            fontsize=9,
+        )
+
+
+def _contact_sheet(groups: Sequence[Sequence[tuple[str, Tensor]]], title: str, path: Path | str) -> None:
+    """Draws groups of named rows of images [n, C, H, W] under a title, each name at the left, pixel for pixel."""
+    gap, between, left, head = 6, 20, 132, 40
+    tiles = [[(name, _enlarge(images)) for name, images in group] for group in groups]
+    every = [row for group in tiles for _, row in group]
+    cell = max(row.shape[2] for row in every) + gap
+    width = left + max(map(len, every)) * cell + gap
+    height = head + sum(row.shape[1] + gap for row in every) + between * (len(groups) - 1) + gap
+    sheet = np.ones((height, width, 3), dtype=np.float32)
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    figure.text(left / width, 1 - head / 2 / height, title, color=_INK, fontsize=11, va="center")
+    y = head
+    for group in tiles:
+        for name, row in group:
+            _, h, w, _ = row.shape
+            for column, tile in enumerate(row):
+                x = left + column * cell + (cell - gap - w) // 2
+                sheet[y : y + h, x : x + w] = tile
+            where = (left - 10) / width, 1 - (y + h / 2) / height
+            figure.text(*where, name, color=_MUTED, fontsize=9, ha="right", va="center")
+            y += h + gap
+        y += between
+    figure.figimage(sheet, zorder=-1)
+    figure.savefig(path)
+
+
+def _enlarge(images: Tensor) -> np.ndarray:
+    """Images [n, C, H, W] in [0, 1], C 1 or 3, as tiles [n, h, w, 3] about 100 to 200 pixels high."""
+    images = images.detach().float().cpu().clamp(0, 1)
+    height = images.shape[2]
+    if height > 200:
+        images = F.interpolate(images, scale_factor=160 / height, mode="bilinear", antialias=True)
+    else:
+        # By a whole factor, so that a pixel stays a square and the borders of patches stay sharp.
+        zoom = max(1, math.ceil(112 / height))
+        images = images.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,158 @@
+"""A timm backbone as every model here uses it: on all patches of a view, or on its visible ones alone.
+
+Shapes: B images, L patches, K kept, P prefix tokens (class, registers), D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import UserError, nearest
+from .positions import sincos_positions
+
+Pool = Literal["cls", "mean"]
+
+
+class Encoder(nn.Module):
+    """A timm backbone without its classifier.
+
+    name, arguments: as for `timm.create_model`; the image size is set from `shape` where the model takes one.
+    shape:           [C, H, W] of a view.
+    pool:            what stands for the image in a vision transformer: the class token or the mean of the patches.
+    positions:       "learned" (timm's) or "sincos" (fixed, in MAE's layout).
+
+    Raises UserError for a name or argument timm does not take, or an image the patches do not divide.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: dict[str, Any],
+        shape: tuple[int, int, int],
+        pool: Pool = "cls",
+        positions: Literal["learned", "sincos"] = "learned",
+    ):
+        super().__init__()
+        channels, height, width = shape
+        self.name, self.pool = name, pool
+        self.arguments = {"num_classes": 0, "in_chans": channels, **arguments}
+        self.backbone = self._create(height, width)
+        self.is_vit = isinstance(self.backbone, VisionTransformer)
+        self.width: int = self.backbone.num_features
+        self.num_prefix_tokens: int = self.backbone.num_prefix_tokens if self.is_vit else 0
+        self.patch_size: int | None = self.backbone.patch_embed.patch_size[0] if self.is_vit else None
+        if self.is_vit:
+            self._check_vit(shape)
+            if positions == "sincos":
+                self._fix_positions()
+        elif positions == "sincos":
+            raise UserError(f"positions=sincos needs a vision transformer, and {name!r} is none")
+
+    def _create(self, height: int, width: int) -> nn.Module:
+        if not timm.is_model(self.name):
+            choices = timm.list_models(f"*{self.name.split('_')[0]}*") or timm.list_models("vit*")
+            raise UserError(f"timm has no backbone {self.name!r}{nearest(self.name, choices[:40])}")
+        arguments = dict(self.arguments)
+        if timm.models.is_model_in_modules(self.name, ["vision_transformer"]):
+            arguments.setdefault("img_size", (height, width) if height != width else height)
+        try:
+            backbone = timm.create_model(self.name, **arguments)
+        except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+            patch = arguments.get("patch_size")
+            if isinstance(patch, int) and (height % patch or width % patch):
+                raise self._indivisible(height, width, patch) from None
+            raise UserError(f"timm could not build {self.name!r} with {arguments}: {error}") from None
+        self.arguments = arguments
+        return backbone
+
+    @staticmethod
+    def _indivisible(height: int, width: int, patch: int) -> UserError:
+        return UserError(
+            f"a view of {height} x {width} pixels cannot be cut into patches of {patch}: change views.size"
+        )
+
+    def _check_vit(self, shape: tuple[int, int, int]) -> None:
+        _, height, width = shape
+        if height % self.patch_size or width % self.patch_size:
+            raise self._indivisible(height, width, self.patch_size)
+        if self.pool == "cls" and not self.backbone.has_class_token:
+            raise UserError(f"pool=cls needs a class token, and {self.name!r} has none: use pool=mean")
+
+    def _fix_positions(self) -> None:
+        table = self.backbone.pos_embed
+        positions = sincos_positions(self.width, self.backbone.patch_embed.grid_size)
+        prefix = table.shape[1] - len(positions)
+        with torch.no_grad():
+            table.copy_(torch.cat([positions.new_zeros(prefix, self.width), positions])[None])
+        table.requires_grad_(False)
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """Patches (rows, columns) of a view of shape [C, H, W]; None without patches."""
+        return (shape[1] // self.patch_size, shape[2] // self.patch_size) if self.is_vit else None
+
+    def _embedding(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Positions of the patches [L, D] and the prefix tokens with theirs [P, D]."""
+        vit = self.backbone
+        tokens = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
+        prefix = torch.cat(tokens, dim=1)[0] if tokens else vit.pos_embed.new_zeros(0, self.width)
+        num_positions = 0 if vit.no_embed_class else len(prefix)
+        table = vit.pos_embed
+        if grid != tuple(vit.patch_embed.grid_size):
+            table = resample_abs_pos_embed(table, new_size=list(grid), num_prefix_tokens=num_positions)
+        if num_positions:
+            prefix = prefix + table[0, :num_positions]
+        return table[0, num_positions:], prefix
+
+    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Final-norm tokens of a vision transformer: images [B, C, H, W], keep [B, K] or None -> [B, P + K, D].
+
+        Hidden patches cost nothing: they are neither embedded nor passed through a block.
+        """
+        vit = self.backbone
+        positions, prefix = self._embedding(self.grid(images.shape[1:]))
+        if keep is not None and type(vit.patch_embed) is PatchEmbed and isinstance(vit.patch_embed.norm, nn.Identity):
+            weight, bias = vit.patch_embed.proj.weight, vit.patch_embed.proj.bias
+            x = ops.patch_embed_gather(images, keep, weight, bias, positions, prefix)
+        else:
+            x = vit.patch_embed(images)
+            x = x.flatten(1, 2) if x.ndim == 4 else x
+            x = x + positions.to(x.dtype)
+            x = x if keep is None else ops.token_gather(x, keep)
+            x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        x = vit.norm_pre(vit.pos_drop(x))
+        for block in vit.blocks:
+            x = block(x)
+        return vit.norm(x)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """What stands for the image: tokens [B, P + K, D] -> [B, D]."""
+        pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        return self.backbone.fc_norm(pooled)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        """Tokens (None for a backbone that has none) and the image's features [B, D]."""
+        if self.is_vit:
+            tokens = self.tokens(images, keep)
+            return tokens, self.pooled(tokens)
+        if keep is not None:
+            raise UserError(f"masking needs a vision transformer, and {self.name!r} is none: use masker=none")
+        return None, self.backbone(images)
+
+    def feature_maps(self, images: Tensor, layers: list[int]) -> list[Tensor]:
+        """Spatial features of the given layers, each [B, D, h, w]."""
+        return self.backbone.forward_intermediates(
+            images, indices=layers, intermediates_only=True, output_fmt="NCHW", norm=False
+        )
+
+    def freeze_patch_embed(self) -> None:
+        """Leaves the patch projection at its random start (MoCo v3's remedy for unstable training, section 4.2)."""
+        if not self.is_vit:
+            raise UserError(f"freeze_patch_embed needs a vision transformer, and {self.name!r} is none")
+        self.backbone.patch_embed.requires_grad_(False)

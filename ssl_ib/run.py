@@ -1,0 +1,129 @@
+"""Builds the parts of a run from its configuration, and checks that they fit together before any image is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import distributed, ops
+from .config import PARTS, Config
+from .errors import ConfigError, UserError
+from .part import Criterion, Model, RunInfo, Task, parts
+from .registry import build_part
+from .schedule import Schedule
+
+#: What a dry run is cut down to, so that every recipe passes it on a small machine.
+DRY_BATCH, DRY_BANK_BATCHES, DRY_IMAGES = 8, 4, 64
+
+
+@dataclass
+class Run:
+    """A run's parts. `schedules` lists the numbers that change: (owner, attribute, schedule)."""
+
+    config: Config
+    device: torch.device
+    batch_size: int
+    source: Any
+    views: Any
+    task: Task
+    model: Model
+    criterion: Criterion
+    schedules: list[tuple[Any, str, Schedule]] = field(default_factory=list)
+
+    @property
+    def samples_per_step(self) -> int:
+        """The batch of the linear-scaling rule: over all ranks, an image counted as often as the task says."""
+        return self.batch_size * distributed.world_size() * self.task.samples_per_image
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises UserError for a device that torch does not have."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {name!r} was asked for, but torch sees no CUDA device")
+    return device
+
+
+def build_run(config: Config, dry: bool = False) -> Run:
+    """Builds every part. Raises ConfigError with all that does not fit."""
+    device = choose_device(config.device)
+    problems: list[str] = []
+    built: dict[str, Any] = {}
+    schedules: list[tuple[Any, str, Schedule]] = []
+
+    def build(kind: str, **supplied: Any) -> Any:
+        try:
+            answer = build_part(kind, getattr(config, kind), **supplied)
+        except UserError as error:
+            text = str(error)
+            problems.append(text if text.startswith(f"{kind}.") else f"{kind}: {text}")
+            return None
+        schedules.extend(answer.schedules)
+        built[kind] = answer.part
+        return answer.part
+
+    try:
+        ops.use_backend(config.ops.backend)
+    except UserError as error:
+        problems.append(f"ops.backend: {error}")
+    torch.manual_seed(config.seed)
+    source, views = build("source"), build("views")
+    masked = config.masker["name"] != "none"
+    masker = build("masker") if masked else None
+    batch_size = min(config.batch_size, DRY_BATCH) if dry else config.batch_size
+    if batch_size % config.accumulate:
+        problems.append(
+            f"accumulate: {batch_size} images a step cannot be split into {config.accumulate} equal batches"
+        )
+    model = criterion = None
+    if views is not None:
+        info = {
+            "view_shapes": tuple(tuple(shape) for shape in views.shapes),
+            "batch_size": batch_size // distributed.world_size(),
+            "world_size": distributed.world_size(),
+            "cap": DRY_BANK_BATCHES * batch_size if dry else None,
+            "images": (lambda: len(source.train())) if source is not None else (lambda: 0),
+        }
+        model = build("model", info=RunInfo(**info))
+        criterion = build("criterion", info=RunInfo(**info))
+        if model is not None and not (masked and masker is None):
+            build("task", views=views, masker=masker, info=RunInfo(**info, grid=model.grid))
+    if model is not None and criterion is not None:
+        problems += _fit(config, model, criterion)
+    if batch_size % distributed.world_size():
+        problems.append(f"batch_size: {batch_size} cannot be shared equally by {distributed.world_size()} processes")
+    if problems:
+        raise ConfigError(problems)
+    model.to(device)
+    criterion.to(device)
+    built["task"].to(device)
+    parts_of_run = {kind: built[kind] for kind in PARTS if kind != "masker"}
+    return Run(config, device, batch_size // distributed.world_size(), **parts_of_run, schedules=schedules)
+
+
+def _fit(config: Config, model: Model, criterion: Criterion) -> list[str]:
+    """Whether the model gives what the criterion reads; where it does, tells it so."""
+    missing = criterion.requires - model.provides
+    if missing:
+        return [
+            f"criterion {config.criterion['name']!r} requires {', '.join(sorted(criterion.requires))}, "
+            f"but model {config.model['name']!r} provides {', '.join(sorted(model.provides))}: "
+            f"missing {', '.join(sorted(missing))}"
+        ]
+    model.select(criterion.requires)
+    return []
+
+
+def parameter_counts(run: Run) -> dict[str, int]:
+    """Trained and all parameters of model and criterion."""
+    everything = [p for part in (run.model, run.criterion) for p in part.parameters()]
+    owned = {id(p): p for part in parts(run.model, run.criterion) for g in part.param_groups() for _, p in g.params}
+    return {"trained": sum(p.numel() for p in owned.values()), "all": sum(p.numel() for p in everything)}

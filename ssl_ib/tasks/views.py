@@ -1,0 +1,37 @@
+"""The plain task: random views of each image, each with masks of its own."""
+
+from __future__ import annotations
+
+from .. import random
+from ..errors import UserError
+from ..part import RunInfo, Task
+from ..registry import register_task
+from ..types import Batch, Progress, Sample
+
+#: Streams of the per-image keys: view v draws from VIEW + v, its masks from MASK + v.
+VIEW, MASK = 0, 1000
+
+
+@register_task("views")
+class ViewsTask(Task):
+    """Draws the view recipe's views of each image and masks each view independently."""
+
+    def __init__(self, views, masker, info: RunInfo):
+        super().__init__()
+        self.views, self.masker = views, masker
+        self.grids = [info.grid(shape) for shape in views.shapes]
+        if masker is None:
+            return
+        for shape, grid in zip(views.shapes, self.grids, strict=True):
+            if grid is None:
+                raise UserError(f"masker {type(masker).__name__} needs a model that cuts views of {shape} into patches")
+            if hasattr(masker, "check"):
+                masker.check(grid)
+
+    def prepare(self, sample: Sample, progress: Progress) -> Batch:
+        def keys(stream: int):
+            return random.image_keys(progress.seed, progress.epoch, sample.index, stream)
+
+        drawn = self.views.draw(sample, [keys(VIEW + v) for v in range(len(self.grids))])
+        masks = [None if self.masker is None else self.masker(keys(MASK + v), g) for v, g in enumerate(self.grids)]
+        return Batch(drawn, masks, sample.index, sample.label)

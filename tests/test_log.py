@@ -1,0 +1,119 @@
+"""The record of a run survives a kill, a resumption and numbers that JSON does not know."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ssl_ib import UserError
+from ssl_ib.log import RunLog
+
+
+def row(step: int, **more) -> dict:
+    return {"step": step, "epoch": step // 2, "loss": 1 / (step + 1), **more}
+
+
+def scalars(folder, key):
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(key)]
+
+
+def test_rows_come_back(tmp_path):
+    log = RunLog(tmp_path)
+    rows = [row(i, note="x", best=True, missing=None) for i in range(3)]
+    for each in rows:
+        log.write(each)
+    # Readable by others while the run goes on.
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows
+    assert log.rows() == rows
+    log.close()
+    assert log.rows() == rows
+    assert scalars(tmp_path, "loss") == [(i, pytest.approx(1 / (i + 1))) for i in range(3)]
+
+
+def test_only_numbers_go_to_tensorboard(tmp_path):
+    log = RunLog(tmp_path)
+    log.write(row(0, note="x", best=True, missing=None, lr=0.1, count=3))
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert sorted(board.Tags()["scalars"]) == ["count", "loss", "lr"]
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_tensors_and_non_finite_numbers(tmp_path, on_disk):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    log = RunLog(tmp_path if on_disk else None)
+    log.write(row(0, a=math.nan, b=math.inf, c=torch.tensor(-math.inf), d=torch.tensor(2.0)))
+    if on_disk:
+        json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    (back,) = log.rows()
+    assert math.isnan(back["a"])
+    assert (back["b"], back["c"], back["d"]) == (math.inf, -math.inf, 2.0)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_truncate(tmp_path, on_disk):
+    log = RunLog(tmp_path if on_disk else None)
+    for i in range(6):
+        log.write(row(i))
+    log.truncate(3)
+    assert log.rows() == [row(i) for i in range(4)]
+    log.write(row(4, resumed=1.0))
+    assert log.rows() == [row(i) for i in range(4)] + [row(4, resumed=1.0)]
+    log.truncate(-1)
+    assert log.rows() == []
+
+
+def test_a_resumed_run_continues_exactly(tmp_path):
+    first = RunLog(tmp_path)
+    for i in range(6):
+        first.write(row(i))
+    # Killed: nothing is closed, and the last line is cut short.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "epo')
+
+    second = RunLog(tmp_path)
+    second.truncate(3)
+    for i in range(4, 8):
+        second.write(row(i, loss=100.0 + i))
+    second.close()
+    assert second.rows() == [row(i) for i in range(4)] + [row(i, loss=100.0 + i) for i in range(4, 8)]
+    expected = [(i, pytest.approx(1 / (i + 1))) for i in range(4)] + [(i, 100.0 + i) for i in range(4, 8)]
+    assert scalars(tmp_path, "loss") == expected
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_a_torn_line_does_not_run_into_the_next(tmp_path, cut):
+    log = RunLog(tmp_path)
+    log.write(row(0))
+    log.write(row(1))
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    log = RunLog(tmp_path)
+    log.write(row(2))
+    log.close()
+    # Without the newline alone the line is whole, and is kept.
+    assert log.rows() == [row(0), *([row(1)] if cut == 1 else []), row(2)]
+
+
+def test_a_broken_line_in_the_middle_is_reported(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "epoch": 0}\nnonsense\n{"step": 1, "epoch": 0}\n')
+    with pytest.raises(UserError, match="metrics.jsonl, line 2: expected a JSON object, got b'nonsense'"):
+        RunLog(tmp_path)
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = RunLog(None)
+    log.write(row(0))
+    log.rows()[0]["loss"] = 5
+    assert log.rows() == [row(0)]
+    log.close()
+    assert list(tmp_path.iterdir()) == []
