@@ -180,7 +180,7 @@ def recipes_folder() -> Path:
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
-    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+    return sorted(path.stem for path in recipes_folder().glob("[!_]*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
