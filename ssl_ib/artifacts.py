@@ -48,6 +48,16 @@ def write_environment(out: Path, device: torch.device) -> None:
     (out / "environment.json").write_text(json.dumps(environment(device), indent=2) + "\n")
 
 
+def record_bad_images(trainer: Trainer) -> None:
+    """Adds the images that could not be read so far to `bad_images.txt`, and says so where there are new ones."""
+    path = trainer.out / "bad_images.txt"
+    known = set(path.read_text().splitlines()) if path.is_file() else set()
+    bad = known.union(*(images.bad for images in (trainer.images, trainer.run.source.val()) if images is not None))
+    if bad != known:
+        path.write_text("".join(f"{name}\n" for name in sorted(bad)))
+        print(f"{len(bad)} images could not be read and are left out: {path}", flush=True)
+
+
 def finish(trainer: Trainer) -> list[str]:
     """Draws the figures, saves the backbone, and returns the closing lines; the last one is the comparison."""
     out, results, run = trainer.out, trainer.results, trainer.run
@@ -55,7 +65,7 @@ def finish(trainer: Trainer) -> list[str]:
     folder.mkdir(exist_ok=True)
     rows = trainer.log.rows()
     figures.loss_curves(rows, folder / "loss_curves.png")
-    raw, untrained = (results.get(f"{name}/knn/top1") for name in ("raw_pixels", "untrained"))
+    raw, untrained = (results.get(name, {}).get("knn/top1") for name in ("raw_pixels", "untrained"))
     if any("knn/top1" in row for row in rows):
         figures.knn_curve(rows, folder / "knn_curve.png", raw, untrained)
     draw_views(trainer, folder / "reconstructions.png")
@@ -100,14 +110,13 @@ def summary(trainer: Trainer) -> list[str]:
     results = trainer.results
     minutes, seconds = divmod(round(trainer.seconds), 60)
     ending = f"{minutes} min {seconds:02d} s | {trainer.out}"
-    names = ("untrained", "raw_pixels", "trained")
-    scores = {name: results.get(f"{name}/knn/top1") for name in names}
+    scores = {name: results[name].get("knn/top1") for name in ("untrained", "raw_pixels", "trained")}
     if scores["trained"] is None:
         return [f"no labels, so no kNN | {ending}"]
     lines = []
     if scores["raw_pixels"] is not None and scores["trained"] < scores["raw_pixels"]:
         lines.append("the trained encoder is BELOW raw pixels: kNN on the images themselves does better")
     shown = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items() if v is not None)
-    probe = results.get("trained/linear/top1")
+    probe = results["trained"].get("linear/top1")
     linear = "" if probe is None else f" | linear trained {probe:.4f}"
     return [*lines, f"kNN top-1: {shown}{linear} | {ending}"]

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Pat
 
     Raises UserError where the disk refuses; what was there before is then untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     last, fresh = folder / "last.pt", folder / "last.pt.tmp"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with fresh.open("wb") as file:
             torch.save(state, file)
             file.flush()
@@ -33,14 +33,18 @@ def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Pat
         os.replace(fresh, last)
         if keep_as is not None:
             _alias(last, folder / keep_as)
-    # torch wraps an error of the file in a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
-        fresh.unlink(missing_ok=True)
-        there = f"the checkpoint saved before is intact: {last}" if last.exists() else "no checkpoint was saved before"
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+        # torch may wrap an error of the file in a RuntimeError of its zip writer.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        there = f"{last} is intact" if last.exists() else "no checkpoint was saved before"
         raise UserError(
-            f"could not save {last}: {cause}; {there}. Free some space, then continue with --resume"
+            f"could not save the checkpoint in {folder}: {cause}; {there}. Free some space, then continue with --resume"
         ) from error
+    finally:
+        with suppress(OSError):
+            fresh.unlink()
     return last
 
 
@@ -49,10 +53,14 @@ def _alias(file: Path, name: Path) -> None:
     fresh = name.with_suffix(".tmp")
     fresh.unlink(missing_ok=True)
     try:
-        os.link(file, fresh)
-    except OSError:
-        fresh.write_bytes(file.read_bytes())
-    os.replace(fresh, name)
+        try:
+            os.link(file, fresh)
+        except OSError:
+            shutil.copyfile(file, fresh)
+        os.replace(fresh, name)
+    finally:
+        # Still there where renaming failed, or where both are names of one file and it did nothing.
+        fresh.unlink(missing_ok=True)
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -68,7 +76,7 @@ def load(folder: Path) -> tuple[dict[str, Any], list[str]]:
             continue
         try:
             return torch.load(file, map_location="cpu", weights_only=True), warnings
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
+        except Exception as error:  # Unpickling a torn file can raise anything.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.append(f"{file} cannot be read ({reason}); falling back to the one before")
     if warnings:

@@ -7,13 +7,15 @@ run: `ssl-ib-train runs/x/config.yaml --out elsewhere`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
+from annotated_types import Interval
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 
 from .errors import ConfigError, UserError, nearest
 from .hints import Count, NonNegative, Positive, PositiveInt
@@ -30,8 +32,10 @@ def _number(value: Any) -> Any:
         schedule = Schedule.parse(value, "schedule", problems)
         if schedule is None:
             raise ValueError("a valid schedule: " + "; ".join(problems))
+        if min(schedule.start, schedule.end) < 0:
+            raise ValueError("a schedule of numbers of at least 0")
         return schedule.spec()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError("a number of at least 0, or a schedule {from: .., to: .., shape: ..}")
     return float(value)
 
@@ -123,7 +127,7 @@ class Config(Section):
     epochs: PositiveInt = 100
     batch_size: PositiveInt = 256
     accumulate: PositiveInt = 1
-    seed: Count = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
@@ -134,7 +138,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     ops: OpsConfig = OpsConfig()
-    parallel: Annotated[str, AfterValidator(lambda v: _choice(v, ("none", "ddp")))] = "none"
+    parallel: Literal["none", "ddp"] = "none"
     plugins: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
@@ -143,20 +147,14 @@ class Config(Section):
 
     def yaml(self) -> str:
         """The configuration as it is printed and saved."""
-        return yaml.safe_dump(self.plain(), sort_keys=False, width=100)
-
-
-def _choice(value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"one of {', '.join(choices)}")
-    return value
+        return yaml.dump(self.plain(), Dumper=_Dumper, sort_keys=False, width=100)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a repeated key is an error."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         repeated = {str(key) for key in keys if keys.count(key) > 1}
         if repeated:
             raise yaml.constructor.ConstructorError(
@@ -165,11 +163,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: a text such as 1e-3 gets quotes."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def recipes_folder() -> Path:
@@ -195,8 +198,12 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"unknown recipe {name!r}{nearest(name, recipe_names())}")
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe merged over its `base`. Raises UserError where the file is not a YAML mapping."""
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe merged over its `base`. Raises UserError where the file is not a YAML mapping.
+
+    above: the recipes whose base this is. A recipe may have the name of its base, which is then the shipped one.
+    """
+    above = (*above, path.resolve())
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -209,35 +216,46 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if base is None:
         return data
     below = path.parent / f"{base}.yaml"
-    return merge(read_recipe(below if below.is_file() else find_recipe(str(base))), data)
+    below = below if below.is_file() and below.resolve() != above[-1] else find_recipe(str(base))
+    if below.resolve() in above:
+        raise UserError(f"{path}: base {base!r} leads back to {below}: a recipe cannot be its own base")
+    return merge(read_recipe(below, above), data)
 
 
-def merge(base: Any, over: Any) -> Any:
-    """`over` laid over `base`. Mappings merge key by key; one that names another part replaces the old part whole."""
-    over = {"name": over} if isinstance(over, str) and isinstance(base, dict) and "name" in base else over
+def merge(base: Any, over: Any, section: str | None = None) -> Any:
+    """`over` laid over `base`, both of them of `section` (default: whole recipes).
+
+    Mappings merge key by key; a part that names another one replaces the old part whole.
+    """
+    if section in PARTS:
+        base = _spec(base) if isinstance(over, dict) else base
+        over = _spec(over) if isinstance(base, dict) and "name" in base else over
     if not isinstance(base, dict) or not isinstance(over, dict) or is_schedule(over):
         return over
-    if "name" in over and over["name"] != base.get("name", over["name"]):
+    if section in PARTS and over.get("name", base.get("name")) != base.get("name"):
         return over
-    return base | {key: merge(base.get(key), value) for key, value in over.items()}
+    return base | {key: merge(base.get(key), value, section or key) for key, value in over.items()}
+
+
+def _path(key: str) -> list[str]:
+    """A dotted key's steps; a part's `.name` means the part."""
+    path = key.split(".")
+    return path[:-1] if path[0] in PARTS and path[1:] and path[-1] == "name" else path
 
 
 def _apply(data: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
     """Sets a dotted key in nested mappings."""
-    path = key.removesuffix(".name").split(".") if key.count(".") else [key]
+    path = _path(key)
     place = data
     for depth, step in enumerate(path[:-1]):
         below = place.get(step)
-        if below is None:
-            below = {}
-        elif isinstance(below, str):
-            below = {"name": below}
+        below = {} if below is None else _spec(below) if path[0] in PARTS else below
         if not isinstance(below, dict):
             problems.append(f"{key}: {'.'.join(path[: depth + 1])} is {below!r}, which has no keys")
             return
         place[step] = dict(below)
         place = place[step]
-    place[path[-1]] = merge(place.get(path[-1]), value)
+    place[path[-1]] = merge(place.get(path[-1]), value, path[0])
 
 
 def _parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tuple[str, Any]]:
@@ -252,19 +270,20 @@ def _parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tupl
         except yaml.YAMLError:
             problems.append(f"{key}: expected a YAML value, got {value!r}")
     # A part is swapped before its keys are set, whatever the order on the command line.
-    return sorted(parsed, key=lambda pair: pair[0].removesuffix(".name").count("."))
+    return sorted(parsed, key=lambda pair: len(_path(pair[0])))
 
 
 def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] = ()) -> Config:
     """The configuration of a run.
 
-    recipe: a shipped name or a path; overrides: `KEY=VALUE` texts; plugins: already loaded, remembered.
+    recipe: a shipped name or a path; overrides: `KEY=VALUE` texts; plugins: those loaded, the recipe's own among them,
+    to be remembered.
     Raises ConfigError with every problem, or UserError where the recipe cannot be read.
     """
     path = find_recipe(recipe)
     data = read_recipe(path)
     data.setdefault("recipe", path.stem)
-    data["plugins"] = list(dict.fromkeys([*(data.get("plugins") or []), *plugins]))
+    data |= {"plugins": list(plugins)} if plugins else {}
     problems: list[str] = []
     # What a recipe leaves to the defaults can be overridden key by key like anything else.
     defaults = {name: f.default for name, f in Config.model_fields.items() if name in PARTS and not f.is_required()}
@@ -279,10 +298,18 @@ def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] =
     try:
         config = Config.model_validate_json(json.dumps(checked, default=str))
     except ValidationError as error:
-        problems += problems_of(error, known=Config.model_fields)
+        problems += problems_of(error, "", _keys)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _keys(place: tuple[str, ...]) -> Iterable[str]:
+    """The keys of a section, given those that lead to it."""
+    section = Config
+    for key in place:
+        section = section.model_fields[key].annotation
+    return section.model_fields
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

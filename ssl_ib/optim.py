@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from .config import OptimConfig
@@ -16,41 +16,45 @@ from .part import Part, parts
 from .registry import is_schedule
 from .schedule import Schedule
 
+#: timm's optimisers with a trust ratio that they leave out where weight decay is 0; the published LARS adapts every
+#: matrix. (Above 0, timm divides by |g| + wd |p| where the published one has |g + wd p|.)
+ADAPTIVE = ("lars", "nlars", "larc", "nlarc")
+
 
 def linear_scale(config: OptimConfig, samples: int) -> float:
     """The factor of the linear-scaling rule: samples a step / 256, or 1 where it is off (Goyal et al., 2017)."""
     return samples / 256 if config.linear_scaling else 1.0
 
 
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
+
+
 def build_optimizer(config: OptimConfig, roots: Iterable[Part]) -> torch.optim.Optimizer:
     """The optimiser over every part's groups. Raises UserError for a name or arguments that timm does not take.
 
-    Each group is split in two, so that biases and other 1-D parameters never decay. Every torch group carries `name`,
-    `lr_scale`, `own_lr` (or None) and `own_decay` (or None), which `set_rates` reads.
+    Each group is split in two, so that biases and other 1-D parameters never decay. Every torch group carries
+    `lr_scale`, `own_lr` (or None) and `own_decay` (or None), which `set_rates` reads, and `clip`, the number of the
+    group it was split from, which `clip_gradients` reads.
     """
     if config.name not in list_optimizers():
         raise UserError(f"optim.name: unknown optimiser {config.name!r}{nearest(config.name, list_optimizers())}")
+    adapt = {"always_adapt": True} if config.name in ADAPTIVE else {}
     groups: list[dict[str, Any]] = []
-    for part in parts(*roots):
-        for group in part.param_groups():
-            matrices = [p for n, p in group.params if p.ndim > 1 and not n.endswith(".bias")]
-            vectors = [p for n, p in group.params if p.ndim <= 1 or n.endswith(".bias")]
-            common = {"name": group.name, "own_lr": group.lr}
-            if matrices:
-                groups.append(
-                    {**common, "params": matrices, "lr_scale": group.lr_scale, "own_decay": group.weight_decay}
-                )
-                if config.name == "lars":
-                    # timm's LARS skips its trust ratio where weight decay is 0; the published one adapts every matrix.
-                    groups[-1]["always_adapt"] = True
-            if vectors:
-                scale = group.lr_scale * config.bias_lr_scale
-                groups.append({**common, "params": vectors, "lr_scale": scale, "own_decay": 0.0, "weight_decay": 0.0})
+    for number, group in enumerate(group for part in parts(*roots) for group in part.param_groups()):
+        matrices = [p for n, p in group.params if _decays(n, p)]
+        vectors = [p for n, p in group.params if not _decays(n, p)]
+        common = {"name": group.name, "clip": number, "lr_scale": group.lr_scale, "own_lr": group.lr}
+        if matrices:
+            groups.append({**common, **adapt, "params": matrices, "own_decay": group.weight_decay})
+        if vectors:
+            groups.append({**common, "params": vectors, "own_decay": 0.0})
+            groups[-1]["lr_scale"] *= config.bias_lr_scale
     if not groups:
         raise UserError("nothing to train: no part has a parameter that requires a gradient")
-    arguments = dict(config.args)
-    if config.name in ("adam", "adamw"):
-        arguments = {"betas": config.betas, "fused": True, **arguments}
+    info = get_optimizer_info(config.name)
+    arguments = {"betas": config.betas} if info.has_betas and info.num_betas == 2 else {}
+    arguments |= {"fused": True} if config.name in ("adam", "adamw") else {}
     try:
         return create_optimizer_v2(
             groups,
@@ -59,10 +63,10 @@ def build_optimizer(config: OptimConfig, roots: Iterable[Part]) -> torch.optim.O
             weight_decay=0.0,
             momentum=config.momentum,
             filter_bias_and_bn=False,
-            **arguments,
+            **arguments | config.args,
         )
-    except TypeError as error:
-        raise UserError(f"optim.args: {config.name!r} does not take these: {error}") from None
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"optim: {config.name!r} cannot be built: {error}") from None
 
 
 def learning_rate(config: OptimConfig, lr: float, epoch: float, epochs: float) -> float:
@@ -75,20 +79,16 @@ def learning_rate(config: OptimConfig, lr: float, epoch: float, epochs: float) -
     return config.min_lr + (lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(t, 1.0)))
 
 
-def _at(value: float | dict, epoch: float, epochs: float) -> float:
-    return Schedule.parse(value, "", []).at(epoch, epochs) if is_schedule(value) else value
-
-
 def set_rates(
     optimizer: torch.optim.Optimizer, config: OptimConfig, scale: float, epoch: float, epochs: float
 ) -> float:
     """Sets every group's learning rate and weight decay; returns the run's rate. `scale` is linear_scale's."""
-    if is_schedule(config.lr):
-        base = peak = _at(config.lr, epoch, epochs) * scale
+    lr, decay = (Schedule.parse(v, "", []) if is_schedule(v) else v for v in (config.lr, config.weight_decay))
+    if isinstance(lr, Schedule):
+        peak, base = lr.largest * scale, lr.at(epoch, epochs) * scale
     else:
-        peak = config.lr * scale
-        base = learning_rate(config, peak, epoch, epochs)
-    decay = _at(config.weight_decay, epoch, epochs)
+        peak, base = lr * scale, learning_rate(config, lr * scale, epoch, epochs)
+    decay = decay.at(epoch, epochs) if isinstance(decay, Schedule) else decay
     shape = base / peak if peak else 0.0
     for group in optimizer.param_groups:
         rate = base if group["own_lr"] is None else group["own_lr"] * shape
@@ -101,17 +101,17 @@ def set_rates(
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, mode: str) -> torch.Tensor:
     """Bounds the gradient's norm by `limit` (None: not at all) and returns the norm over all parameters before.
 
-    mode "group": the norm over each named group as a whole; "param": over each parameter alone (DINO).
+    mode "group": the norm over each group of a part's as a whole; "param": over each parameter alone (DINO).
     """
-    by_name: dict[str, list[nn.Parameter]] = {}
+    whole: dict[int, list[nn.Parameter]] = {}
     for group in optimizer.param_groups:
-        by_name.setdefault(group["name"], []).extend(p for p in group["params"] if p.grad is not None)
-    everything = [p.grad for params in by_name.values() for p in params]
+        whole.setdefault(group["clip"], []).extend(p for p in group["params"] if p.grad is not None)
+    everything = [p.grad for params in whole.values() for p in params]
     total = nn.utils.get_total_norm(everything)
     if limit is None:
         return total
     if mode == "group":
-        for params in by_name.values():
+        for params in whole.values():
             nn.utils.clip_grad_norm_(params, limit)
     else:
         norms = torch._foreach_norm(everything)

@@ -161,11 +161,13 @@ class Model(Part):
 class Criterion(Part):
     """Scores the outputs. Owns what exists only for that: queues, prototypes, auxiliary networks.
 
-    requires: the outputs `forward` reads.
+    requires:  the outputs `forward` reads.
+    num_views: how many views it compares, or None for any number.
     """
 
     registry_kind: ClassVar[str] = "criterion"
     requires: frozenset[str] = frozenset()
+    num_views: int | None = None
 
     @abstractmethod
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:

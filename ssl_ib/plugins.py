@@ -36,7 +36,8 @@ def _load(name: str) -> str:
         if getattr(sys.modules.get(module_name), "__file__", None) != str(file):
             _guarded(lambda: _import_file(module_name, file), name)
         return str(path)
-    if importlib.util.find_spec(name.split(".")[0]) is None:
+    root = name.partition(".")[0]
+    if not root.isidentifier() or importlib.util.find_spec(root) is None:
         raise UserError(f"plugin {name!r} is neither a path nor an importable module")
     _guarded(lambda: importlib.import_module(name), name)
     return name
@@ -62,7 +63,8 @@ def _guarded(load, name: str) -> None:
     except UserError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"plugin {name!r} failed: {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
-        ) from error
+        if isinstance(error, SyntaxError):
+            message, file, line = error.msg, error.filename, error.lineno
+        else:
+            message, (file, line, *_) = error, traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"plugin {name!r} failed: {type(error).__name__}: {message} ({file}:{line})") from error

@@ -56,7 +56,7 @@ def bits(keys: Tensor, n: int) -> Tensor:
 
 
 def uniform(keys: Tensor, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """n draws a key, uniform in [low, high): keys [B] -> float32 [B, n], the same numbers on every device."""
+    """n draws a key, uniform: keys [B] -> float32 [B, n] in [0, 1), or in [low, high]; the same on every device."""
     unit = _shift(bits(keys, n), 40).to(torch.float32) * 2.0**-24
     return unit if (low, high) == (0.0, 1.0) else low + (high - low) * unit
 

@@ -18,8 +18,8 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Generic, TypeVar
 
@@ -48,7 +48,6 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, package: str, supplied: tuple[str, ...] = ()):
         self.kind, self.package, self.supplied = kind, package, supplied
         self._entries: dict[str, Callable[..., T]] = {}
-        self._loaded = False
 
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
         """Decorator that gives a class (or a function that builds one) a name. A taken name raises UserError."""
@@ -63,9 +62,7 @@ class Registry(Generic[T]):
         return decorate
 
     def _load(self) -> None:
-        if not self._loaded:
-            self._loaded = True
-            importlib.import_module(self.package)
+        importlib.import_module(self.package)
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
@@ -84,10 +81,17 @@ class Registry(Generic[T]):
             raise UserError(f"unknown {self.kind} {name!r}{nearest(name, self._entries)}") from None
 
     def schema(self, name: str) -> dict[str, inspect.Parameter]:
-        """The arguments a recipe may give the part `name`, with evaluated type hints, in the constructor's order."""
-        maker = self[name]
-        target = maker.__init__ if inspect.isclass(maker) else maker
-        hints = typing.get_type_hints(target, include_extras=True)
+        """The arguments a recipe may give the part `name`, with evaluated type hints, in the constructor's order.
+
+        Raises UserError where a hint names what the part's module does not have when it runs.
+        """
+        target = self._signed(name)
+        try:
+            hints = typing.get_type_hints(target, include_extras=True)
+        except NameError as error:
+            raise UserError(
+                f"the type hints of {self.kind} {name!r} ({_place(target)}) cannot be read: {error}"
+            ) from None
         parameters = {}
         for key, parameter in inspect.signature(target).parameters.items():
             variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -98,9 +102,12 @@ class Registry(Generic[T]):
 
     def takes(self, name: str) -> set[str]:
         """Which of the supplied arguments the part's constructor asks for."""
+        return {key for key in inspect.signature(self._signed(name)).parameters if key in self.supplied}
+
+    def _signed(self, name: str) -> Callable:
+        """The function whose signature is the part's."""
         maker = self[name]
-        target = maker.__init__ if inspect.isclass(maker) else maker
-        return {key for key in inspect.signature(target).parameters if key in self.supplied}
+        return maker.__init__ if inspect.isclass(maker) else maker
 
 
 TASKS: Registry = Registry("task", "ssl_ib.tasks", supplied=("views", "masker", "info"))
@@ -121,10 +128,14 @@ register_source = SOURCES.register
 register_views = VIEWS.register
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the hint alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
 def part_kind(hint: Any) -> str | None:
     """The registry kind a type hint stands for: `Criterion` or `Criterion | None` -> "criterion"; else None."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    kinds = {getattr(option, "registry_kind", None) for option in options if option is not type(None)}
+    kinds = {getattr(option, "registry_kind", None) for option in _options(hint) if option is not type(None)}
     return kinds.pop() if len(kinds) == 1 else None
 
 
@@ -137,7 +148,9 @@ def _checker(kind: str, name: str):
     for key, parameter in REGISTRIES[kind].schema(name).items():
         hint = Any if part_kind(parameter.annotation) else parameter.annotation
         fields[key] = (hint, ... if parameter.default is parameter.empty else parameter.default)
-    config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    config = pydantic.ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=()
+    )
     return pydantic.create_model(f"{kind}:{name}", __config__=config, **fields)
 
 
@@ -146,14 +159,17 @@ def _validate(kind: str, name: str, plain: dict[str, Any]) -> Any:
     return _checker(kind, name).model_validate_json(json.dumps(plain, default=str))
 
 
-def problems_of(error: Any, prefix: str = "", known: Any = ()) -> list[str]:
-    """A pydantic ValidationError as lines `path: what is wrong (got ...)`, unknown keys with the nearest of `known`."""
+def problems_of(error: Any, prefix: str, known: Callable[[tuple], Iterable[str]]) -> list[str]:
+    """A pydantic ValidationError as lines `path: what is wrong, got ...`.
+
+    known: the keys there are at a place (the keys that lead to it), to suggest one for an unknown key.
+    """
     lines = []
     for item in error.errors():
         path = ".".join(str(p) for p in (*filter(None, [prefix]), *item["loc"]))
         if item["type"] == "extra_forbidden":
-            near = nearest(str(item["loc"][-1]), known) if len(item["loc"]) == 1 else ""
-            lines.append(f"{path}: unknown key{near}")
+            *place, key = item["loc"]
+            lines.append(f"{path}: unknown key{nearest(str(key), known(tuple(place)))}")
         elif item["type"] == "missing":
             lines.append(f"{path}: required, but not given")
         else:
@@ -184,26 +200,32 @@ def check_part(kind: str, spec: Any, path: str, problems: list[str]) -> dict[str
         problems.append(f"{path}: {error}")
         return dict(spec)
     given = {key: value for key, value in spec.items() if key != "name"}
-    plain, done = {}, {}
+    plain, done, schedules = {}, {}, {}
     for key, value in given.items():
-        nested = part_kind(schema[key].annotation) if key in schema else None
-        if nested and value is not None:
+        hint = schema[key].annotation if key in schema else None
+        nested = part_kind(hint)
+        if nested and not (value is None and type(None) in _options(hint)):
             done[key] = check_part(nested, value, f"{path}.{key}", problems)
             plain[key] = None
         elif is_schedule(value):
-            schedule = Schedule.parse(value, f"{path}.{key}", problems)
+            schedule = schedules[key] = Schedule.parse(value, f"{path}.{key}", problems)
             done[key] = value if schedule is None else schedule.spec()
-            plain[key] = value if schedule is None else schedule.largest
         else:
             plain[key] = value
     import pydantic
 
-    try:
-        checked = _validate(kind, name, plain)
-        return {"name": name, **{**json.loads(checked.model_dump_json()), **done}}
-    except pydantic.ValidationError as error:
-        problems.extend(problems_of(error, path, schema))
-        return {"name": name, **given}
+    found: list[str] = []
+    # Both ends of a schedule must be allowed: every shape stays between them.
+    for end in ("start", "end"):
+        numbers = {key: getattr(schedule, end, 0) for key, schedule in schedules.items()}
+        try:
+            checked = _validate(kind, name, plain | numbers)
+        except pydantic.ValidationError as error:
+            found += problems_of(error, path, lambda place: () if place else schema)
+    # What is wrong within a schedule has been said.
+    wrong = tuple(f"{path}.{key}: expected" for key, schedule in schedules.items() if schedule is None)
+    problems.extend(line for line in dict.fromkeys(found) if not line.startswith(wrong))
+    return {"name": name, **(given if found else json.loads(checked.model_dump_json()) | done)}
 
 
 @dataclass
@@ -214,9 +236,13 @@ class Built(Generic[T]):
     schedules: list[tuple[Any, str, Schedule]] = field(default_factory=list)
 
 
-def build_part(kind: str, spec: dict[str, Any], **supplied: Any) -> Built:
-    """Builds a part from what `check_part` returned; supplied arguments go to the constructors that ask for them."""
-    registry, name = REGISTRIES[kind], spec["name"]
+def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **supplied: Any) -> Built:
+    """Builds a part from what `check_part` returned; supplied arguments go to the constructors that ask for them.
+
+    path: where the recipe has it, for messages (default: the kind). Raises UserError for a schedule on a number that
+    the part does not keep, and what the constructors raise.
+    """
+    registry, name, path = REGISTRIES[kind], spec["name"], path or kind
     schema = registry.schema(name)
     schedules, numbers, inner, plain = [], {}, {}, {}
     for key, value in spec.items():
@@ -225,7 +251,7 @@ def build_part(kind: str, spec: dict[str, Any], **supplied: Any) -> Built:
         nested = part_kind(schema[key].annotation)
         plain[key] = value
         if nested and value is not None:
-            built = build_part(nested, value, **supplied)
+            built = build_part(nested, value, f"{path}.{key}", **supplied)
             inner[key], plain[key] = built.part, None
             schedules += built.schedules
         elif is_schedule(value):
@@ -237,8 +263,9 @@ def build_part(kind: str, spec: dict[str, Any], **supplied: Any) -> Built:
     part = registry[name](**arguments)
     for key, schedule in numbers.items():
         if getattr(part, key, None) != arguments[key]:
-            raise UserError(f"{kind}.{key}: {name!r} cannot follow a schedule here: it keeps no such number to change")
-        schedules.append((part, key, schedule))
+            raise UserError(f"{path}.{key}: {name!r} cannot follow a schedule here: it keeps no such number to change")
+        whole = isinstance(arguments[key], int) and schema[key].annotation is not Any
+        schedules.append((part, key, replace(schedule, whole=whole)))
     return Built(part, schedules)
 
 

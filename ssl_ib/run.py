@@ -46,15 +46,17 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: {name!r} was asked for, but torch sees no CUDA device")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    there = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise UserError(f"device: {name!r} was asked for, but torch sees {there or 'no'} CUDA devices")
     return device
 
 
 def build_run(config: Config, dry: bool = False) -> Run:
     """Builds every part. Raises ConfigError with all that does not fit."""
-    device = choose_device(config.device)
     problems: list[str] = []
     built: dict[str, Any] = {}
     schedules: list[tuple[Any, str, Schedule]] = []
@@ -71,24 +73,32 @@ def build_run(config: Config, dry: bool = False) -> Run:
         return answer.part
 
     try:
+        device = choose_device(config.device)
+    except UserError as error:
+        problems.append(str(error))
+    try:
         ops.use_backend(config.ops.backend)
     except UserError as error:
         problems.append(f"ops.backend: {error}")
+    world, batch_size = distributed.world_size(), config.batch_size
+    pieces = world * config.accumulate
+    if batch_size % pieces:
+        problems.append(
+            f"batch_size: {batch_size} images a step cannot be cut into {pieces} equal batches "
+            f"(processes: {world}, accumulate: {config.accumulate})"
+        )
+    if dry:
+        batch_size = min(batch_size, pieces * max(DRY_BATCH // pieces, 1))
     torch.manual_seed(config.seed)
     source, views = build("source"), build("views")
     masked = config.masker["name"] != "none"
     masker = build("masker") if masked else None
-    batch_size = min(config.batch_size, DRY_BATCH) if dry else config.batch_size
-    if batch_size % config.accumulate:
-        problems.append(
-            f"accumulate: {batch_size} images a step cannot be split into {config.accumulate} equal batches"
-        )
     model = criterion = None
     if views is not None:
         info = {
             "view_shapes": tuple(tuple(shape) for shape in views.shapes),
-            "batch_size": batch_size // distributed.world_size(),
-            "world_size": distributed.world_size(),
+            "batch_size": batch_size // world,
+            "world_size": world,
             "cap": DRY_BANK_BATCHES * batch_size if dry else None,
             "images": (lambda: len(source.train())) if source is not None else (lambda: 0),
         }
@@ -97,29 +107,34 @@ def build_run(config: Config, dry: bool = False) -> Run:
         if model is not None and not (masked and masker is None):
             build("task", views=views, masker=masker, info=RunInfo(**info, grid=model.grid))
     if model is not None and criterion is not None:
-        problems += _fit(config, model, criterion)
-    if batch_size % distributed.world_size():
-        problems.append(f"batch_size: {batch_size} cannot be shared equally by {distributed.world_size()} processes")
+        problems += _fit(config, len(views.shapes), model, criterion)
     if problems:
         raise ConfigError(problems)
     model.to(device)
     criterion.to(device)
     built["task"].to(device)
     parts_of_run = {kind: built[kind] for kind in PARTS if kind != "masker"}
-    return Run(config, device, batch_size // distributed.world_size(), **parts_of_run, schedules=schedules)
+    return Run(config, device, batch_size // world, **parts_of_run, schedules=schedules)
 
 
-def _fit(config: Config, model: Model, criterion: Criterion) -> list[str]:
-    """Whether the model gives what the criterion reads; where it does, tells it so."""
+def _fit(config: Config, num_views: int, model: Model, criterion: Criterion) -> list[str]:
+    """Whether model and views give what the criterion reads; where they do, tells the model so."""
+    problems = []
     missing = criterion.requires - model.provides
     if missing:
-        return [
+        problems.append(
             f"criterion {config.criterion['name']!r} requires {', '.join(sorted(criterion.requires))}, "
             f"but model {config.model['name']!r} provides {', '.join(sorted(model.provides))}: "
             f"missing {', '.join(sorted(missing))}"
-        ]
-    model.select(criterion.requires)
-    return []
+        )
+    if criterion.num_views not in (None, num_views):
+        problems.append(
+            f"criterion {config.criterion['name']!r} compares {criterion.num_views} views, "
+            f"but views {config.views['name']!r} draws {num_views}"
+        )
+    if not problems:
+        model.select(criterion.requires)
+    return problems
 
 
 def parameter_counts(run: Run) -> dict[str, int]:

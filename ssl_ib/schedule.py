@@ -4,7 +4,7 @@ Shapes, with t in [0, 1] the share of the schedule's span that is done:
     constant     a                              linear       a + (b - a) t
     cosine       b + (a - b) (1 + cos(pi t))/2  exponential  a (b / a)^t
 `epochs` is the span (default: the whole run) and `delay` the epochs before it begins; outside the span the nearer end
-holds. The values are taken per optimiser step.
+holds. The values are taken per optimiser step, and rounded where the number is an integer.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Schedule:
     shape: str = "linear"
     epochs: float | None = None
     delay: float = 0.0
+    whole: bool = False
 
     @classmethod
     def parse(cls, value: dict[str, Any], path: str, problems: list[str]) -> Schedule | None:
@@ -40,8 +41,10 @@ class Schedule:
                 continue
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
                 problems.append(f"{path}.{key}: expected a number, got {number!r}")
-            elif key == "epochs" and number <= 0 or key == "delay" and number < 0:
+            elif key == "epochs" and number <= 0:
                 problems.append(f"{path}.{key}: expected a number of epochs above 0, got {number!r}")
+            elif key == "delay" and number < 0:
+                problems.append(f"{path}.{key}: expected a number of epochs of at least 0, got {number!r}")
         shape = value.get("shape", "linear")
         if shape not in SHAPES:
             problems.append(f"{path}.shape: unknown shape {shape!r}{nearest(str(shape), SHAPES)}")
@@ -65,7 +68,10 @@ class Schedule:
     def at(self, epoch: float, total_epochs: float) -> float:
         """The value when `epoch` epochs (a fraction counts) of `total_epochs` are done."""
         span = self.epochs or max(total_epochs - self.delay, 1e-12)
-        t = min(max((epoch - self.delay) / span, 0.0), 1.0)
+        value = self._value(min(max((epoch - self.delay) / span, 0.0), 1.0))
+        return round(value) if self.whole else value
+
+    def _value(self, t: float) -> float:
         if self.shape == "linear":
             return self.start + (self.end - self.start) * t
         if self.shape == "cosine":

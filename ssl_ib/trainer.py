@@ -1,14 +1,17 @@
 """The loop that every method shares: batch, loss, one backward, one step, hooks, log, evaluate, checkpoint.
 
 It knows parts only by their contracts (part.py) and never by name. Everything a step depends on is either in the
-checkpoint or a pure function of (seed, epoch, image), so a resumed run repeats the losses of one that never stopped.
+checkpoint or a pure function of (seed, step, image), so a resumed run repeats the losses of one that never stopped.
 """
 
 from __future__ import annotations
 
-import signal
+import math
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +19,53 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint, distributed, optim
-from .data.loader import Loader, ordered
+from . import checkpoint, distributed, optim, random
+from .data.loader import Loader
 from .errors import UserError
 from .evals.online import Online
 from .log import RunLog
 from .part import Context, Step, detached, parts
 from .run import DRY_IMAGES, Run
-from .types import Batch, Loss, Progress, Sample
+from .signals import Stopped, StopRequest
+from .types import Loss, Progress, Sample
 
 DRY_STEPS = 2
 
 
-class Stopped(Exception):
-    """The run was asked to stop by a signal, and saved itself first."""
-
-    def __init__(self, signum: int, saved: Path | None):
-        self.signum, self.saved = signum, saved
-        super().__init__(signal.Signals(signum).name)
-
-
 class Trainer:
-    """Trains a run and leaves its folder `out` (None: a dry run, which writes nothing)."""
+    """Trains a run; its record and checkpoints go to the folder `out` (None: a dry run, which writes nothing).
+
+    Building one decodes the images that are held in memory and writes nothing. Raises UserError where they are too few
+    or too many of them cannot be read.
+
+    results: evaluations that the run is judged by: `untrained`, `raw_pixels` and `trained`, each metrics by name.
+    """
 
     def __init__(self, run: Run, out: Path | None):
         config = run.config
         self.run, self.config, self.out, self.dry = run, config, out, out is None
         self.main = distributed.is_main()
+        self.began = time.perf_counter()
+        self.scale = optim.linear_scale(config.optim, run.samples_per_step)
+        self.optimizer = optim.build_optimizer(config.optim, (run.task, run.model, run.criterion))
         self.images = run.source.train().to(run.device)
+        # Only to have what is wrong with the held-out images said before anything is written.
+        run.source.val()
+        run.views.normalize(*run.source.statistics())
         self.loader = Loader(
             self.images, run.batch_size, config.seed, config.workers, distributed.rank(), distributed.world_size()
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch
-        self.scale = optim.linear_scale(config.optim, run.samples_per_step)
-        self.optimizer = optim.build_optimizer(config.optim, (run.task, run.model, run.criterion))
+        self.last_step = min(self.total_steps, DRY_STEPS) if self.dry else self.total_steps
         self.parts = parts(run.task, run.model, run.criterion)
         self.state = nn.ModuleDict({"task": run.task, "model": run.model, "criterion": run.criterion})
         if config.compile:
             run.model.compile()
         self.step_module = self._wrapped(Step(run.model, run.criterion))
-        limit = DRY_IMAGES if self.dry else None
-        self.online = Online(run, limit)
-        if out is not None and self.main:
-            # Before anything else of the run is there: it is what tells a run's folder from any other.
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.yaml").write_text(config.yaml(), encoding="utf-8")
-        self.log = RunLog(out if self.main else None)
-        self.step = 0
-        self.results: dict[str, float] = {}
-        self.seconds = 0.0
-        self.stop_signal: int | None = None
-        # Views and masks have their own counters; this one is for what a model draws itself (dropout, drop path).
-        torch.manual_seed(config.seed + distributed.rank())
+        self.online = Online(run, DRY_IMAGES if self.dry else None)
+        self.step = self.epoch = 0
+        self.results: dict[str, dict[str, float]] = {}
+        self.stop = StopRequest()
 
     def _wrapped(self, module: nn.Module) -> nn.Module:
         if self.config.parallel != "ddp" or distributed.world_size() == 1:
@@ -75,98 +73,105 @@ class Trainer:
         devices = [self.run.device.index] if self.run.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
-    # Where the run stands
+    @cached_property
+    def log(self) -> RunLog:
+        """The run's record, opened when it is first needed."""
+        return RunLog(self.out if self.main else None)
 
     @property
-    def epoch(self) -> int:
-        return self.step // self.loader.steps_per_epoch
+    def seconds(self) -> float:
+        """How long the run has taken, in all its sittings together."""
+        return time.perf_counter() - self.began
 
     def progress(self) -> Progress:
-        """The run's position, as parts see it."""
+        """The run's position, as parts see it. The epoch is the one being trained, in its last hooks too."""
         return Progress(self.step, self.epoch, self.total_steps, self.config.epochs, self.config.seed)
 
     def context(self) -> Context:
         """What hooks may use."""
-        return Context(self.progress(), self.collect, lambda p: self.optimizer.state.pop(p, None))
+        return Context(self.progress(), self.online.collect, lambda p: self.optimizer.state.pop(p, None))
 
     # The loop
 
-    def fit(self) -> dict[str, float]:
-        """Trains to the end and returns the final metrics. Raises Stopped after a signal, UserError on a bad loss."""
-        if self.dry:
-            self.total_steps = min(self.total_steps, DRY_STEPS)
-        with self._signals():
-            if self.step == 0 and not self.dry:
+    def fit(self) -> dict[str, dict[str, float]]:
+        """Trains to the end and returns the results. Raises Stopped after a signal, UserError on a bad loss."""
+        with self.stop, self._bar() as bar:
+            if "untrained" not in self.results and not self.dry:
                 self._evaluate("untrained")
                 self.save()
-            first = self.step
-            bar = tqdm(total=self.total_steps, initial=first, unit="step", disable=not self.main, dynamic_ncols=True)
-            with bar:
-                while self.step < self.total_steps:
-                    self._epoch(bar)
-            self._evaluate("trained", final=True)
-            self.save()
+            while self.step < self.last_step:
+                self._epoch(bar)
+            if "trained" not in self.results:
+                self._evaluate("trained")
+                self.save()
         return self.results
 
     def _epoch(self, bar: tqdm) -> None:
         """Trains from where the run stands to the end of the epoch."""
-        epoch, start = divmod(self.step, self.loader.steps_per_epoch)
+        self.epoch, start = divmod(self.step, self.loader.steps_per_epoch)
         if start == 0:
+            self._seed()
             self._hook("on_epoch_start")
-        began = time.perf_counter()
-        for sample in self.loader.epoch(epoch, start):
-            fetched = time.perf_counter()
-            self._set_schedules()
+        losses, began = [], time.perf_counter()
+        for sample in self.loader.epoch(self.epoch, start):
+            waiting = time.perf_counter() - began
             row = self.train_step(sample.to(self.run.device))
-            now = time.perf_counter()
-            self._report(bar, row, seconds=now - began, waiting=fetched - began)
-            self.seconds += now - began
-            last = self.step % self.loader.steps_per_epoch == 0 or self.step == self.total_steps
-            if not last:
-                every = self.config.checkpoint.every_steps
-                if every and self.step % every == 0:
-                    self.save()
-                self._stop_if_asked()
-            if self.step == self.total_steps:
+            self._report(bar, row, time.perf_counter() - began, waiting)
+            losses.append(row["loss"])
+            if self.step == self.last_step:
                 break
+            if self.step % self.loader.steps_per_epoch:
+                self._checkpoint(self._due())
             began = time.perf_counter()
+        # A checkpoint of the epoch's last step holds what these have done.
         self._hook("on_epoch_end")
-        done = epoch + 1
-        if done % self.config.eval.every_epochs == 0 and self.step < self.total_steps:
+        done, checkpoints = self.epoch + 1, self.config.checkpoint
+        if bar.disable and self.main:
+            mean = sum(losses) / len(losses)
+            _say(f"epoch {done}/{self.config.epochs}: loss {mean:.4f}, learning rate {self.lr:.3g}")
+        if done % self.config.eval.every_epochs == 0 and self.step < self.last_step:
             self._evaluate()
-        keep = self.config.checkpoint.keep
-        kept = f"epoch_{done:05d}.pt" if keep and done % keep == 0 else None
-        if done % self.config.checkpoint.every_epochs == 0 or kept or self.stop_signal:
-            self.save(kept)
-        self._stop_if_asked()
+        kept = f"epoch_{done:05d}.pt" if checkpoints.keep and done % checkpoints.keep == 0 else None
+        due = done % checkpoints.every_epochs == 0 or self.step == self.last_step or self._due()
+        self._checkpoint(due or kept is not None, kept)
 
     def train_step(self, sample: Sample) -> dict[str, float]:
-        """One optimiser step on one batch, in `accumulate` micro-batches. Returns the row to log."""
+        """One optimiser step on one batch, in `accumulate` micro-batches. Returns the row to log.
+
+        Its numbers are means over micro-batches and processes. Raises UserError where loss or gradient is not finite.
+        """
         run, count = self.run, self.config.accumulate
-        micro = len(sample) // count
+        size = len(sample) // count
+        self._seed()
+        self._set_schedules()
         self.state.train()
         self.optimizer.zero_grad(set_to_none=True)
-        progress, row = self.progress(), {}
+        progress, sums = self.progress(), {}
         for i in range(count):
-            batch = run.task.prepare(sample[i * micro : (i + 1) * micro], progress)
+            batch = run.task.prepare(sample[i * size : (i + 1) * size], progress)
             with self._sync(last=i == count - 1):
                 with self.online.autocast():
                     outputs, loss = self.step_module(batch, progress)
-                self._check_finite(loss, sample)
                 (loss.total / count).backward()
-            for key, value in _scalars(loss).items():
-                row[key] = row.get(key, 0.0) + value / count
+            for key, value in _scalars(loss, run.device).items():
+                sums[key] = sums.get(key, 0.0) + value / count
             self._hook("after_forward", detached(outputs), batch, detached(loss.terms))
         self._hook("before_step")
-        norm = optim.clip_gradients(self.optimizer, self.config.optim.clip, self.config.optim.clip_mode)
+        sums["gradient_norm"] = optim.clip_gradients(
+            self.optimizer, self.config.optim.clip, self.config.optim.clip_mode
+        ).double()
+        # The step's only wait for the device. One bad process makes the mean bad, so all of them stop together.
+        means = distributed.all_reduce_mean(torch.stack(list(sums.values()))).tolist()
+        row = {**dict(zip(sums, means, strict=True)), "lr": self.lr}
+        self._check_finite(row, sample)
         self.optimizer.step()
         self.step += 1
         self._hook("after_step")
-        return {**row, "lr": self.lr, "gradient_norm": norm.item()}
+        return row
 
     @contextmanager
-    def _sync(self, last: bool):
-        """Gradients cross ranks once a step, with the last micro-batch."""
+    def _sync(self, last: bool) -> Iterator[None]:
+        """Gradients cross processes once a step, with the last micro-batch."""
         if last or not isinstance(self.step_module, nn.parallel.DistributedDataParallel):
             yield
         else:
@@ -179,6 +184,14 @@ class Trainer:
             for part in self.parts:
                 getattr(part, name)(*arguments, context)
 
+    def _seed(self) -> None:
+        """Makes what a model or a hook draws for itself (dropout, drop path) a function of the step and the process.
+
+        So neither an evaluation nor a stop can move it, and no generator's state needs saving.
+        """
+        rank = torch.tensor([distributed.rank()])
+        torch.manual_seed(int(random.image_keys(self.config.seed, self.step, rank)))
+
     def _set_schedules(self) -> None:
         """Gives every scheduled number, the learning rate and the weight decay their value for the coming step."""
         epoch = self.step / self.loader.steps_per_epoch
@@ -188,89 +201,69 @@ class Trainer:
 
     # Watching
 
+    def _bar(self) -> tqdm:
+        """The progress bar of the main process, where stderr is a terminal; elsewhere each epoch prints a line."""
+        disable = None if self.main else True
+        return tqdm(total=self.last_step, initial=self.step, unit="step", disable=disable, dynamic_ncols=True)
+
     def _report(self, bar: tqdm, row: dict[str, float], seconds: float, waiting: float) -> None:
-        rate = self.run.batch_size * distributed.world_size() / seconds
+        rate, share = self.run.batch_size * distributed.world_size() / seconds, waiting / seconds
+        bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} images/s, {share:.0%} waiting for data", refresh=False)
         bar.update()
-        bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} images/s, {waiting / seconds:.0%} waiting for data")
-        if self.step % self.config.log_every == 0 or self.step == self.total_steps:
-            self._write({**row, "images_per_s": rate, "data_share": waiting / seconds})
+        if self.step % self.config.log_every == 0 or self.step == self.last_step:
+            self._write({**row, "images_per_s": rate, "data_share": share})
 
     def _write(self, row: dict[str, float]) -> None:
         self.log.write({"step": self.step, "epoch": self.step / self.loader.steps_per_epoch, **row})
 
-    def _evaluate(self, name: str | None = None, final: bool = False) -> None:
-        """kNN and health now; `name` keeps the kNN result among the run's final ones."""
-        metrics = self.online.evaluate(self.progress(), final) if self.main else {}
-        distributed.barrier()
+    def _evaluate(self, name: str | None = None) -> None:
+        """kNN and health now; `name` keeps them among the run's results."""
+        metrics = self.online.evaluate(self.progress(), final=name == "trained") if self.main else {}
         if name is not None:
-            self.results |= {f"{name}/{key}": value for key, value in metrics.items()}
+            self.results[name] = metrics
         if name == "untrained" and self.main:
-            self.results |= self.online.raw_pixels()
+            self.results["raw_pixels"] = self.online.raw_pixels()
+        distributed.barrier()
         if metrics:
             self._write(metrics)
-            tqdm.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-
-    def collect(self, name: str, n: int) -> Tensor:
-        """The model's output `name` (its first view's) for n plain training images, unmasked: [n, ...]."""
-        found = []
-        with torch.no_grad(), self.online.evaluating():
-            for sample in ordered(self.images, self.config.eval.batch_size, n):
-                sample = sample.to(self.run.device)
-                plain = self.run.views.center(sample.images, sample.extra.get("size"))
-                views = [plain] * len(self.run.views.shapes)
-                outputs = self.run.model(Batch(views, [None] * len(views), sample.index, sample.label))
-                found.append(outputs[name][0])
-        return torch.cat(found)[:n]
+            _say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
     # Trouble
 
-    def _check_finite(self, loss: Loss, sample: Sample) -> None:
-        """Stops a run whose loss is lost, before the bad gradient reaches the weights."""
-        if torch.isfinite(loss.total):
+    def _check_finite(self, row: dict[str, float], sample: Sample) -> None:
+        """Stops a run that is lost before the bad gradient reaches the weights.
+
+        Nothing is saved: the step is half done, and the last checkpoint leads to it again, bit for bit.
+        """
+        lost = [name for name in ("loss", "gradient_norm") if not math.isfinite(row[name])]
+        if not lost:
             return
-        bad = [name for name, term in loss.terms.items() if not torch.isfinite(term).all()] or ["total"]
-        values = ", ".join(f"{name}={term.item():.4g}" for name, term in loss.terms.items())
-        message = f"the loss is no longer finite at step {self.step}: {', '.join(bad)} ({values})"
-        message += f"; learning rate {self.lr:.3g}"
+        terms = {key.removeprefix("loss/"): value for key, value in row.items() if key.startswith("loss/")}
+        bad = [name for name, value in terms.items() if not math.isfinite(value)] or lost
+        values = ", ".join(f"{name}={value:.4g}" for name, value in terms.items())
+        message = f"the {'loss' if 'loss' in lost else 'gradient'} is no longer finite at step {self.step}: "
+        message += f"{', '.join(bad)} ({values}); learning rate {self.lr:.3g}"
+        index = distributed.gather(sample.index).tolist()
         if self.out is not None:
-            indices = self.out / "bad_batch.txt"
-            rank = distributed.rank()
-            indices = indices if rank == 0 else indices.with_name(f"bad_batch_rank{rank}.txt")
-            indices.write_text("\n".join(str(i) for i in sample.index.tolist()) + "\n")
-            # The forward may already have put bad values into running statistics; then the older checkpoint is best.
-            clean = all(torch.isfinite(t).all() for t in self.state.state_dict().values() if t.is_floating_point())
-            saved = self.save() if clean else self.out / "checkpoints" / "last.pt"
-            message += f". The batch's image numbers are in {indices}, the last good checkpoint is {saved}"
+            path = self.out / "bad_batch.txt"
+            if self.main:
+                path.write_text("".join(f"{i}\n" for i in index))
+            message += f". The batch's image numbers are in {path}"
+            message += f", the last good checkpoint is {self.out / 'checkpoints' / 'last.pt'}"
         raise UserError(message)
-
-    @contextmanager
-    def _signals(self):
-        """SIGTERM and Ctrl-C end the run after the current step, once it is saved; a second one ends it at once."""
-
-        def ask(signum: int, frame: Any) -> None:
-            if self.stop_signal:
-                raise KeyboardInterrupt
-            self.stop_signal = signum
-
-        former = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for signum, handler in former.items():
-                signal.signal(signum, handler)
-
-    def _stop_if_asked(self) -> None:
-        if self.stop_signal:
-            raise Stopped(self.stop_signal, self.save())
 
     # Saving
 
-    def record_bad_images(self) -> None:
-        """Names the images that could not be read in `bad_images.txt`."""
-        bad = sorted({name for images in (self.images, self.run.source.val()) if images for name in images.bad})
-        if bad:
-            (self.out / "bad_images.txt").write_text("\n".join(bad) + "\n")
-            print(f"{len(bad)} images could not be read and are left out: {self.out / 'bad_images.txt'}")
+    def _due(self) -> bool:
+        every = self.config.checkpoint.every_steps
+        return every is not None and self.step % every == 0
+
+    def _checkpoint(self, due: bool, keep_as: str | None = None) -> None:
+        """Saves where that is due, or where a process was asked to stop; then all of them stop at this step."""
+        asked = distributed.largest(self.stop.signum)
+        saved = self.save(keep_as) if due or asked else None
+        if asked:
+            raise Stopped(asked, saved)
 
     def save(self, keep_as: str | None = None) -> Path | None:
         """Writes the checkpoint (from the main process; nothing in a dry run)."""
@@ -278,10 +271,9 @@ class Trainer:
             return None
         state = {
             "step": self.step,
+            "images": len(self.images),
             "parts": self.state.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.run.device.type == "cuda" else [],
             "results": self.results,
             "seconds": self.seconds,
             "config": self.config.plain(),
@@ -289,21 +281,34 @@ class Trainer:
         return checkpoint.save(state, self.out / "checkpoints", keep_as)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from a checkpoint."""
-        self.state.load_state_dict(state["parts"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"]:
-            torch.cuda.set_rng_state_all(state["random_cuda"])
-        self.step, self.results, self.seconds = state["step"], state["results"], state["seconds"]
+        """Continues from a checkpoint. Raises UserError where it was saved on other images or other parts."""
+        if state["images"] != len(self.images):
+            raise UserError(
+                f"--resume: the run was trained on {state['images']} images, and now there are {len(self.images)}"
+            )
+        try:
+            self.state.load_state_dict(state["parts"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"--resume: the checkpoint fits the parts no more; has their code changed? {error}"
+            ) from None
+        self.step, self.results = state["step"], state["results"]
+        self.began -= state["seconds"]
         self.log.truncate(self.step)
 
 
-def _scalars(loss: Loss) -> dict[str, float]:
-    """A loss as metrics: the total, each term, and each weighted term."""
-    terms = {name: term.item() for name, term in loss.terms.items()}
+def _say(line: str) -> None:
+    """Prints a line above the bar, at once also where the output goes to a file."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def _scalars(loss: Loss, device: torch.device) -> dict[str, Tensor]:
+    """A loss as metrics: the total, each term, and each weighted term; float64 on `device`."""
+    terms = {name: term.detach().to(device, torch.float64) for name, term in loss.terms.items()}
     return {
-        "loss": loss.total.item(),
+        "loss": loss.total.detach().double(),
         **{f"loss/{name}": value for name, value in terms.items()},
         **{f"weighted/{name}": terms[name] * weight for name, weight in loss.weights.items()},
     }

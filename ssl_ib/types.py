@@ -5,7 +5,7 @@ Shapes: B batch, V views, N masks an image, L patches, K kept patches, H x W pix
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ class Sample:
     """A batch as the loader gives it: raw images, before any view is drawn.
 
     images: uint8 [B, 3, H, W]; smaller images lie in the top-left corner, padded with zeros.
-    index:  int64 [B], the image's number in its set; it keys every random draw.
+    index:  int64 [B], the image's number in its set; it keys every random draw. It stays on the CPU, where the
+            parameters of the draws are made, so that no device waits for them.
     label:  int64 [B], -1 where unknown.
     extra:  further tensors with leading dimension B; `size` int64 [B, 2] gives (height, width) where images are padded.
     """
@@ -30,9 +31,9 @@ class Sample:
         return len(self.index)
 
     def to(self, device: torch.device | str) -> Sample:
-        """The same sample on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "extra"}
-        return Sample(**moved, extra={k: v.to(device, non_blocking=True) for k, v in self.extra.items()})
+        """The same sample on `device`, all but its index."""
+        images, label = (x.to(device, non_blocking=True) for x in (self.images, self.label))
+        return Sample(images, self.index, label, {k: v.to(device, non_blocking=True) for k, v in self.extra.items()})
 
     def __getitem__(self, rows: slice) -> Sample:
         """The sample's rows `rows`: a micro-batch."""

@@ -6,11 +6,14 @@ Exit codes: 0 done, 2 a mistake of the user's (one message on stderr), 128 + n s
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
 import os
 import shutil
 import sys
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, UserError, nearest
 
@@ -23,6 +26,8 @@ WRITTEN = (
     "config.yaml environment.json metrics.jsonl tensorboard figures checkpoints backbone.safetensors backbone.json "
     "bad_images.txt bad_batch.txt"
 ).split()
+#: What the machine may refuse (space, permission): no bug of ours, and its own message says it.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 #: Keys that may change when a run resumes: they move no loss.
 MOVABLE = ("device", "workers", "log_every", "checkpoint")
 
@@ -64,6 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"ssl-ib-train: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        print(f"ssl-ib-train: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("ssl-ib-train: interrupted", file=sys.stderr)
         return 130
@@ -99,89 +109,104 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _train(config: Config, options: argparse.Namespace) -> int:
-    import signal
-
     import torch
 
     from .. import artifacts, distributed
     from ..run import build_run, choose_device
-    from ..trainer import Stopped, Trainer
+    from ..signals import Stopped
+    from ..trainer import Trainer
 
-    out = None if options.dry_run else options.out or Path("runs") / config.recipe
-    state = _prepare_folder(out, config, options) if out else None
+    # What was chosen for the user (where images are held, say) is said once.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ssl_ib").setLevel(logging.INFO)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.parallel == "none":
+        raise UserError("several processes were started; say how they share the work: parallel=ddp")
     device = choose_device(config.device)
     if device.type == "cuda" and config.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.parallel == "none":
-        raise UserError("several processes were started; say how they share the work: parallel=ddp")
     distributed.initialise(device)
     try:
-        run = build_run(config, dry=options.dry_run)
-        trainer = Trainer(run, out)
+        out = None if options.dry_run else options.out or Path("runs") / config.recipe
+        state = _examine(out, config, options) if out else None
+        trainer = Trainer(build_run(config, dry=options.dry_run), out)
+        # Every process has found its arguments right and looked at the folder before one of them changes it.
+        distributed.barrier()
+        if out and state is None and distributed.is_main():
+            _claim(out, config)
         if state is not None:
             trainer.restore(state)
-        if distributed.is_main():
-            print(_heading(trainer, out), flush=True)
-            if out:
-                artifacts.write_environment(out, device)
-                trainer.record_bad_images()
-        try:
-            trainer.fit()
-        except Stopped as stop:
-            where = f"; saved {stop.saved}, continue with --resume" if stop.saved else ""
-            print(f"stopped by {signal.Signals(stop.signum).name} at step {trainer.step}{where}", file=sys.stderr)
-            return 128 + stop.signum
-        if distributed.is_main():
-            if out:
-                trainer.record_bad_images()
-                print("\n".join(artifacts.finish(trainer)))
-            else:
-                print(f"dry run of {config.recipe} passed: {trainer.step} steps, one evaluation, nothing written")
-        trainer.log.close()
+        with closing(trainer.log):
+            if distributed.is_main():
+                print(_heading(trainer, out), flush=True)
+                if out:
+                    artifacts.write_environment(out, device)
+                    artifacts.record_bad_images(trainer)
+            try:
+                trainer.fit()
+            except Stopped as stop:
+                if distributed.is_main():
+                    where = f"; saved {stop.saved}, continue with --resume" if stop.saved else ""
+                    print(f"ssl-ib-train: stopped by {stop} at step {trainer.step}{where}", file=sys.stderr)
+                return 128 + stop.signum
+            if distributed.is_main():
+                if out:
+                    artifacts.record_bad_images(trainer)
+                    print("\n".join(artifacts.finish(trainer)))
+                else:
+                    print(f"dry run of {config.recipe} passed: {trainer.step} steps, one evaluation, nothing written")
         return 0
     finally:
         distributed.shutdown()
 
 
-def _prepare_folder(out: Path, config: Config, options: argparse.Namespace):
-    """Checks or clears the run's folder; returns the checkpoint to continue from, or None."""
-    import yaml
-
+def _examine(out: Path, config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Whether the run may use its folder, which stays as it is; returns the checkpoint to continue from, or None."""
     from ..checkpoint import load
-    from ..config import differences
+    from ..config import differences, read_recipe
 
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; a run needs a folder")
-    empty = not out.exists() or not any(out.iterdir())
+    saved = out / "config.yaml"
     if options.resume:
-        saved = out / "config.yaml"
         if not saved.is_file():
             raise UserError(f"nothing to resume: {out} holds no run (no config.yaml)")
         changed = [
             line
-            for line in differences(yaml.safe_load(saved.read_text()), config.plain())
+            for line in differences(read_recipe(saved), config.plain())
             if not line.startswith(tuple(f"{key}{end}" for key in MOVABLE for end in (":", ".")))
         ]
         if changed:
             raise ConfigError([f"--resume cannot change {line}" for line in changed])
         if not any((out / "checkpoints").glob("*.pt")):
-            print(f"{out} has no checkpoint yet: starting from the beginning", file=sys.stderr)
+            print(f"ssl-ib-train: {out} has no checkpoint yet: starting from the beginning", file=sys.stderr)
             return None
         state, warnings = load(out / "checkpoints")
         for warning in warnings:
             print(f"ssl-ib-train: {warning}", file=sys.stderr)
         return state
-    if empty:
+    if not out.exists() or not any(out.iterdir()):
         return None
     if not options.overwrite:
         raise UserError(f"{out} is not empty: continue it with --resume, replace it with --overwrite, or choose --out")
-    if not (out / "config.yaml").is_file():
+    if not saved.is_file():
         raise UserError(f"{out} holds files but no run (no config.yaml), so --overwrite leaves it alone: choose --out")
-    for name in WRITTEN:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return None
+
+
+def _claim(out: Path, config: Config) -> None:
+    """Makes the run's folder, and removes what an earlier run left there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {out}: {error.strerror}") from None
+    for path in map(out.joinpath, WRITTEN):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    # The first file: it is what tells a run's folder from any other.
+    (out / "config.yaml").write_text(config.yaml(), encoding="utf-8")
 
 
 def _heading(trainer, out: Path | None) -> str:
@@ -212,6 +237,8 @@ def _heading(trainer, out: Path | None) -> str:
         f"  device     {device}{threads}, {config.precision}{', compiled' * config.compile}, seed {config.seed}",
         f"  ops        {backends}",
     ]
+    if trainer.step:
+        lines.append(f"  resumed    at step {trainer.step:,}")
     if out is None:
         lines.append(
             f"  dry run    batch at most {DRY_BATCH}, banks at most {DRY_BANK_BATCHES * run.batch_size} rows, "
@@ -240,17 +267,18 @@ def _shown(kind: str, spec: dict) -> str:
 
 
 def _listing(kind: str) -> str:
-    """Names of one kind, or of all."""
+    """Names of one kind (singular or plural), or of all."""
     from ..config import recipe_names
     from ..registry import REGISTRIES
 
     names = {f"{kind.removesuffix('s')}s": registry.names for kind, registry in REGISTRIES.items()}
     names["recipes"] = recipe_names
-    if kind != "all" and kind not in names:
+    if kind == "all":
+        return "".join(f"{plural:<11} {', '.join(get())}\n" for plural, get in names.items())
+    plural = f"{kind.removesuffix('s')}s"
+    if plural not in names:
         raise UserError(f"--list: unknown kind {kind!r}{nearest(kind, names)}")
-    if kind != "all":
-        return "".join(f"{name}\n" for name in names[kind]())
-    return "".join(f"{plural:<11} {', '.join(get())}\n" for plural, get in names.items())
+    return "".join(f"{name}\n" for name in names[plural]())
 
 
 def _description(text: str) -> str:

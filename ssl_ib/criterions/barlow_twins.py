@@ -37,6 +37,7 @@ class BarlowTwins(Criterion):
     """
 
     requires = frozenset({"projection"})
+    num_views = 2
 
     def __init__(self, lambd: NonNegative = 0.0051, scale: Positive = 1.0):
         super().__init__()

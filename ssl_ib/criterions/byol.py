@@ -22,6 +22,7 @@ class BYOL(Criterion):
     """
 
     requires = frozenset({"prediction", "target"})
+    num_views = 2
 
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
         predictions = [unit(p) for p in two_views(outputs, "prediction")]

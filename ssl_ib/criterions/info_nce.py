@@ -36,6 +36,7 @@ class InfoNCE(Criterion):
     """
 
     requires = frozenset({"projection"})
+    num_views = 2
 
     def __init__(
         self,

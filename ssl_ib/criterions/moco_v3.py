@@ -28,6 +28,7 @@ class MoCoV3(Criterion):
     """
 
     requires = frozenset({"prediction", "target"})
+    num_views = 2
 
     def __init__(self, temperature: Positive = 0.2):
         super().__init__()

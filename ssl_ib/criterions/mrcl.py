@@ -48,6 +48,7 @@ class MRCL(Criterion):
     ):
         super().__init__()
         self.contrastive = InfoNCE(temperature=0.2) if contrastive is None else contrastive
+        self.num_views = self.contrastive.num_views
         self.w_masked, self.w_unmasked = w_masked, w_unmasked
         self.norm_pix, self.rec_reduce, self.con = norm_pix, rec_reduce, con
         if con == "eq16":

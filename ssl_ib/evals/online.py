@@ -1,6 +1,9 @@
 """What a run is asked while it trains: weighted kNN, representation health, and at the end a linear probe.
 
-Nothing here moves the run: no training, no random state, views from counters of their own.
+Nothing here moves the run: the parts are in evaluation mode and get their former modes back, and views come from
+counters of their own.
+
+Shapes: B images a batch, n images in all, D feature dimensions.
 """
 
 from __future__ import annotations
@@ -11,16 +14,19 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ..data.loader import ordered
 from ..run import Run
-from ..types import Progress, Sample
+from ..types import Batch, Progress, Sample
 from . import features, health
 from .knn import knn_top1
 from .linear import linear_top1
 
 #: Images from which rank, spread, alignment and uniformity are estimated.
 HEALTH_IMAGES = 2048
+#: Side in pixels of the images whose raw pixels are compared.
+RAW_SIDE = 64
 
 
 class Online:
@@ -31,9 +37,11 @@ class Online:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode, under the run's precision; its former modes afterwards."""
-        modes = {module: module.training for module in self.run.model.modules()}
-        self.run.model.eval()
+        """The parts in evaluation mode, under the run's precision; their former modes afterwards."""
+        roots = (self.run.task, self.run.model, self.run.criterion)
+        modes = {module: module.training for root in roots for module in root.modules()}
+        for root in roots:
+            root.eval()
         try:
             with self.autocast():
                 yield
@@ -49,34 +57,56 @@ class Online:
         """`knn/top1`, `health/*`, and where `final` asks for it `linear/top1`. Without labels only health is left."""
         with self.evaluating():
             metrics = self._health(progress)
-            if self._labelled():
-                train, test = (features.extract(self.run.model.encode, *self._split(s)) for s in ("train", "val"))
+            if self._has_labels():
+                encode, device = self.run.model.encode, self.run.device
+                train, test = (
+                    _labelled(features.extract(encode, samples, self._plain, device)) for samples in self._splits()
+                )
                 metrics["knn/top1"] = self._knn(train, test)
                 if final and self.config.linear.enabled:
                     metrics["linear/top1"] = self._linear(train, test)
         return metrics
 
     def raw_pixels(self) -> dict[str, float]:
-        """kNN on the pixels themselves: what the encoder has to beat."""
-        if not self._labelled():
-            return {}
-        train, test = (features.raw_pixels(*self._split(s)[:2]) for s in ("train", "val"))
-        return {"raw_pixels/knn/top1": self._knn(train, test)}
+        """`knn/top1` on the pixels themselves: what the encoder has to beat. Empty without labels.
 
-    def _labelled(self) -> bool:
+        Images above RAW_SIDE pixels are shrunk: ImageNet's would not fit into memory.
+        """
+        if not self._has_labels():
+            return {}
+        train, test = (_labelled(features.raw_pixels(samples, self._small)) for samples in self._splits())
+        return {"knn/top1": self._knn(train, test)}
+
+    def collect(self, name: str, n: int) -> Tensor:
+        """The model's output `name`, of its first view, for n plain training images (or all): [n, ...]."""
+        found = []
+        with torch.no_grad(), self.evaluating():
+            for sample in self._samples(self.run.source.train(), n):
+                sample = sample.to(self.run.device)
+                views = [self._plain(sample)] * len(self.run.views.shapes)
+                outputs = self.run.model(Batch(views, [None] * len(views), sample.index, sample.label))
+                found.append(outputs[name][0])
+        return torch.cat(found)
+
+    def _has_labels(self) -> bool:
         train, val = self.run.source.train(), self.run.source.val()
         return val is not None and len(val) > 0 and bool((train.labels >= 0).any())
 
-    def _split(self, name: str):
-        images = getattr(self.run.source, name)()
-        limit = min(filter(None, (self.limit, getattr(self.config, f"{name}_images"))), default=None)
-        return self._samples(images, limit), self._plain, self.run.device
+    def _splits(self) -> Iterator[Iterator[Sample]]:
+        """The images of the training and of the held-out split that are evaluated, in batches."""
+        for name in ("train", "val"):
+            limits = self.limit, getattr(self.config, f"{name}_images")
+            yield self._samples(getattr(self.run.source, name)(), min(filter(None, limits), default=None))
 
     def _samples(self, images, limit: int | None) -> Iterator[Sample]:
         return ordered(images, self.config.batch_size, limit)
 
     def _plain(self, sample: Sample) -> Tensor:
         return self.run.views.center(sample.images, sample.extra.get("size"))
+
+    def _small(self, sample: Sample) -> Tensor:
+        images = self._plain(sample)
+        return adaptive_avg_pool2d(images, RAW_SIDE) if images.shape[-1] > RAW_SIDE else images
 
     def _knn(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
         return knn_top1(*train, *test, k=self.config.knn_k, temperature=self.config.knn_temperature)
@@ -97,14 +127,20 @@ class Online:
             # An epoch that training never has, so that every evaluation draws the same views.
             fixed = replace(progress, epoch=-1)
 
-            def view(number: int):
-                def encode(sample: Sample) -> Tensor:
-                    return self.run.task.prepare(sample, fixed).views[number]
+            def pair(sample: Sample) -> Tensor:
+                return torch.cat(self.run.task.prepare(sample, fixed).views[:2])
 
-                samples = self._samples(images, limit)
-                return features.extract(self.run.model.encode, samples, encode, self.run.device)[0]
+            def encode(views: Tensor) -> Tensor:
+                return torch.cat(self.run.model.encode(views).chunk(2), dim=1)
 
-            first, second = view(0), view(1)
+            both, _ = features.extract(encode, self._samples(images, limit), pair, self.run.device)
+            first, second = both.chunk(2, dim=1)
             metrics["health/alignment"] = health.alignment(first, second)
             metrics["health/uniformity"] = health.uniformity(first)
         return metrics
+
+
+def _labelled(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The rows whose label is known: features [n, D] and labels [n], -1 where unknown."""
+    features, labels = found
+    return features[labels >= 0], labels[labels >= 0]

@@ -5,12 +5,13 @@ Shapes: B images, L patches, K kept, P prefix tokens (class, registers), D width
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import timm
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models import VisionTransformer
+from timm.models import VisionTransformer, get_pretrained_cfg_value
 from torch import Tensor, nn
 
 from .. import ops
@@ -28,6 +29,9 @@ class Encoder(nn.Module):
     pool:            what stands for the image in a vision transformer: the class token or the mean of the patches.
     positions:       "learned" (timm's) or "sincos" (fixed, in MAE's layout).
 
+    is_vit says whether it is timm's plain vision transformer, with positions added to its patches: only that can be
+    masked and gives tokens. Others, distilled and hybrid ones among them, are run as timm runs them.
+
     Raises UserError for a name or argument timm does not take, or an image the patches do not divide.
     """
 
@@ -44,12 +48,20 @@ class Encoder(nn.Module):
         self.name, self.pool = name, pool
         self.arguments = {"num_classes": 0, "in_chans": channels, **arguments}
         self.backbone = self._create(height, width)
-        self.is_vit = isinstance(self.backbone, VisionTransformer)
-        self.width: int = self.backbone.num_features
+        self.is_vit = (
+            type(self.backbone) is VisionTransformer
+            and isinstance(self.backbone.patch_embed, PatchEmbed)
+            and self.backbone.pos_embed is not None
+        )
+        self.width: int = self.backbone.head_hidden_size
         self.num_prefix_tokens: int = self.backbone.num_prefix_tokens if self.is_vit else 0
         self.patch_size: int | None = self.backbone.patch_embed.patch_size[0] if self.is_vit else None
         if self.is_vit:
-            self._check_vit(shape)
+            # Views of other sizes are welcome: `tokens` resamples the positions.
+            self.backbone.patch_embed.strict_img_size = False
+            self.grid(shape)
+            if pool == "cls" and not self.backbone.has_class_token:
+                raise UserError(f"pool=cls needs a class token, and {name!r} has none: use pool=mean")
             if positions == "sincos":
                 self._fix_positions()
         elif positions == "sincos":
@@ -57,10 +69,10 @@ class Encoder(nn.Module):
 
     def _create(self, height: int, width: int) -> nn.Module:
         if not timm.is_model(self.name):
-            choices = timm.list_models(f"*{self.name.split('_')[0]}*") or timm.list_models("vit*")
-            raise UserError(f"timm has no backbone {self.name!r}{nearest(self.name, choices[:40])}")
+            alike = get_close_matches(self.name, timm.list_models(), n=20, cutoff=0.4)
+            raise UserError(f"timm has no backbone {self.name!r}{nearest(self.name, alike)}")
         arguments = dict(self.arguments)
-        if timm.models.is_model_in_modules(self.name, ["vision_transformer"]):
+        if get_pretrained_cfg_value(self.name, "fixed_input_size"):
             arguments.setdefault("img_size", (height, width) if height != width else height)
         try:
             backbone = timm.create_model(self.name, **arguments)
@@ -78,14 +90,9 @@ class Encoder(nn.Module):
             f"a view of {height} x {width} pixels cannot be cut into patches of {patch}: change views.size"
         )
 
-    def _check_vit(self, shape: tuple[int, int, int]) -> None:
-        _, height, width = shape
-        if height % self.patch_size or width % self.patch_size:
-            raise self._indivisible(height, width, self.patch_size)
-        if self.pool == "cls" and not self.backbone.has_class_token:
-            raise UserError(f"pool=cls needs a class token, and {self.name!r} has none: use pool=mean")
-
     def _fix_positions(self) -> None:
+        if self.width % 4:
+            raise UserError(f"positions=sincos needs a width divisible by 4, and {self.name!r} has {self.width}")
         table = self.backbone.pos_embed
         positions = sincos_positions(self.width, self.backbone.patch_embed.grid_size)
         prefix = table.shape[1] - len(positions)
@@ -94,8 +101,16 @@ class Encoder(nn.Module):
         table.requires_grad_(False)
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
-        """Patches (rows, columns) of a view of shape [C, H, W]; None without patches."""
-        return (shape[1] // self.patch_size, shape[2] // self.patch_size) if self.is_vit else None
+        """Patches (rows, columns) of a view of shape [C, H, W]; None without patches.
+
+        Raises UserError where the patches do not divide the view.
+        """
+        if not self.is_vit:
+            return None
+        _, height, width = shape
+        if height % self.patch_size or width % self.patch_size:
+            raise self._indivisible(height, width, self.patch_size)
+        return height // self.patch_size, width // self.patch_size
 
     def _embedding(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Positions of the patches [L, D] and the prefix tokens with theirs [P, D]."""
@@ -104,8 +119,9 @@ class Encoder(nn.Module):
         prefix = torch.cat(tokens, dim=1)[0] if tokens else vit.pos_embed.new_zeros(0, self.width)
         num_positions = 0 if vit.no_embed_class else len(prefix)
         table = vit.pos_embed
-        if grid != tuple(vit.patch_embed.grid_size):
-            table = resample_abs_pos_embed(table, new_size=list(grid), num_prefix_tokens=num_positions)
+        own = vit.patch_embed.grid_size
+        if grid != tuple(own):
+            table = resample_abs_pos_embed(table, list(grid), list(own), num_prefix_tokens=num_positions)
         if num_positions:
             prefix = prefix + table[0, :num_positions]
         return table[0, num_positions:], prefix
@@ -117,11 +133,13 @@ class Encoder(nn.Module):
         """
         vit = self.backbone
         positions, prefix = self._embedding(self.grid(images.shape[1:]))
-        if keep is not None and type(vit.patch_embed) is PatchEmbed and isinstance(vit.patch_embed.norm, nn.Identity):
-            weight, bias = vit.patch_embed.proj.weight, vit.patch_embed.proj.bias
-            x = ops.patch_embed_gather(images, keep, weight, bias, positions, prefix)
+        embed = vit.patch_embed
+        # Some (CLIP's) have no bias here, or a norm.
+        plain = type(embed) is PatchEmbed and isinstance(embed.norm, nn.Identity) and embed.proj.bias is not None
+        if keep is not None and plain:
+            x = ops.patch_embed_gather(images, keep, embed.proj.weight, embed.proj.bias, positions, prefix)
         else:
-            x = vit.patch_embed(images)
+            x = embed(images)
             x = x.flatten(1, 2) if x.ndim == 4 else x
             x = x + positions.to(x.dtype)
             x = x if keep is None else ops.token_gather(x, keep)

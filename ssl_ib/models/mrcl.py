@@ -43,6 +43,8 @@ class MRCL(Model):
                 "model 'mrcl' needs a contrastive model that gives 'tokens' (siamese with a vision transformer does); "
                 f"{type(self.contrastive).__name__} gives {', '.join(sorted(self.contrastive.provides))}"
             )
+        if len(set(info.view_shapes)) > 1:
+            raise UserError(f"model 'mrcl' reconstructs views of one shape, got {info.view_shapes}")
         encoder, shape = self.contrastive.encoder, info.view_shapes[0]
         self.decoder = PatchDecoder(
             encoder.width,
@@ -61,8 +63,9 @@ class MRCL(Model):
 
     def select(self, names) -> None:
         super().select(names)
-        self.contrastive.select(self.wanted & self.contrastive.provides)
-        self.decoder.requires_grad_("reconstruction" in self.wanted)
+        reconstructs = "reconstruction" in self.wanted
+        self.contrastive.select(self.wanted - {"reconstruction"} | ({"tokens"} if reconstructs else set()))
+        self.decoder.requires_grad_(reconstructs)
 
     def forward(self, batch: Batch) -> dict[str, list[Tensor]]:
         outputs = self.contrastive(batch)

@@ -57,6 +57,8 @@ class Siamese(Model):
         if len({shape[0] for shape in info.view_shapes}) > 1:
             raise UserError(f"model 'siamese' needs views with equal channels, got {info.view_shapes}")
         self.encoder = Encoder(backbone, backbone_args or {}, info.view_shapes[0], pool, positions)
+        for shape in info.view_shapes:
+            self.encoder.grid(shape)
         if freeze_patch_embed:
             self.encoder.freeze_patch_embed()
         self.projector = mlp_head(self.encoder.width, projector_hidden, projector_dim, projector_layers, projector_norm)
@@ -128,12 +130,14 @@ def encode_views(
     """
     tokens, features = [], []
 
-    def sort(pair: tuple[Tensor, Tensor | None]) -> Any:
-        view, keep = pair
-        return (view.shape, None if keep is None else keep.shape) if encoder.is_vit else id(view)
+    pairs = list(zip(views, keeps, strict=True))
 
-    for _, group in groupby(zip(views, keeps, strict=True), key=sort):
-        images, kept = zip(*group, strict=True)
+    def sort(number: int) -> Any:
+        view, keep = pairs[number]
+        return (view.shape, None if keep is None else keep.shape) if encoder.is_vit else number
+
+    for _, group in groupby(range(len(pairs)), key=sort):
+        images, kept = zip(*(pairs[number] for number in group), strict=True)
         stacked = images[0] if len(images) == 1 else torch.cat(images)
         keep = None
         if kept[0] is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import random
 from ..errors import UserError
 from ..part import RunInfo, Task
@@ -29,9 +31,13 @@ class ViewsTask(Task):
                 masker.check(grid)
 
     def prepare(self, sample: Sample, progress: Progress) -> Batch:
-        def keys(stream: int):
+        def keys(stream: int) -> Tensor:
             return random.image_keys(progress.seed, progress.epoch, sample.index, stream)
 
+        device = sample.images.device
         drawn = self.views.draw(sample, [keys(VIEW + v) for v in range(len(self.grids))])
-        masks = [None if self.masker is None else self.masker(keys(MASK + v), g) for v, g in enumerate(self.grids)]
-        return Batch(drawn, masks, sample.index, sample.label)
+        masks = [
+            None if self.masker is None else self.masker(keys(MASK + v).to(device), grid)
+            for v, grid in enumerate(self.grids)
+        ]
+        return Batch(drawn, masks, sample.index.to(device), sample.label)

@@ -1,0 +1,38 @@
+"""Stopping a run politely: SIGTERM and Ctrl-C are remembered, so that the loop saves before it ends."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, and saved itself first (`saved` is None where it writes nothing)."""
+
+    def __init__(self, signum: int, saved: Path | None):
+        self.signum, self.saved = signum, saved
+        super().__init__(signal.Signals(signum).name)
+
+
+class StopRequest:
+    """While entered, SIGTERM and Ctrl-C only set `signum` (0 until then); a second Ctrl-C interrupts at once.
+
+    A second SIGTERM does not: batch systems send it to every process, and torchrun sends it on to them again.
+    """
+
+    def __init__(self):
+        self.signum = 0
+
+    def __enter__(self) -> StopRequest:
+        self._former = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._former.items():
+            signal.signal(signum, handler)
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum

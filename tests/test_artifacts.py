@@ -1,0 +1,205 @@
+"""What a run leaves: its record, figures, an encoder that needs timm alone, and one honest line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from harness import STEPS, checkpoint, environment, rows, train, trainer
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ssl_ib.artifacts import draw_views, summary
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+# --- after a run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run's folder, and what it printed."""
+    out = tmp_path_factory.mktemp("artifacts") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("sys.stdout", SimpleNamespace(write=lines.append, flush=lambda: None))
+        assert train(out) == 0
+    return out, "".join(lines)
+
+
+def test_the_folder(run):
+    out, _ = run
+    assert {path.name for path in out.iterdir()} == {
+        "backbone.json",
+        "backbone.safetensors",
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "figures",
+        "metrics.jsonl",
+        "tensorboard",
+    }
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"last.pt", "previous.pt"}
+    for name in ("loss_curves", "knn_curve", "reconstructions"):
+        assert picture(out / "figures" / f"{name}.png").std() > 5
+    found = json.loads((out / "environment.json").read_text())
+    assert found["packages"]["torch"] == torch.__version__.split("+")[0] or found["packages"]["torch"]
+    assert found["device"] and found["threads"] == torch.get_num_threads()
+
+
+def test_the_record(run):
+    out, _ = run
+    found = rows(out)
+    trained = [row for row in found if "loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, 2 * STEPS + 1))
+    wanted = {"step", "epoch", "loss", "loss/info_nce", "weighted/info_nce", "lr", "gradient_norm", "images_per_s"}
+    assert all(wanted <= row.keys() for row in trained)
+    evaluated = [row for row in found if "knn/top1" in row]
+    assert [row["step"] for row in evaluated] == [0, STEPS, 2 * STEPS]
+    assert all(0 <= row["knn/top1"] <= 1 and 1 <= row["health/rankme"] <= 24 for row in evaluated)
+    assert ["linear/top1" in row for row in evaluated] == [False, False, True]
+
+
+def test_the_last_line(run):
+    out, text = run
+    *_, comparison, last = text.splitlines()
+    number = r"(0\.\d{4})"
+    found = re.fullmatch(
+        rf"kNN top-1: untrained {number}, raw pixels {number}, trained {number} \| linear trained {number} "
+        rf"\| 0 min \d\d s \| {re.escape(str(out))}",
+        last,
+    )
+    untrained, raw, trained, linear = map(float, found.groups())
+    results = checkpoint(out)["results"]
+    assert untrained == round(results["untrained"]["knn/top1"], 4) and raw == round(
+        results["raw_pixels"]["knn/top1"], 4
+    )
+    assert trained == round(rows(out)[-1]["knn/top1"], 4) and linear == round(rows(out)[-1]["linear/top1"], 4)
+    # Two epochs of a tiny encoder: the pixels themselves do better, and that is said.
+    assert trained < raw and "BELOW raw pixels" in comparison
+
+
+def test_the_encoder_needs_timm_alone(run, tmp_path):
+    out, text = run
+    lines = text.splitlines()
+    start = lines.index("import json, timm")
+    program = "\n".join(
+        [
+            *lines[start : start + 3],
+            "import sys, torch",
+            "assert 'ssl_ib' not in sys.modules",
+            "images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)",
+            "print(json.dumps([model.training, model.forward_features(images)[:, 0].tolist(), saved['mean']]))",
+        ]
+    )
+    alone = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    training, features, mean = json.loads(done.stdout)
+    assert not training
+    instance = trainer()
+    instance.restore(checkpoint(out))
+    with torch.no_grad(), instance.online.evaluating():
+        expected = instance.run.model.encode(torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16))
+    torch.testing.assert_close(torch.tensor(features), expected, atol=1e-5, rtol=1e-5)
+    assert mean == pytest.approx(instance.run.source.statistics()[0])
+
+
+# --- the closing line -------------------------------------------------------------------------------------------------
+
+
+def closing(trained: dict, raw: dict, seconds: float = 125.4) -> list[str]:
+    results = {"untrained": {"knn/top1": 0.5} if raw else {}, "raw_pixels": raw, "trained": trained}
+    return summary(SimpleNamespace(results=results, seconds=seconds, out="runs/x"))
+
+
+def test_closing_lines():
+    scores = "kNN top-1: untrained 0.5000, raw pixels 0.7000, trained"
+    assert closing({"knn/top1": 0.8}, {"knn/top1": 0.7}) == [f"{scores} 0.8000 | 2 min 05 s | runs/x"]
+    warning, last = closing({"knn/top1": 0.6, "linear/top1": 0.9}, {"knn/top1": 0.7})
+    assert "BELOW raw pixels" in warning and last == f"{scores} 0.6000 | linear trained 0.9000 | 2 min 05 s | runs/x"
+    assert closing({"health/std": 1.0}, {}) == ["no labels, so no kNN | 2 min 05 s | runs/x"]
+
+
+def test_reconstructions_are_drawn(tmp_path):
+    plain = trainer()
+    draw_views(plain, tmp_path / "plain.png")
+    rebuilt = trainer(
+        "model={name: mrcl, decoder_dim: 16, decoder_depth: 1, decoder_heads: 2, contrastive: {backbone: "
+        "vit_tiny_patch16_224, backbone_args: {patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3}, name: siamese}}",
+        "criterion={name: mrcl, contrastive: info_nce}",
+    )
+    draw_views(rebuilt, tmp_path / "rebuilt.png")
+    few, more = picture(tmp_path / "plain.png"), picture(tmp_path / "rebuilt.png")
+    # A row more for each of the two views, under the view and the view masked.
+    assert few.shape[0] * 1.4 < more.shape[0] < few.shape[0] * 1.6 and few.shape[1] == more.shape[1]
+
+
+# --- folders of images ------------------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, number: int, classes: int = 0, corrupt: int = 0) -> Path:
+    """Digits as PNGs, in class folders where there are classes; the first `corrupt` are no images."""
+    for i, image in enumerate(load_digits().images[:number]):
+        path = folder / (f"class_{i % classes}" if classes else "") / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15).astype(np.uint8)).save(path)
+        if i < corrupt:
+            path.write_bytes(path.read_bytes()[:40])
+    return folder
+
+
+def from_folder(path: Path) -> tuple[str, ...]:
+    return "source=folder", f"source.path={path}", "batch_size=32", "epochs=1", "eval.linear.enabled=false"
+
+
+def test_images_without_labels(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(out, *from_folder(write_images(tmp_path / "images", 64))) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no labels, so no kNN | 0 min ")
+    found = rows(out)
+    assert sum("loss" in row for row in found) == 2
+    assert not any("knn/top1" in row for row in found) and all("health/rankme" in found[i] for i in (0, -1))
+    assert {path.name for path in (out / "figures").iterdir()} == {"loss_curves.png", "reconstructions.png"}
+    assert (out / "backbone.safetensors").exists()
+
+
+def test_images_of_which_some_have_labels(tmp_path):
+    images = write_images(tmp_path / "images", 100, classes=2)
+    for name in ("class_0/0010.png", "class_1/0011.png"):
+        (images / name).rename(images / Path(name).name)
+    out = tmp_path / "run"
+    assert train(out, *from_folder(images)) == 0
+    assert 0.2 < rows(out)[-1]["knn/top1"] <= 1
+
+
+@pytest.mark.parametrize("memory", ["4", "1e-9"], ids=["held", "streamed"])
+def test_a_few_corrupt_images(tmp_path, capsys, memory):
+    out = tmp_path / "run"
+    images = write_images(tmp_path / "images", 300, classes=2, corrupt=2)
+    assert train(out, *from_folder(images), "source.val_fraction=0", f"source.memory_gb={memory}") == 0
+    assert (out / "bad_images.txt").read_text().split() == ["class_0/0000.png", "class_1/0001.png"]
+    text = capsys.readouterr().out
+    assert text.count("2 images could not be read") == 1 and str(out / "bad_images.txt") in text
+
+
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_many_corrupt_images(tmp_path, capsys, where):
+    images = tmp_path / "images"
+    for split in ("train", "val"):
+        write_images(images / split, 100, classes=2, corrupt=5 * (split == where))
+    out = tmp_path / "run"
+    assert train(out, *from_folder(images)) == 2
+    error = capsys.readouterr().err
+    assert "5 of 100 images cannot be read (5.0%" in error and "Traceback" not in error
+    assert not out.exists()
