@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import types
+import typing
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
@@ -13,3 +15,32 @@ NonNegative = Annotated[float, Ge(0)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
 #: A share of something of which a part must remain, such as a mask ratio.
 Ratio = Annotated[float, Interval(ge=0, lt=1)]
+
+
+def show(hint: Any) -> str:
+    """A hint as a reader would write it: `float in [0, 1)`, `int >= 1`, `'cls' | 'mean'`, `(float, float)`."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return " ".join([show(inner[0]), *filter(None, map(_range, inner[1:]))])
+    if origin is Literal:
+        return " | ".join(map(repr, inner))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(show, inner))
+    if origin is tuple:
+        return f"({', '.join('...' if part is Ellipsis else show(part) for part in inner)})"
+    if hint is type(None):
+        return "none"
+    return hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("typing.", "")
+
+
+def _range(bound: Any) -> str:
+    """A bound of annotated-types in the usual notation."""
+    if isinstance(bound, Interval):
+        low = (
+            "(-inf" if bound.ge is None and bound.gt is None else f"[{bound.ge}" if bound.gt is None else f"({bound.gt}"
+        )
+        high = (
+            "inf)" if bound.le is None and bound.lt is None else f"{bound.le}]" if bound.lt is None else f"{bound.lt})"
+        )
+        return f"in {low}, {high}"
+    return f">= {bound.ge}" if isinstance(bound, Ge) else f"> {bound.gt}" if isinstance(bound, Gt) else ""

@@ -18,12 +18,13 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Generic, TypeVar
 
 from .errors import UserError, nearest
+from .hints import show
 from .schedule import Schedule
 
 T = TypeVar("T")
@@ -269,20 +270,12 @@ def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **suppl
     return Built(part, schedules)
 
 
-def walk() -> Iterator[tuple[str, str]]:
-    """Every (kind, name) that is registered."""
-    for kind, registry in REGISTRIES.items():
-        for name in registry.names():
-            yield kind, name
-
-
 def describe(kind: str, name: str) -> str:
     """The part's arguments with hints and defaults, then its docstring: what `--describe kind:name` prints."""
     registry = REGISTRIES[kind]
     lines = [f"{kind} {name}   ({_place(registry[name])})"]
     for key, parameter in registry.schema(name).items():
-        hint = part_kind(parameter.annotation) or inspect.formatannotation(parameter.annotation)
-        hint = hint.replace("typing.", "").replace("annotated_types.", "")
+        hint = part_kind(parameter.annotation) or show(parameter.annotation)
         default = "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
         lines.append(f"  {key}: {hint}, {default}")
     doc = inspect.getdoc(registry[name]) or ""

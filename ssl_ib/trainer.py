@@ -30,6 +30,8 @@ from .signals import Stopped, StopRequest
 from .types import Loss, Progress, Sample
 
 DRY_STEPS = 2
+#: Keeps what models draw apart from the views and masks, whose keys are folded from the same seed.
+_DRAWS = -1
 
 
 class Trainer:
@@ -63,6 +65,7 @@ class Trainer:
             run.model.compile()
         self.step_module = self._wrapped(Step(run.model, run.criterion))
         self.online = Online(run, DRY_IMAGES if self.dry else None)
+        self.key = random.fold(random.fold(torch.tensor(config.seed), distributed.rank()), _DRAWS)
         self.step = self.epoch = 0
         self.results: dict[str, dict[str, float]] = {}
         self.stop = StopRequest()
@@ -189,8 +192,7 @@ class Trainer:
 
         So neither an evaluation nor a stop can move it, and no generator's state needs saving.
         """
-        rank = torch.tensor([distributed.rank()])
-        torch.manual_seed(int(random.image_keys(self.config.seed, self.step, rank)))
+        torch.manual_seed(int(random.fold(self.key, self.step)))
 
     def _set_schedules(self) -> None:
         """Gives every scheduled number, the learning rate and the weight decay their value for the coming step."""

@@ -124,9 +124,9 @@ def test_a_folder_that_is_not_empty(tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    for more, expected in (([], "is not empty: continue it with --resume"), (["--overwrite"], "holds files but no run")):
-        assert expected in refused(capsys, TINY, "--out", str(out), *more)
-        assert tree(out) == {"notes.txt": b"mine"}
+    assert "is not empty: continue it with --resume" in refused(capsys, TINY, "--out", str(out))
+    assert "holds files but no run" in refused(capsys, TINY, "--out", str(out), "--overwrite")
+    assert tree(out) == {"notes.txt": b"mine"}
 
 
 def test_overwrite_removes_what_a_run_wrote(tmp_path, capsys):

@@ -254,6 +254,15 @@ def test_a_loss_that_is_no_longer_finite(tmp_path, capsys, what):
     assert len(losses(out)) == 30
 
 
+def test_a_bad_gradient_does_not_reach_the_weights():
+    instance = trainer("criterion={name: broken, inner: info_nce, at: 1, what: gradient}")
+    instance.train_step(sample(instance))
+    before = weights(instance)
+    with pytest.raises(UserError, match="the gradient is no longer finite at step 1"):
+        instance.train_step(sample(instance))
+    assert torch.equal(weights(instance), before) and before.isfinite().all() and instance.step == 1
+
+
 def test_a_full_disk(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
 
@@ -291,7 +300,9 @@ def test_nothing_is_written_before_the_first_step(tmp_path):
 
 # --- two processes ----------------------------------------------------------------------------------------------------
 
-TWO = (*RECORDED, *NO_NORM, "parallel=ddp", "batch_size=128", "accumulate=2", "checkpoint.every_steps=1")
+TWO = (*NO_NORM, "parallel=ddp", "batch_size=128", "checkpoint.every_steps=1")
+#: Gradients that stay in their process until the last micro-batch; slow where asked.
+ACCUMULATED = (*TWO, "criterion={name: recorded, inner: plain_mean}", "accumulate=2")
 
 
 def start_two(out, *arguments: str, **variables: str) -> list[subprocess.Popen]:
@@ -318,7 +329,7 @@ def test_torchrun_is_one_process_on_the_whole_batch(tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both(tmp_path):
     out = tmp_path / "two"
-    first, second = start_two(out, *TWO, SSL_IB_TEST_PAUSE="0.1")
+    first, second = start_two(out, *ACCUMULATED, SSL_IB_TEST_PAUSE="0.1")
     wait_for_step(out, first, 3)
     second.terminate()
     output, errors = zip(*(process.communicate(timeout=100) for process in (first, second)), strict=True)
@@ -329,8 +340,8 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     assert f"stopped by SIGTERM at step {step}; saved {out}" in errors[0] and "stopped" not in errors[1]
     assert "device" in output[0] and output[1] == ""
     # Resumed by one process, for a change.
-    assert train(out, *TWO, "--resume") == 0
-    assert_same_to_rounding(out, finished(*TWO))
+    assert train(out, *ACCUMULATED, "--resume") == 0
+    assert_same_to_rounding(out, finished(*ACCUMULATED))
 
 
 @pytest.mark.slow
@@ -343,10 +354,7 @@ def test_a_bad_loss_in_two_processes_stops_both(tmp_path):
     for error in errors:
         assert "no longer finite at step 5: root" in error and "Traceback" not in error
     batch = [int(i) for i in (out / "bad_batch.txt").read_text().split()]
-    instance = trainer()
-    for _, expected in zip(range(6), instance.loader.epoch(0), strict=False):
-        pass
-    assert batch == expected.index.tolist()
+    assert batch == next(trainer().loader.epoch(0, 5)).index.tolist()
 
 
 @pytest.mark.slow
@@ -364,6 +372,6 @@ def assert_same_to_rounding(a, b):
     assert [step for step, _ in losses(a)] == [step for step, _ in losses(b)] == list(range(1, 23))
     first, second = ([row for row in rows(out) if "loss" in row] for out in (a, b))
     for x, y in zip(first, second, strict=True):
-        for key in ("loss", "loss/positive_similarity", "gradient_norm", "lr"):
+        for key in ("loss", "gradient_norm", "lr"):
             assert x[key] == pytest.approx(y[key], rel=1e-3), (x["step"], key)
     assert first[0]["loss"] == pytest.approx(second[0]["loss"], rel=1e-6)

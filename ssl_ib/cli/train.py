@@ -225,15 +225,19 @@ def _heading(trainer, out: Path | None) -> str:
     lines += [f"  {kind:<10} {_shown(kind, getattr(config, kind))}" for kind in PARTS]
     held = f"{len(held_out):,} held out" if held_out is not None else "none held out"
     place = "in memory" if trainer.images.in_memory else "streamed"
-    lr = config.optim.lr * trainer.scale if isinstance(config.optim.lr, float) else config.optim.lr
+    lr = config.optim.lr if isinstance(config.optim.lr, dict) else format(config.optim.lr * trainer.scale, ".4g")
+    scaled = f" ({config.optim.lr} x {trainer.scale:g})" if trainer.scale != 1 else ""
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    backends = ", ".join(f"{op} {backend}" for op, backend in sorted(ops.chosen().items()))
+    chosen = ops.chosen()
+    backends = "; ".join(
+        f"{backend}: {', '.join(sorted(op for op in chosen if chosen[op] == backend))}"
+        for backend in sorted(set(chosen.values()))
+    )
     lines += [
         f"  data       {len(trainer.images):,} training images ({place}), {held}",
         f"  parameters {counts['all']:,}, of which {counts['trained']:,} are trained",
         f"  batch      {run.samples_per_step} a step, {config.epochs} epochs, {steps:,} steps",
-        f"  optimiser  {config.optim.name}, learning rate {lr if isinstance(lr, dict) else format(lr, '.4g')}"
-        f" ({config.optim.lr} x {trainer.scale:g})",
+        f"  optimiser  {config.optim.name}, learning rate {lr}{scaled}",
         f"  device     {device}{threads}, {config.precision}{', compiled' * config.compile}, seed {config.seed}",
         f"  ops        {backends}",
     ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ssl_ib import Masks, Progress, RunInfo, Sample, UserError
+from ssl_ib.random import image_keys
 from ssl_ib.registry import MASKERS, TASKS, VIEWS
 from ssl_ib.tasks.views import ViewsTask
 
@@ -94,6 +95,18 @@ def test_masks_do_not_depend_on_the_views():
     a = task(num_views=1).prepare(IMAGES[list(range(4))], progress())
     b = task(num_views=3).prepare(IMAGES[list(range(4))], progress())
     assert torch.equal(a.masks[0].keep, b.masks[0].keep) and torch.equal(a.views[0], b.views[0])
+
+
+def test_the_keys_of_the_masks():
+    """View v's masks are drawn from stream 1000 + v, its pixels from stream v."""
+    index = torch.arange(4)
+    batch = task().prepare(IMAGES[index.tolist()], progress(2, 5))
+    for v in range(2):
+        expected = MASKERS["random"](0.5)(image_keys(5, 2, index, 1000 + v), (4, 4))
+        assert torch.equal(batch.masks[v].keep, expected.keep)
+    sample = IMAGES[index.tolist()]
+    views = VIEWS["plain"](size=16, num_views=2).draw(sample, [image_keys(5, 2, index, v) for v in range(2)])
+    assert all(torch.equal(a, b) for a, b in zip(batch.views, views, strict=True))
 
 
 def test_without_a_masker():

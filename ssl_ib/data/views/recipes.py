@@ -1,7 +1,8 @@
 """The named recipes of views, with the numbers of their papers; `size`, `scale` and the rest may be changed.
 
-Every recipe crops, and flips half of the images. `strength` multiplies the jitter of brightness, contrast, saturation
-and hue; `crop_ratio` belongs to the evaluation view: its size over the side that the shorter side is resized to.
+Every recipe crops, and flips half of the images (SimCLR's let `flip` change that, for digits and the like). `strength`
+multiplies the jitter of brightness, contrast, saturation and hue; `crop_ratio` belongs to the evaluation view: its size
+over the side that the shorter side is resized to.
 Pairs of probabilities are for the first and the second view.
 """
 
@@ -32,11 +33,13 @@ def _two_views(
     solarise_p: Probabilities,
     crop_ratio: float,
     interpolation: Interpolation,
+    flip: float = 0.5,
 ) -> Views:
     augments = [
         Augment(
             size,
             scale,
+            flip=flip,
             jitter=tuple(strength * base for base in jitter),
             jitter_p=jitter_p,
             grey_p=grey_p,
@@ -59,10 +62,11 @@ def simclr(
     blur_p: Probability = 0.5,
     crop_ratio: Share = 0.875,
     interpolation: Interpolation = "bicubic",
+    flip: Probability = 0.5,
 ) -> Views:
     """Two views alike: strong colour jitter (.8, .8, .8, .2), grey, blur (Chen et al., SimCLR, appendix A)."""
     jitter, blur, never = (0.8, 0.8, 0.8, 0.2), (blur_p, blur_p), (0.0, 0.0)
-    return _two_views(size, scale, jitter, strength, jitter_p, grey_p, blur, never, crop_ratio, interpolation)
+    return _two_views(size, scale, jitter, strength, jitter_p, grey_p, blur, never, crop_ratio, interpolation, flip)
 
 
 @register_views("simclr_cifar")
@@ -74,9 +78,10 @@ def simclr_cifar(
     grey_p: Probability = 0.2,
     crop_ratio: Share = 1.0,
     interpolation: Interpolation = "bicubic",
+    flip: Probability = 0.5,
 ) -> Views:
     """SimCLR's views of small images: half the jitter, no blur (SimCLR, appendix B.9)."""
-    return simclr(size, scale, strength, jitter_p, grey_p, 0.0, crop_ratio, interpolation)
+    return simclr(size, scale, strength, jitter_p, grey_p, 0.0, crop_ratio, interpolation, flip)
 
 
 @register_views("moco_v2")
