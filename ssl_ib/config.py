@@ -49,7 +49,7 @@ class Section(BaseModel):
 
 
 class OptimConfig(Section):
-    """The optimiser, by timm's name.
+    """The optimiser, by timm's name (its `sgd` is Nesterov's; `momentum` is the plain one).
 
     lr is used as it stands, or with `linear_scaling` as the base rate of lr x batch_size x samples_per_image / 256.
     It warms up linearly from 0 and then follows `shape` down to `min_lr`; a schedule in its place replaces both.

@@ -65,7 +65,7 @@ class Trainer:
             run.model.compile()
         self.step_module = self._wrapped(Step(run.model, run.criterion))
         self.online = Online(run, DRY_IMAGES if self.dry else None)
-        self.key = random.fold(random.fold(torch.tensor(config.seed), distributed.rank()), _DRAWS)
+        self._key = random.fold(random.fold(torch.tensor(config.seed), distributed.rank()), _DRAWS)
         self.step = self.epoch = 0
         self.results: dict[str, dict[str, float]] = {}
         self.stop = StopRequest()
@@ -114,6 +114,7 @@ class Trainer:
         self.epoch, start = divmod(self.step, self.loader.steps_per_epoch)
         if start == 0:
             self._seed()
+            self._set_schedules()
             self._hook("on_epoch_start")
         losses, began = [], time.perf_counter()
         for sample in self.loader.epoch(self.epoch, start):
@@ -192,7 +193,7 @@ class Trainer:
 
         So neither an evaluation nor a stop can move it, and no generator's state needs saving.
         """
-        torch.manual_seed(int(random.fold(self.key, self.step)))
+        torch.manual_seed(int(random.fold(self._key, self.step)))
 
     def _set_schedules(self) -> None:
         """Gives every scheduled number, the learning rate and the weight decay their value for the coming step."""
@@ -220,6 +221,7 @@ class Trainer:
 
     def _evaluate(self, name: str | None = None) -> None:
         """kNN and health now; `name` keeps them among the run's results."""
+        self._set_schedules()
         metrics = self.online.evaluate(self.progress(), final=name == "trained") if self.main else {}
         if name is not None:
             self.results[name] = metrics

@@ -193,8 +193,17 @@ def test_hints_that_cannot_be_read():
 def test_describe():
     lines = describe("criterion", "plain").splitlines()
     assert lines[0].startswith("criterion plain   (") and "test_registry.py:" in lines[0]
-    assert lines[1] == "  rate: float > 0, default 0.5"
-    assert "  mode: Literal['mean', 'sum'], default 'mean'" in lines
+    assert lines[1:10] == [
+        "  rate: float > 0, default 0.5",
+        "  steps: int >= 1, default 3",
+        "  share: float in [0, 1), default 0.25",
+        "  pair: (float, float), default (0.9, 0.95)",
+        "  mode: 'mean' | 'sum', default 'mean'",
+        "  flag: bool, default False",
+        "  limit: float | none, default None",
+        "  options: dict[str, Any] | none, default None",
+        "  model_name: str, default 'any'",
+    ]
     assert lines[-3:] == ["What a criterion of a user's may look like.", "", "rate: how much."]
     assert not any("info" in line for line in lines[1:])
     nested = describe("criterion", "holder")

@@ -122,14 +122,15 @@ def test_hooks_are_not_repeated(tmp_path):
     events = parts().EVENTS
     events.clear()
     out = tmp_path / "run"
+    scheduled = "criterion.amount={from: 1.0, to: 2.0}"
     for at in (5, STEPS, STEPS + 1):
-        parts().SIGNALS[at] = signal.SIGTERM
-        assert train(out, *RECORDED, *(["--resume"] if out.exists() else [])) == 143
-    assert train(out, *RECORDED, "--resume") == 0
+        assert stopped(out, at, scheduled, *(["--resume"] if out.exists() else [])) == 143
+    assert train(out, *RECORDED, scheduled, "--resume") == 0
     in_sittings = events.copy()
     events.clear()
-    assert train(tmp_path / "whole", *RECORDED) == 0
-    assert in_sittings == events
+    assert train(tmp_path / "whole", *RECORDED, scheduled) == 0
+    # At the same place, at the same values of what is scheduled.
+    assert in_sittings == events and len({amount for *_, amount in events}) == 2 * STEPS
 
 
 def test_a_finished_run(tmp_path, capsys):

@@ -193,8 +193,8 @@ def test_hooks(tmp_path):
             expected += [("forward", step, epoch), ("after_forward", step, epoch)] * 2
             expected += [("before_step", step, epoch), ("after_step", step + 1, epoch)]
         expected.append(("on_epoch_end", 3 * epoch + 3, epoch))
-    # Drawing the figures runs no criterion and no hook.
-    assert events == expected
+    # Evaluating and drawing figures asks no criterion and no hook.
+    assert events == [(*event, 1.0) for event in expected]
 
 
 def test_collect():

@@ -102,6 +102,7 @@ def _config(options: argparse.Namespace) -> Config:
     from ..plugins import load_plugins
 
     remembered = read_recipe(find_recipe(options.recipe)).get("plugins") or []
+    remembered = [remembered] if isinstance(remembered, str) else remembered
     plugins = load_plugins(list(dict.fromkeys([*remembered, *options.plugin])))
     swaps = [f"{kind}={getattr(options, kind)}" for kind in SWAPS if getattr(options, kind)]
     device = [f"device={options.device}"] if options.device else []

@@ -5,6 +5,8 @@ Shapes: G rows (images times masks), L patches, K kept, P prefix tokens, D encod
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -31,8 +33,9 @@ class PatchDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(width))
         positions = torch.cat([torch.zeros(prefix, width), sincos_positions(width, grid)])
         self.register_buffer("positions", positions, persistent=False)
-        self.blocks = nn.Sequential(*[Block(width, heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        blocks = [Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm) for _ in range(depth)]
+        self.blocks, self.norm = nn.Sequential(*blocks), norm(width)
         self.predict = nn.Linear(width, patch_dim)
         self.apply(self._initialise)
         nn.init.normal_(self.mask_token, std=0.02)

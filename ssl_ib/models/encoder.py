@@ -81,7 +81,8 @@ class Encoder(nn.Module):
             if isinstance(patch, int) and (height % patch or width % patch):
                 raise self._indivisible(height, width, patch) from None
             raise UserError(f"timm could not build {self.name!r} with {arguments}: {error}") from None
-        self.arguments = arguments
+        # What rebuilds it: not where its first weights came from.
+        self.arguments = {key: value for key, value in arguments.items() if not key.startswith("pretrained")}
         return backbone
 
     @staticmethod

@@ -14,8 +14,8 @@ from torch import nn
 from ssl_ib import Criterion, Loss, register_criterion
 from ssl_ib.hints import Count, PositiveInt
 
-#: What the criterion `recorded` was asked, in order: (hook, step, epoch).
-EVENTS: list[tuple[str, int, int]] = []
+#: What the criterion `recorded` was asked, in order: (hook, step, epoch), and its `amount` then.
+EVENTS: list[tuple[str, int, int, float]] = []
 #: Signals that `recorded` sends its own process, by the number of steps that are done then.
 SIGNALS: dict[int, signal.Signals] = {}
 #: Seconds by which every step of these two is slowed down, so that a test can meet it half way.
@@ -81,7 +81,7 @@ class Recorded(Criterion):
         return Loss(loss.total, loss.terms | {"amount": torch.tensor(self.amount)}, loss.weights)
 
     def _note(self, what, progress):
-        EVENTS.append((what, progress.step, progress.epoch))
+        EVENTS.append((what, progress.step, progress.epoch, self.amount))
 
     def on_epoch_start(self, ctx):
         self._note("on_epoch_start", ctx.progress)
