@@ -5,6 +5,7 @@ Shapes: B images, N masks an image, L patches, P = p*p*C pixels a patch, V views
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -94,3 +95,17 @@ class MRCL(Criterion):
             return masked, unmasked
         pixels = pred.shape[1] * pred.shape[2]
         return masked * pixels, unmasked * pixels
+
+    def pixels(self, outputs: dict[str, list[Tensor]], batch: Batch) -> list[Tensor] | None:
+        """The reconstruction; with norm_pix it gets back the mean and deviation of the view's own patches."""
+        patches = super().pixels(outputs, batch)
+        if patches is None or not self.norm_pix:
+            return patches
+        return [self._unstandardised(pred, view) for pred, view in zip(patches, batch.views, strict=True)]
+
+    @staticmethod
+    def _unstandardised(pred: Tensor, view: Tensor) -> Tensor:
+        side = math.isqrt(pred.shape[-1] // view.shape[1])
+        target = ops.patchify(view, side).repeat_interleave(len(pred) // len(view), dim=0)
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        return pred * (variance + 1e-6).sqrt() + mean

@@ -5,6 +5,7 @@ Shapes: n images in the set, B in a batch, W processes.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -30,6 +31,11 @@ class _Fetch(Dataset):
 
 def _as_it_is(fetched: tuple) -> tuple:
     return fetched
+
+
+def _leave_interrupts_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal, and the run still needs its workers to end its step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Loader:
@@ -63,6 +69,7 @@ class Loader:
                 sampler=self._plan,
                 num_workers=workers,
                 collate_fn=_as_it_is,
+                worker_init_fn=_leave_interrupts_to_the_run,
                 persistent_workers=True,
                 # Its own, so that the workers' seeds, of which nothing here makes use, draw nothing from the run's.
                 generator=torch.Generator(),

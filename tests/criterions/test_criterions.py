@@ -257,6 +257,17 @@ def test_mrcl_with_norm_pix_reconstructs_standardised_patches():
     assert score(MRCL(norm_pix=False), outputs | {"reconstruction": targets}, batch).total > perfect.total + 0.1
 
 
+def test_mrcl_draws_standardised_reconstructions_in_the_views_units():
+    view = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    target = ops.patchify(view, 4).repeat_interleave(2, dim=0)
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    perfect = {"reconstruction": [(target - mean) / (variance + 1e-6).sqrt()]}
+    batch = Batch([view], [None], torch.arange(2), torch.zeros(2))
+    (drawn,) = MRCL(norm_pix=True).pixels(perfect, batch)
+    assert torch.allclose(drawn, target, atol=1e-12)
+    assert MRCL().pixels(perfect, batch) is perfect["reconstruction"]
+
+
 def test_mrcl_with_equal_weights_over_all_patches_is_the_plain_mse():
     outputs, batch = draw_outputs(), draw_batch()
     loss = score(MRCL(w_masked=2.5, w_unmasked=2.5, rec_reduce="all"), outputs, batch)

@@ -1,5 +1,8 @@
 """The loader: what a batch holds depends on (seed, epoch, step) alone."""
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +148,14 @@ def test_ordered_limit_is_spread_over_set_and_classes(limit: int) -> None:
     if limit == 9:
         assert (index % 3).bincount().tolist() == [3, 3, 3]
         assert index.min() < 6 and index.max() >= 18
+
+
+def test_workers_outlive_an_interrupt_so_that_the_run_can_end_its_step(folder: Path) -> None:
+    streamed = Folder(str(folder), memory_gb=1e-9, val_fraction=0.0).train()
+    assert not streamed.in_memory
+    epoch = Loader(streamed, batch_size=2, seed=0, workers=2).epoch(0)
+    batches = [next(epoch)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    batches += epoch
+    assert_same(batches, list(Loader(streamed, batch_size=2, seed=0).epoch(0)))
