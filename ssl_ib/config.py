@@ -10,20 +10,17 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Interval
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 
-from .errors import ConfigError, UserError, nearest
+from .errors import ConfigError
 from .hints import Count, NonNegative, Positive, PositiveInt
+from .recipe import PARTS, YamlDumper, YamlLoader, find_recipe, merge, named, read_recipe
 from .registry import REGISTRIES, check_part, is_schedule, problems_of
 from .schedule import Schedule
-
-#: The sections of a recipe that name a registered part, in the order in which they are shown.
-PARTS = ("task", "model", "criterion", "masker", "source", "views")
 
 
 def _number(value: Any) -> Any:
@@ -107,11 +104,7 @@ class OpsConfig(Section):
     backend: str = "auto"
 
 
-def _spec(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-PartSpec = Annotated[dict[str, Any], BeforeValidator(_spec)]
+PartSpec = Annotated[dict[str, Any], BeforeValidator(named)]
 
 
 class Config(Section):
@@ -147,94 +140,7 @@ class Config(Section):
 
     def yaml(self) -> str:
         """The configuration as it is printed and saved."""
-        return yaml.dump(self.plain(), Dumper=_Dumper, sort_keys=False, width=100)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a repeated key is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        repeated = {str(key) for key in keys if keys.count(key) > 1}
-        if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"repeated key {', '.join(sorted(repeated))}", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: a text such as 1e-3 gets quotes."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes lie: in the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
-
-
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in recipes_folder().glob("[!_]*.yaml"))
-
-
-def find_recipe(name: str) -> Path:
-    """A shipped recipe's file by name, or a path. Raises UserError with the nearest names."""
-    shipped = recipes_folder() / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
-    if Path(name).is_file():
-        return Path(name)
-    if Path(name).suffix in (".yaml", ".yml") or "/" in name:
-        raise UserError(f"there is no recipe file {name!r}")
-    raise UserError(f"unknown recipe {name!r}{nearest(name, recipe_names())}")
-
-
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe merged over its `base`. Raises UserError where the file is not a YAML mapping.
-
-    above: the recipes whose base this is. A recipe may have the name of its base, which is then the shipped one.
-    """
-    above = (*above, path.resolve())
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        place = getattr(error, "problem_mark", None)
-        where = f" (line {place.line + 1})" if place else ""
-        raise UserError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    below = path.parent / f"{base}.yaml"
-    below = below if below.is_file() and below.resolve() != above[-1] else find_recipe(str(base))
-    if below.resolve() in above:
-        raise UserError(f"{path}: base {base!r} leads back to {below}: a recipe cannot be its own base")
-    return merge(read_recipe(below, above), data)
-
-
-def merge(base: Any, over: Any, section: str | None = None) -> Any:
-    """`over` laid over `base`, both of them of `section` (default: whole recipes).
-
-    Mappings merge key by key; a part that names another one replaces the old part whole.
-    """
-    if section in PARTS:
-        base = _spec(base) if isinstance(over, dict) else base
-        over = _spec(over) if isinstance(base, dict) and "name" in base else over
-    if not isinstance(base, dict) or not isinstance(over, dict) or is_schedule(over):
-        return over
-    if section in PARTS and over.get("name", base.get("name")) != base.get("name"):
-        return over
-    return base | {key: merge(base.get(key), value, section or key) for key, value in over.items()}
+        return yaml.dump(self.plain(), Dumper=YamlDumper, sort_keys=False, width=100)
 
 
 def _path(key: str) -> list[str]:
@@ -249,7 +155,7 @@ def _apply(data: dict[str, Any], key: str, value: Any, problems: list[str]) -> N
     place = data
     for depth, step in enumerate(path[:-1]):
         below = place.get(step)
-        below = {} if below is None else _spec(below) if path[0] in PARTS else below
+        below = {} if below is None else named(below) if path[0] in PARTS else below
         if not isinstance(below, dict):
             problems.append(f"{key}: {'.'.join(path[: depth + 1])} is {below!r}, which has no keys")
             return
@@ -266,7 +172,7 @@ def _parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tupl
             problems.append(f"expected KEY=VALUE, such as optim.lr=1e-3, got {text!r}")
             continue
         try:
-            parsed.append((key, yaml.load(value, _Loader)))
+            parsed.append((key, yaml.load(value, YamlLoader)))
         except yaml.YAMLError:
             problems.append(f"{key}: expected a YAML value, got {value!r}")
     # A part is swapped before its keys are set, whatever the order on the command line.

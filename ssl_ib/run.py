@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from . import distributed, ops
-from .config import PARTS, Config
+from .config import Config
 from .errors import ConfigError, UserError
 from .part import Criterion, Model, RunInfo, Task, parts
+from .recipe import PARTS
 from .registry import build_part
 from .schedule import Schedule
 

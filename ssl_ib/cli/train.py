@@ -98,8 +98,9 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> Config:
-    from ..config import find_recipe, read_recipe, resolve
+    from ..config import resolve
     from ..plugins import load_plugins
+    from ..recipe import find_recipe, read_recipe
 
     remembered = read_recipe(find_recipe(options.recipe)).get("plugins") or []
     remembered = [remembered] if isinstance(remembered, str) else remembered
@@ -164,7 +165,8 @@ def _train(config: Config, options: argparse.Namespace) -> int:
 def _examine(out: Path, config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
     """Whether the run may use its folder, which stays as it is; returns the checkpoint to continue from, or None."""
     from ..checkpoint import load
-    from ..config import differences, read_recipe
+    from ..config import differences
+    from ..recipe import read_recipe
 
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; a run needs a folder")
@@ -215,7 +217,7 @@ def _heading(trainer, out: Path | None) -> str:
     import torch
 
     from .. import ops
-    from ..config import PARTS
+    from ..recipe import PARTS
     from ..run import DRY_BANK_BATCHES, DRY_BATCH, DRY_IMAGES, parameter_counts
 
     run, config = trainer.run, trainer.config
@@ -273,7 +275,7 @@ def _shown(kind: str, spec: dict) -> str:
 
 def _listing(kind: str) -> str:
     """Names of one kind (singular or plural), or of all."""
-    from ..config import recipe_names
+    from ..recipe import recipe_names
     from ..registry import REGISTRIES
 
     names = {f"{kind.removesuffix('s')}s": registry.names for kind, registry in REGISTRIES.items()}
