@@ -93,7 +93,6 @@ class Ours:
         start = self.clock.now()
         with self.clock.phase("data"):
             sample = next(self.batches).to(self.run.device)
-        self.trainer._set_schedules()
         backward = torch.Tensor.backward
         torch.Tensor.backward = self.clock.timed("backward", backward)
         try:
