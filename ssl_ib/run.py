@@ -73,12 +73,16 @@ def build_run(config: Config, dry: bool = False) -> Run:
         built[kind] = answer.part
         return answer.part
 
+    device = None
     try:
         device = choose_device(config.device)
     except UserError as error:
         problems.append(str(error))
     try:
         ops.use_backend(config.ops.backend)
+        reason = ops.why_not(ops.wanted(), device.type) if device and ops.wanted() != "auto" else None
+        if reason is not None:
+            problems.append(f"ops.backend: {ops.wanted()!r} cannot run here: {reason}")
     except UserError as error:
         problems.append(f"ops.backend: {error}")
     world, batch_size = distributed.world_size(), config.batch_size

@@ -231,18 +231,13 @@ def _heading(trainer, out: Path | None) -> str:
     lr = config.optim.lr if isinstance(config.optim.lr, dict) else format(config.optim.lr * trainer.scale, ".4g")
     scaled = f" ({config.optim.lr} x {trainer.scale:g})" if trainer.scale != 1 else ""
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    chosen = ops.chosen()
-    backends = "; ".join(
-        f"{backend}: {', '.join(sorted(op for op in chosen if chosen[op] == backend))}"
-        for backend in sorted(set(chosen.values()))
-    )
     lines += [
         f"  data       {len(trainer.images):,} training images ({place}), {held}",
         f"  parameters {counts['all']:,}, of which {counts['trained']:,} are trained",
         f"  batch      {run.samples_per_step} a step, {config.epochs} epochs, {steps:,} steps",
         f"  optimiser  {config.optim.name}, learning rate {lr}{scaled}",
         f"  device     {device}{threads}, {config.precision}{', compiled' * config.compile}, seed {config.seed}",
-        f"  ops        {backends}",
+        f"  ops        {ops.wanted()}",
     ]
     if trainer.step:
         lines.append(f"  resumed    at step {trainer.step:,}")

@@ -3,19 +3,26 @@
 Needs torch alone. Legend of the shape letters at the head of each module.
 """
 
-from .backend import chosen, use_backend
+from .backend import BACKENDS, record, use_backend, wanted, why_not
 from .contrastive import info_nce, info_nce_parts
+from .mixture import gmm_assign, gmm_lse, gmm_posterior
 from .patches import masked_patch_mse, patch_embed_gather, patchify
 from .tokens import token_gather, token_scatter
 
 __all__ = [
-    "chosen",
+    "BACKENDS",
+    "gmm_assign",
+    "gmm_lse",
+    "gmm_posterior",
     "info_nce",
     "info_nce_parts",
     "masked_patch_mse",
     "patch_embed_gather",
     "patchify",
+    "record",
     "token_gather",
     "token_scatter",
     "use_backend",
+    "wanted",
+    "why_not",
 ]

@@ -1,36 +1,35 @@
 """Which implementation of an op runs.
 
-An op is a public function that checks its arguments and calls `implementation(its name)`. Implementations announce
-themselves with `@implements(op, backend)`. The choice is `use_backend(...)`, or the environment's `SSL_IB_OPS`.
+    reference  plain torch, the definition; differentiable twice
+    chunked    plain torch in pieces: the memory promise on any device
+    triton     `kernels/ssl_ib_kernels`, on a GPU (or on the CPU under Triton's interpreter)
+    cuda       `csrc`, on a GPU: built at first use, or with the package
+
+Every backend but the reference offers the same functions on plain tensors; `operators` makes torch operators of them.
+The choice is `use_backend(...)`, or the environment's `SSL_IB_OPS`; "auto" follows the table `crossover.py`.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from . import crossover
 
-#: Fastest first: `auto` takes an op's first one.
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "chunked", "triton", "cuda")
 
-#: Whether the ops look for mistakes that cost time to find: repeated patches, and on a GPU indices out of range.
+#: Whether the ops look for mistakes that make a GPU wait: indices out of range.
 THOROUGH = os.environ.get("SSL_IB_OPS_CHECK") == "1"
 
-_implementations: dict[str, dict[str, Callable]] = {}
-
-
-def implements(op: str, backend: str) -> Callable[[Callable], Callable]:
-    """Decorator: this function is what `op` runs on `backend`."""
-
-    def decorate(function: Callable) -> Callable:
-        _implementations.setdefault(op, {})[backend] = function
-        return function
-
-    return decorate
+_log = logging.getLogger("ssl_ib")
 
 
 def _checked(name: str) -> str:
@@ -39,15 +38,19 @@ def _checked(name: str) -> str:
     return name
 
 
-#: What `auto` means: the environment's choice, and without one (or with "auto") the fastest.
+#: What `auto` means: the environment's choice, and without one (or with "auto") the table's.
 _preferred = _checked(os.environ.get("SSL_IB_OPS", "auto"))
 _current = "auto"
+_recorders: list[set[tuple[str, str]]] = []
+_announced: set[tuple[str, str, str]] = set()
 
 
 class use_backend:
-    """Chooses what the ops run on: "reference", or "auto" for `SSL_IB_OPS` where it is set and else the fastest.
+    """Chooses what the ops run on: "reference", "chunked", "triton", "cuda", or "auto": `SSL_IB_OPS` where it is set,
+    else the fastest by measurement (`crossover.py`).
 
     Called, it holds from then on; as a context manager (`with use_backend("reference"):`) until the block ends.
+    A chosen backend that cannot run an op's tensors makes that op raise UserError; "auto" never picks such a one.
     Raises UserError for a backend that does not exist.
     """
 
@@ -63,27 +66,124 @@ class use_backend:
         _current = self._before
 
 
-def _choice(op: str) -> str:
-    wanted = _preferred if _current == "auto" else _current
-    return next(name for name in BACKENDS if wanted in ("auto", name) and name in _implementations[op])
+def wanted() -> str:
+    """The choice in force, "auto" where it is left to the table."""
+    return _preferred if _current == "auto" else _current
 
 
-def implementation(op: str) -> Callable:
-    """What `op` runs under the current choice."""
-    return _implementations[op][_choice(op)]
+class record:
+    """Collects what ran: `with record() as ran:` fills the set `ran` with pairs (function, backend)."""
+
+    def __enter__(self) -> set[tuple[str, str]]:
+        self._ran: set[tuple[str, str]] = set()
+        _recorders.append(self._ran)
+        return self._ran
+
+    def __exit__(self, *exception: object) -> None:
+        _recorders[:] = [ran for ran in _recorders if ran is not self._ran]
 
 
-def chosen() -> dict[str, str]:
-    """The backend of every op under the current choice."""
-    return {op: _choice(op) for op in _implementations}
+def ran(function: str, backend: str) -> None:
+    """Tells the recorders that `function` runs on `backend`."""
+    for recorder in _recorders:
+        recorder.add((function, backend))
+
+
+def why_not(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot run tensors of `dtype` on a device of type `device` ("cpu", "cuda"); None if it can."""
+    if backend in ("reference", "chunked"):
+        return None
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it runs on a GPU, and the tensors are on the {device} (TRITON_INTERPRET=1 interprets it there)"
+        return None
+    if device != "cuda":
+        return f"it runs on a GPU, and the tensors are on the {device}"
+    from . import extension
+
+    return extension.why_not()
+
+
+def _resolve(op: str, kernel: str, device: str, dtype: torch.dtype, work: int | None) -> str:
+    """The backend of an op of size `work` (None: large). Raises UserError where the one asked for cannot run."""
+    choice = wanted()
+    if choice != "auto":
+        reason = why_not(choice, device, dtype)
+        if reason is not None:
+            raise UserError(f"{op}: the backend {choice!r} was asked for and cannot run: {reason}")
+        return choice
+    best, obstacles = "reference", []
+    for backend in crossover.order(kernel, device, work):
+        reason = why_not(backend, device, dtype)
+        if reason is None:
+            best = backend
+            break
+        obstacles.append(f"{backend}: {reason}")
+    if (op, device, best) not in _announced:
+        _announced.add((op, device, best))
+        _log.info("ops: %s runs on %s%s", op, best, f" ({'; '.join(obstacles)})" if obstacles else "")
+    return best
+
+
+def choose(op: str, kernel: str, tensor: Tensor, work: int) -> str:
+    """The backend that `op`, whose kernel is `kernel`, runs on under the current choice.
+
+    tensor: gives device and dtype; work: the op's size, in the unit of its row of the table.
+    Raises UserError where a backend was asked for that cannot run such tensors.
+    While a graph is compiled the answer may be "auto", which its operators resolve whenever they run: the graph then
+    depends on no size, and on nothing that is asked of the machine.
+    """
+    if torch.compiler.is_compiling():
+        return wanted()
+    return _resolve(op, kernel, tensor.device.type, tensor.dtype, work)
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor as a matrix product under autocast would take it: in autocast's dtype where that is on."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def library(kernel: str, backend: str) -> ModuleType:
+    """Where `backend` keeps the functions of a kernel ("token_gather", "lse", ...)."""
+    if backend == "chunked":
+        return importlib.import_module("..chunked", __name__)
+    if backend == "triton":
+        return importlib.import_module(f"ssl_ib_kernels.{kernel}")
+    from . import extension
+
+    return extension.load()
+
+
+def function(kernel: str, name: str, backend: str, tensor: Tensor) -> Callable:
+    """The raw function `name` of a kernel on `backend` for such tensors; recorders hear of it.
+
+    Raises UserError where the backend cannot run them.
+    """
+    device, dtype = tensor.device.type, tensor.dtype
+    if backend == "auto":
+        backend = next(b for b in crossover.order(kernel, device, None) if why_not(b, device, dtype) is None)
+    reason = why_not(backend, device, dtype)
+    if reason is not None:
+        raise UserError(f"{kernel}: the backend {backend!r} cannot run: {reason}")
+    ran(name, backend)
+    return getattr(library(kernel, backend), name)
 
 
 def check_range(op: str, name: str, index: Tensor, low: int, high: int) -> None:
     """Raises UserError unless every number of the integer tensor `index` lies in [low, high).
 
-    Reading the numbers makes a GPU wait, so there it happens only under SSL_IB_OPS_CHECK=1.
+    Reading the numbers makes a GPU wait, so there it happens only under SSL_IB_OPS_CHECK=1 and for the reference.
     """
-    if torch.compiler.is_compiling() or index.numel() == 0 or not (index.is_cpu or THOROUGH):
+    if torch.compiler.is_compiling() or index.numel() == 0:
+        return
+    if not (index.is_cpu or THOROUGH or wanted() == "reference"):
         return
     smallest, largest = (int(x) for x in index.aminmax())
     if smallest < low or largest >= high:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .backend import check_range, implementation, implements
+from . import softmax_operators as operators
+from .backend import check_range, ran
+from .products import operands
 
 
 def info_nce(
@@ -29,12 +31,15 @@ def info_nce(
     rows [N, d], cols [M, d], or None for the rows themselves; row_labels int [N], col_labels int [M] (None with cols
     None); temperature > 0; self_index int [N]: the column to leave out of row n, -1 for none; own [N, d]: one further
     column, a positive, that only its row sees (MoCo: cols is the queue).
-    A row without positives gives 0. Computed in float32 (float64 for float64 rows), also under autocast.
+    A row without positives gives 0. The answer and all sums are float32 (float64 for float64 rows); under autocast the
+    GPU kernels round the vectors, as a matrix product would, and nothing else.
     Raises UserError for arguments that do not fit. Source: van den Oord et al., "Representation Learning with
     Contrastive Predictive Coding", 2018, equation 4; several positives as in Khosla et al., 2020, equation 2.
     """
     _check("info_nce", rows, cols, row_labels, col_labels, temperature, self_index, own)
-    return implementation("info_nce")(rows, cols, row_labels, col_labels, temperature, self_index, own)
+    arguments = (rows, cols, row_labels, col_labels, temperature, self_index, own, False)
+    lse, positive, count = _parts("info_nce", *arguments)
+    return (lse - positive).masked_fill(count == 0, 0.0)
 
 
 def info_nce_parts(
@@ -54,7 +59,7 @@ def info_nce_parts(
     """
     _check("info_nce_parts", rows, cols, row_labels, col_labels, temperature, self_index, own)
     arguments = (rows, cols, row_labels, col_labels, temperature, self_index, own, drop_group)
-    return implementation("info_nce_parts")(*arguments)
+    return _parts("info_nce_parts", *arguments)[:2]
 
 
 def _check(
@@ -85,35 +90,8 @@ def _check(
         raise UserError(f"{op}: expected a temperature above 0, got {temperature}")
 
 
-@implements("info_nce", "reference")
-def _info_nce(
-    rows: Tensor,
-    cols: Tensor | None,
-    row_labels: Tensor,
-    col_labels: Tensor | None,
-    temperature: float,
-    self_index: Tensor | None,
-    own: Tensor | None,
-) -> Tensor:
-    lse, positive, count = _parts(rows, cols, row_labels, col_labels, temperature, self_index, own, False)
-    return (lse - positive).masked_fill(count == 0, 0.0)
-
-
-@implements("info_nce_parts", "reference")
-def _info_nce_parts(
-    rows: Tensor,
-    cols: Tensor | None,
-    row_labels: Tensor,
-    col_labels: Tensor | None,
-    temperature: float,
-    self_index: Tensor | None,
-    own: Tensor | None,
-    drop_group: bool,
-) -> tuple[Tensor, Tensor]:
-    return _parts(rows, cols, row_labels, col_labels, temperature, self_index, own, drop_group)[:2]
-
-
 def _parts(
+    op: str,
     rows: Tensor,
     cols: Tensor | None,
     row_labels: Tensor,
@@ -124,6 +102,65 @@ def _parts(
     drop_group: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logsumexp, mean positive logit, number of positives), each [N]."""
+    backend, rows, cols = operands("info_nce", "lse", rows, cols)
+    if backend == "reference":
+        return _reference(rows, cols, row_labels, col_labels, temperature, self_index, own, drop_group)
+    groups = _Groups(row_labels, row_labels if col_labels is None else col_labels, self_index)
+    lse, _ = operators.lse(
+        rows,
+        cols,
+        temperature,
+        self_index,
+        groups.rows if drop_group else None,
+        groups.cols if drop_group and cols is not None else None,
+        cols is not None and rows.requires_grad and torch.is_grad_enabled(),
+        backend,
+    )
+    positive = operators.positives(rows, cols, groups.rows, groups.cols, groups.counts, groups.own, temperature)
+    count = groups.counts
+    if own is not None:
+        own_logit = (rows.to(lse.dtype) * own.to(lse.dtype)).sum(dim=1) / temperature
+        positive = (positive * count + own_logit) / (count + 1)
+        count = count + 1
+        if not drop_group:
+            lse = torch.logaddexp(lse, own_logit)
+    return lse, positive, count
+
+
+class _Groups:
+    """Labels as numbers of groups, found by sorting: nothing of size N x M, and no waiting for a GPU.
+
+    rows [N], cols [M]: int32, which columns a row's positives are among; a row without any has the number M.
+    counts [N]: a row's positives but itself. own [N]: the column that a row leaves out where it is of its group, else
+    -1; None where no row leaves any out.
+    """
+
+    def __init__(self, row_labels: Tensor, col_labels: Tensor, self_index: Tensor | None):
+        num_cols = len(col_labels)
+        ordered = col_labels.sort().values
+        first, after = torch.searchsorted(ordered, row_labels), torch.searchsorted(ordered, row_labels, right=True)
+        self.counts = after - first
+        self.rows = first.masked_fill(self.counts == 0, num_cols).int()
+        self.cols = torch.searchsorted(ordered, col_labels).int()
+        self.own = None
+        if self_index is not None and num_cols:
+            among = (self_index >= 0) & (col_labels[self_index.clamp(min=0)] == row_labels)
+            self.own = self_index.masked_fill(~among, -1)
+            self.counts = self.counts - among.long()
+
+
+def _reference(
+    rows: Tensor,
+    cols: Tensor | None,
+    row_labels: Tensor,
+    col_labels: Tensor | None,
+    temperature: float,
+    self_index: Tensor | None,
+    own: Tensor | None,
+    drop_group: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logsumexp, mean positive logit, number of positives), each [N]."""
+    ran("info_nce", "reference")
     dtype = torch.promote_types(rows.dtype, torch.float32)
     rows = rows.to(dtype)
     cols = rows if cols is None else cols.to(dtype)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from .backend import implementation, implements
+from . import gather_operators as operators
+from .backend import autocast, choose, ran
 from .tokens import batch_rows, check_keep
 
 
@@ -47,13 +48,14 @@ def patch_embed_gather(
     images: Tensor,
     keep: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     pos: Tensor,
     prefix: Tensor | None = None,
 ) -> Tensor:
     """Embeds the kept patches only: what a strided convolution, positions and a gather would give.
 
-    images [B, C, H, W], keep int [B, K] with values in [0, L), weight [D, C, p, p] and bias [D] of the convolution,
+    images [B, C, H, W], keep int [B, K] with values in [0, L), weight [D, C, p, p] and bias [D] (or None) of the
+    convolution,
     pos [L, D] (without the prefix's), prefix [P, D] or None: tokens to put in front, their positions included.
     Returns [B, P+K, D], in autocast's dtype where it is on. Raises UserError for shapes that do not fit and, on the
     CPU, for numbers out of range.
@@ -67,13 +69,16 @@ def patch_embed_gather(
     if pos.shape != (rows * columns, len(weight)):
         raise UserError(f"patch_embed_gather: expected pos [{rows * columns}, {len(weight)}], got {list(pos.shape)}")
     check_keep("patch_embed_gather", keep, len(images), rows * columns)
-    return implementation("patch_embed_gather")(images, keep, weight, bias, pos, prefix)
+    backend = choose("patch_embed_gather", "patch_embed_gather", images, keep.numel() * len(weight))
+    if backend == "reference":
+        return _patch_embed_gather(images, keep, weight, bias, pos, prefix)
+    return operators.patch_embed_gather(images, keep, autocast(weight), bias, pos, prefix, backend)
 
 
-@implements("patch_embed_gather", "reference")
 def _patch_embed_gather(
-    images: Tensor, keep: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, prefix: Tensor | None
+    images: Tensor, keep: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor, prefix: Tensor | None
 ) -> Tensor:
+    ran("patch_embed_gather", "reference")
     tiles = _tiles(images, weight.shape[-1])
     columns = tiles.shape[2]
     # Indexing the strided view copies the kept patches alone, already in the weight's order (channel, row, column).
@@ -111,11 +116,14 @@ def masked_patch_mse(pred: Tensor, images: Tensor, mask: Tensor, norm_pix: bool 
         raise UserError(
             f"masked_patch_mse: expected mask bool {list(pred.shape[:2])}, got {mask.dtype} {list(mask.shape)}"
         )
-    return implementation("masked_patch_mse")(pred, images, mask, norm_pix)
+    backend = choose("masked_patch_mse", "masked_patch_mse", pred, pred.numel())
+    if backend == "reference":
+        return _masked_patch_mse(pred, images, mask, norm_pix)
+    return operators.masked_patch_mse(pred, images.detach(), mask, norm_pix, backend).unbind()
 
 
-@implements("masked_patch_mse", "reference")
 def _masked_patch_mse(pred: Tensor, images: Tensor, mask: Tensor, norm_pix: bool) -> tuple[Tensor, Tensor]:
+    ran("masked_patch_mse", "reference")
     pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
     target = patchify(images.detach().to(pred.dtype), math.isqrt(pred.shape[-1] // images.shape[1]))
     if norm_pix:

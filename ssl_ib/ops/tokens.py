@@ -5,24 +5,22 @@ Shapes: B batch, L tokens (one a patch), K kept, P prefix tokens (class token), 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import backend
-from .backend import check_range, implementation, implements
+from . import gather_operators as operators
+from .backend import check_range, choose, ran
+from .chunked.gather import last_place
 
 
 def check_keep(op: str, keep: Tensor, batch: int, num_tokens: int) -> None:
-    """Raises UserError unless keep is an integer [batch, K] of numbers in [0, num_tokens), without repeats in a row.
-
-    Repeats are looked for only under SSL_IB_OPS_CHECK=1.
-    """
+    """Raises UserError unless keep is an integer [batch, K] of numbers in [0, num_tokens)."""
     if keep.ndim != 2 or len(keep) != batch or keep.dtype not in (torch.int32, torch.int64):
         raise UserError(f"{op}: expected keep to be integers [{batch}, K], got {keep.dtype} {list(keep.shape)}")
     check_range(op, "keep", keep, 0, num_tokens)
-    if backend.THOROUGH and (keep.sort(dim=1).values.diff(dim=1) == 0).any():
-        raise UserError(f"{op}: expected keep to name a token once a row, got repeats")
 
 
 def batch_rows(keep: Tensor) -> Tensor:
@@ -38,11 +36,12 @@ def token_gather(x: Tensor, keep: Tensor) -> Tensor:
     if x.ndim != 3:
         raise UserError(f"token_gather: expected x [B, L, D], got {list(x.shape)}")
     check_keep("token_gather", keep, x.shape[0], x.shape[1])
-    return implementation("token_gather")(x, keep)
+    backend = choose("token_gather", "token_gather", x, keep.numel() * x.shape[2])
+    return _token_gather(x, keep) if backend == "reference" else operators.token_gather(x, keep, backend)
 
 
-@implements("token_gather", "reference")
 def _token_gather(x: Tensor, keep: Tensor) -> Tensor:
+    ran("token_gather", "reference")
     return x[batch_rows(keep), keep]
 
 
@@ -56,8 +55,9 @@ def token_scatter(
 ) -> Tensor:
     """A decoder's input: kept tokens in their places, mask tokens in the others, positions added.
 
-    latents [B, P+K, D] (P = num_prefix tokens pass through in front), keep int [B, K] with values in [0, L) and
-    without repeats, mask_token [D], L = num_tokens, pos [P+L, D] or None -> [B, P+L, D] in the dtype of latents.
+    latents [B, P+K, D] (P = num_prefix tokens pass through in front), keep int [B, K] with values in [0, L),
+    mask_token [D], L = num_tokens, pos [P+L, D] or None -> [B, P+L, D] in the dtype of latents. Where keep names a
+    token twice, the later place counts.
     Raises UserError for shapes that do not fit and, on the CPU, for numbers out of range.
     """
     width = latents.shape[-1]
@@ -71,17 +71,21 @@ def token_scatter(
     if pos is not None and pos.shape != (num_prefix + num_tokens, width):
         raise UserError(f"token_scatter: expected pos [{num_prefix + num_tokens}, {width}], got {list(pos.shape)}")
     check_keep("token_scatter", keep, latents.shape[0], num_tokens)
-    return implementation("token_scatter")(latents, keep, mask_token, num_tokens, pos, num_prefix)
+    backend = choose("token_scatter", "token_scatter", latents, len(latents) * (num_prefix + num_tokens) * width)
+    run = _token_scatter if backend == "reference" else partial(operators.token_scatter, backend=backend)
+    return run(latents, keep, mask_token, num_tokens, pos, num_prefix)
 
 
-@implements("token_scatter", "reference")
 def _token_scatter(
     latents: Tensor, keep: Tensor, mask_token: Tensor, num_tokens: int, pos: Tensor | None, num_prefix: int
 ) -> Tensor:
-    batch, _, width = latents.shape
-    prefix = torch.arange(num_prefix, device=keep.device).expand(batch, -1)
-    places = torch.cat([prefix, keep + num_prefix], dim=1)
-    # Float32 parameters must not promote a bfloat16 stream.
-    blank = mask_token.to(latents.dtype).expand(batch, num_prefix + num_tokens, width)
-    full = blank.index_put((batch_rows(keep), places), latents)
+    ran("token_scatter", "reference")
+    place = last_place(keep, num_tokens)
+    if keep.shape[1]:
+        visible = latents[:, num_prefix:][batch_rows(keep), place.clamp(min=0)]
+        # Float32 parameters must not promote a bfloat16 stream.
+        tokens = torch.where((place >= 0)[..., None], visible, mask_token.to(latents.dtype))
+    else:
+        tokens = mask_token.to(latents.dtype).expand(len(latents), num_tokens, -1)
+    full = torch.cat([latents[:, :num_prefix], tokens], dim=1)
     return full if pos is None else full + pos.to(latents.dtype)

@@ -1,9 +1,6 @@
-"""The reference ops against Python loops in float64, their gradients, and the choice of a backend."""
+"""The reference ops against Python loops in float64, and their gradients to the second order."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +8,13 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from ssl_ib import UserError, ops
-from ssl_ib.ops import backend
+
+
+@pytest.fixture(autouse=True)
+def _reference():
+    with ops.use_backend("reference"), ops.record() as ran:
+        yield
+    assert {backend for _, backend in ran} <= {"reference"}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -302,52 +305,76 @@ def test_patch_embed_gather_mistakes_are_named():
         ops.patch_embed_gather(images, keep + 4, weight, bias, pos)
 
 
-def test_repeats_are_found_when_asked_for(monkeypatch):
-    x, keep = draw(1, 4, 2), torch.tensor([[1, 3, 1]])
-    assert ops.token_gather(x, keep).shape == (1, 3, 2)
-    monkeypatch.setattr(backend, "THOROUGH", True)
-    with pytest.raises(UserError, match="once a row"):
-        ops.token_gather(x, keep)
+def test_of_a_token_scattered_twice_the_later_place_counts():
+    latents, keep = draw(1, 3, 2).requires_grad_(), torch.tensor([[1, 3, 1]])
+    full = ops.token_scatter(latents, keep, torch.zeros(2).double(), 4)
+    assert torch.equal(full[0, 1], latents[0, 2]) and torch.equal(full[0, 3], latents[0, 1])
+    (gradient,) = torch.autograd.grad(full.sum(), latents)
+    assert gradient[0].tolist() == [[0, 0], [1, 1], [1, 1]]
 
 
-def test_the_ops_compile_into_one_graph():
-    images, keep = draw(2, 3, 4, 4), draw_keep(2, 4, 2)
-    weight, bias, pos, mask = draw(12, 3, 2, 2), draw(12), draw(4, 12), draw(2, 4) > 0
-    first = torch.tensor([[1, 0], [0, 1]])
-
-    def everything(images):
-        tokens = ops.patch_embed_gather(images, keep, weight, bias, pos)
-        full = ops.token_scatter(ops.token_gather(tokens, first), keep, bias, 4, pos)
-        masked, unmasked = ops.masked_patch_mse(full, images, mask, True)
-        nce = ops.info_nce(full[:, 0], full[:, 1], torch.arange(2), torch.arange(2), 0.5)
-        return masked + unmasked + nce.sum()
-
-    compiled = torch.compile(everything, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images), everything(images))
+def mixture_by_hand(t, c, tau, log_prior):
+    """(lse, mean, entropy, expected log prior) of every row and the mean posterior, in Python numbers."""
+    rows, marginal = [], [0.0] * len(c)
+    for x in t.tolist():
+        logits = [sum(a * b for a, b in zip(x, prototype, strict=True)) / tau for prototype in c.tolist()]
+        total = sum(math.exp(logit) for logit in logits)
+        p = [math.exp(logit) / total for logit in logits]
+        mean = [sum(q * prototype[i] for q, prototype in zip(p, c.tolist(), strict=True)) for i in range(len(x))]
+        entropy = -sum(q * math.log(q) for q in p)
+        rows.append((math.log(total), mean, entropy, sum(q * u for q, u in zip(p, log_prior.tolist(), strict=True))))
+        marginal = [m + q / len(t) for m, q in zip(marginal, p, strict=True)]
+    return rows, marginal
 
 
-def test_the_choice_of_a_backend(monkeypatch):
-    names = {"token_gather", "token_scatter", "patch_embed_gather", "masked_patch_mse", "info_nce", "info_nce_parts"}
-    assert names <= set(ops.chosen()) and {ops.chosen()[name] for name in names} == {"reference"}
-    monkeypatch.setattr(backend, "BACKENDS", ("fast", "reference"))
-    monkeypatch.setitem(backend._implementations["token_gather"], "fast", lambda x, keep: "fast")
-    x, keep = draw(1, 2, 3), torch.tensor([[1]])
-    assert ops.token_gather(x, keep) == "fast" and ops.chosen()["token_gather"] == "fast"
-    assert ops.chosen()["token_scatter"] == "reference"
-    with ops.use_backend("reference"):
-        assert torch.equal(ops.token_gather(x, keep), x[:, 1:])
-        with ops.use_backend("auto"):
-            assert ops.token_gather(x, keep) == "fast"
-        assert ops.chosen()["token_gather"] == "reference"
-    assert ops.chosen()["token_gather"] == "fast"
-    monkeypatch.setattr(backend, "_preferred", "reference")
-    assert ops.chosen()["token_gather"] == "reference"
+def test_gmm_ops():
+    t, c, log_prior = draw(5, 3), draw(4, 3, seed=1), draw(4, seed=2).log_softmax(dim=0)
+    rows, marginal = mixture_by_hand(t, c, 0.7, log_prior)
+    assert ops.gmm_lse(t, c, 0.7).tolist() == pytest.approx([r[0] for r in rows], rel=1e-12)
+    answer = ops.gmm_posterior(t, c, 0.7, log_prior)
+    torch.testing.assert_close(answer[0], torch.tensor([r[1] for r in rows], dtype=torch.float64))
+    assert answer[1].tolist() == pytest.approx([r[2] for r in rows], rel=1e-12)
+    assert answer[2].tolist() == pytest.approx([r[3] for r in rows], rel=1e-12)
+    assert answer[3].tolist() == pytest.approx(marginal, rel=1e-12)
+    assert ops.gmm_posterior(t, c, 0.7)[2].tolist() == [0.0] * 5
+    assert ops.gmm_posterior(t, c, 0.7, marginal=False)[3].numel() == 0
+    assert_differentiable(lambda t, c: ops.gmm_posterior(t, c, 0.7, log_prior), t, c)
+    assert_differentiable(lambda t, c: ops.gmm_lse(t, c, 0.7), t, c)
 
 
-def test_unknown_backends_are_refused():
-    with pytest.raises(UserError, match="unknown backend.*'warp'.*choices: auto, reference"):
-        ops.use_backend("warp")
-    assert ops.chosen()["info_nce"] == "reference"
-    command = [sys.executable, "-c", "import ssl_ib.ops"]
-    answer = subprocess.run(command, env=os.environ | {"SSL_IB_OPS": "refrence"}, capture_output=True, text=True)
-    assert answer.returncode != 0 and "did you mean 'reference'" in answer.stderr
+def test_gmm_assign_is_the_cross_entropy_of_the_assignments():
+    student, teacher, c = draw(5, 3), draw(5, 3, seed=1), draw(4, 3, seed=2)
+    p_t, log_p_s = (teacher @ c.T / 0.3).softmax(dim=1), (student @ c.T / 0.6).log_softmax(dim=1)
+    cross_entropy, entropy = ops.gmm_assign(student, teacher, c, 0.6, 0.3)
+    torch.testing.assert_close(cross_entropy, -(p_t * log_p_s).sum(dim=1))
+    torch.testing.assert_close(entropy, -(p_t * p_t.log()).sum(dim=1))
+    assert_differentiable(lambda s, t, c: ops.gmm_assign(s, t, c, 0.6, 0.3), student, teacher, c)
+
+
+def test_a_detached_posterior_moves_the_prototypes_as_values_alone():
+    """dL/dc = p^T dL/dmean, and the rows get nothing from the mean; the other answers keep their gradients."""
+    t, c = draw(5, 3).requires_grad_(), draw(4, 3, seed=1).requires_grad_()
+    mean, entropy, _, _ = ops.gmm_posterior(t, c, 0.7, detach_p=True)
+    weight = draw(5, 3, seed=2)
+    values, rows = torch.autograd.grad((mean * weight).sum(), (c, t), retain_graph=True, allow_unused=True)
+    assert rows is None or not rows.any()
+    torch.testing.assert_close(values, (t @ c.T / 0.7).softmax(dim=1).T @ weight)
+    plain = ops.gmm_posterior(t, c, 0.7)[1]
+    for kept, whole in zip(*(torch.autograd.grad(h.sum(), (t, c)) for h in (entropy, plain)), strict=True):
+        torch.testing.assert_close(kept, whole)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, c: ops.gmm_lse(x[0], c, 0.1), r"gmm_lse: expected rows \[N, d\]"),
+        (lambda x, c: ops.gmm_lse(x, c[:, :2], 0.1), r"expected prototypes \[K, 3\]"),
+        (lambda x, c: ops.gmm_lse(x, c[:0], 0.1), "K of 1 or more"),
+        (lambda x, c: ops.gmm_posterior(x, c, 0.0), "temperature above 0, got 0.0"),
+        (lambda x, c: ops.gmm_posterior(x, c, 0.1, c[0]), r"expected log_prior \[4\]"),
+        (lambda x, c: ops.gmm_assign(x, x[:1], c, 0.1, 0.1), "student and teacher of one shape"),
+    ],
+)
+def test_mistakes_in_the_mixture_ops(call, message):
+    with pytest.raises(UserError, match=message):
+        call(draw(5, 3), draw(4, 3, seed=1))

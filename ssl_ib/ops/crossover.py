@@ -1,0 +1,38 @@
+"""What `auto` picks: for every kernel, the backends in order of preference and the size from which the first ones pay.
+
+CPU: measured with `ssl-ib-bench --crossover` (the machine and date stand in docs/kernels.md). GPU: predicted from the
+work each kernel does and not yet measured; `tools/gpu_check.sh` measures it and says where the prediction is wrong.
+
+The size is counted in numbers: of the output for the gathers, of the prediction for the reconstruction error, of the
+logits (rows x columns) for the softmax ops.
+"""
+
+from __future__ import annotations
+
+#: Sizes from which "chunked" beats "reference" on a CPU, forward and backward together.
+CPU = {
+    "token_gather": 0,
+    "token_scatter": 0,
+    "patch_embed_gather": 0,
+    "masked_patch_mse": 0,
+    "lse": 0,
+    "posterior": 0,
+}
+
+#: Moving bytes needs no tensor-core scheduling, where hand-written CUDA is at its best; the products do, and Triton's
+#: run on Hopper's wgmma while csrc's run on mma.sync.
+GPU = {
+    "token_gather": ("cuda", "triton", "chunked"),
+    "token_scatter": ("cuda", "triton", "chunked"),
+    "masked_patch_mse": ("cuda", "triton", "chunked"),
+    "patch_embed_gather": ("triton", "cuda", "chunked"),
+    "lse": ("triton", "cuda", "chunked"),
+    "posterior": ("triton", "cuda", "chunked"),
+}
+
+
+def order(kernel: str, device: str, work: int | None) -> tuple[str, ...]:
+    """Backends in order of preference; work: the size, None for a large one."""
+    if device == "cuda":
+        return GPU[kernel]
+    return ("chunked",) if work is None or work >= CPU[kernel] else ("reference",)
