@@ -58,20 +58,45 @@ def is_main() -> bool:
     return rank() == 0
 
 
-class _Gather(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.rows = len(x)
-        gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous())
+    def forward(ctx, x: Tensor, shares: tuple[int, ...]) -> Tensor:
+        ctx.shares = shares
+        gathered = x.new_empty(sum(shares), *x.shape[1:])
+        if len(set(shares)) == 1:
+            dist.all_gather_into_tensor(gathered, x.contiguous())
+        else:
+            for source, part in enumerate(gathered.split(shares)):
+                dist.broadcast(part.copy_(x) if source == rank() else part, source)
         return gathered
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient[rank() * ctx.rows :][: ctx.rows]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        # What every rank's loss says about this rank's rows comes here and is added up.
+        return _exchanged(gradient, ctx.shares).sum(dim=0), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, shares: tuple[int, ...]) -> Tensor:
+        ctx.shares = shares
+        return _exchanged(x, shares)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        back = gradient.new_empty(sum(ctx.shares), *gradient.shape[2:])
+        mine = [gradient.shape[1]] * len(ctx.shares)
+        dist.all_to_all_single(back, gradient.flatten(0, 1).contiguous(), list(ctx.shares), mine)
+        return back, None
+
+
+def _exchanged(x: Tensor, shares: tuple[int, ...]) -> Tensor:
+    mine = shares[rank()]
+    received = x.new_empty(len(shares) * mine, *x.shape[1:])
+    dist.all_to_all_single(received, x.contiguous(), [mine] * len(shares), list(shares))
+    return received.unflatten(0, (len(shares), mine))
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -86,9 +111,32 @@ class _AllReduceSum(torch.autograd.Function):
         return _AllReduceSum.apply(gradient)
 
 
+def shares(rows: int) -> tuple[int, ...]:
+    """How many rows each rank has; a GPU is waited for."""
+    if world_size() == 1:
+        return (rows,)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    counts = torch.empty(world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([rows], device=device))
+    return tuple(counts.tolist())
+
+
+def gather_rows(x: Tensor, shares: tuple[int, ...]) -> Tensor:
+    """The rows of all ranks, in rank order, where ranks have `shares` of them: x [b, ...] -> [sum(shares), ...].
+
+    Differentiable.
+    """
+    return x if world_size() == 1 else _GatherRows.apply(x, shares)
+
+
 def gather(x: Tensor) -> Tensor:
-    """The rows of all ranks, in rank order: x [b, ...] -> [R*b, ...]; differentiable. b must be the same everywhere."""
-    return x if world_size() == 1 else _Gather.apply(x)
+    """`gather_rows` where every rank has as many rows: x [b, ...] -> [R*b, ...]; differentiable."""
+    return gather_rows(x, (len(x),) * world_size())
+
+
+def exchange_rows(x: Tensor, shares: tuple[int, ...]) -> Tensor:
+    """What every rank has to say about this rank's rows: x [sum(shares), ...] -> [R, b, ...]; differentiable."""
+    return x[None] if world_size() == 1 else _Exchange.apply(x, shares)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import distributed, ops
+from .. import distributed
 from ..hints import Positive
+from ..ops.distributed import info_nce
 from ..part import Criterion
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
-from .pair import image_labels, two_views, unit
+from .pair import image_labels, shares, two_views, unit
 
 
 @register_criterion("info_nce")
@@ -49,10 +50,9 @@ class InfoNCE(Criterion):
 
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
         first, second = (unit(z) for z in two_views(outputs, "projection"))
-        if self.negatives == "both":
-            value, candidates = self._both(first, second)
-        else:
-            value, candidates = self._cross(first, second)
+        value = self._both(first, second) if self.negatives == "both" else self._cross(first, second)
+        num_images = len(first) * distributed.world_size()
+        candidates = 2 * num_images - 1 if self.negatives == "both" else num_images
         loss = Loss.weighted(info_nce=(value, 1.0))
         watched = {
             "mi_nats": math.log(candidates) - value.detach(),
@@ -60,26 +60,22 @@ class InfoNCE(Criterion):
         }
         return replace(loss, terms=loss.terms | watched)
 
-    def _both(self, first: Tensor, second: Tensor) -> tuple[Tensor, int]:
+    def _both(self, first: Tensor, second: Tensor) -> Tensor:
         """NT-Xent: columns are both views of all images, and a row leaves itself out."""
-        mine, everyone = image_labels(first)
-        num_images = len(everyone)
-        if self.symmetric:
-            rows, labels, self_index = torch.cat([first, second]), mine.repeat(2), torch.cat([mine, num_images + mine])
-        else:
-            rows, labels, self_index = first, mine, mine
-        if self.symmetric and distributed.world_size() == 1:
-            cols = col_labels = None
-        else:
-            cols, col_labels = torch.cat([distributed.gather(first), distributed.gather(second)]), everyone.repeat(2)
-        value = ops.info_nce(rows, cols, labels, col_labels, self.temperature, self_index=self_index).mean()
-        return value, 2 * num_images - 1
+        views, labels = torch.cat([first, second]), image_labels(first)
+        rows, cols = (views, None) if self.symmetric else (first, views)
+        col_labels = None if cols is None else labels.repeat(2)
+        labels = labels.repeat(len(rows) // len(first))
+        itself = torch.arange(len(rows), device=rows.device)
+        return info_nce(
+            rows, cols, labels, col_labels, self.temperature, self_index=itself, shares=shares(views)
+        ).mean()
 
-    def _cross(self, first: Tensor, second: Tensor) -> tuple[Tensor, int]:
+    def _cross(self, first: Tensor, second: Tensor) -> Tensor:
         """Columns are the other view of all images."""
-        mine, everyone = image_labels(first)
-        value = ops.info_nce(first, distributed.gather(second), mine, everyone, self.temperature).mean()
-        if self.symmetric:
-            back = ops.info_nce(second, distributed.gather(first), mine, everyone, self.temperature).mean()
-            value = (value + back) / 2
-        return value, len(everyone)
+        labels = image_labels(first)
+        pairs = [(first, second), (second, first)] if self.symmetric else [(first, second)]
+        directions = [
+            info_nce(rows, cols, labels, labels, self.temperature, shares=shares(cols)).mean() for rows, cols in pairs
+        ]
+        return sum(directions) / len(directions)

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .. import distributed, ops
+from .. import distributed
 from ..hints import Positive
+from ..ops.distributed import info_nce
 from ..part import Criterion
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
-from .pair import image_labels, two_views, unit
+from .pair import image_labels, shares, two_views, unit
 
 
 @register_criterion("moco_v3")
@@ -36,10 +37,12 @@ class MoCoV3(Criterion):
 
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
         queries = [unit(p) for p in two_views(outputs, "prediction")]
-        keys = [distributed.gather(unit(z.detach())) for z in reversed(two_views(outputs, "target"))]
-        mine, everyone = image_labels(queries[0])
+        keys = [unit(z.detach()) for z in reversed(two_views(outputs, "target"))]
+        labels = image_labels(queries[0])
         both = sum(
-            ops.info_nce(q, k, mine, everyone, self.temperature).mean() for q, k in zip(queries, keys, strict=True)
+            info_nce(q, k, labels, labels, self.temperature, shares=shares(k)).mean()
+            for q, k in zip(queries, keys, strict=True)
         )
         loss = Loss.weighted(info_nce=(both, 2 * self.temperature))
-        return replace(loss, terms=loss.terms | {"mi_nats": math.log(len(everyone)) - both.detach() / 2})
+        num_images = len(labels) * distributed.world_size()
+        return replace(loss, terms=loss.terms | {"mi_nats": math.log(num_images) - both.detach() / 2})

@@ -1,6 +1,6 @@
 """What the criterions of two views share.
 
-Shapes: b rows of this process, N rows of all processes, d embedding.
+Shapes: b rows of this process, d embedding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-def image_labels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the images behind this process's rows, and behind those of all processes: int64 [b], [N]."""
-    everyone = torch.arange(distributed.world_size() * len(x), device=x.device)
-    return everyone[distributed.rank() * len(x) :][: len(x)], everyone
+def image_labels(x: Tensor) -> Tensor:
+    """Numbers, among the images of all processes, of those behind this process's rows x [b, d]: int64 [b]."""
+    return torch.arange(len(x), device=x.device) + distributed.rank() * len(x)
+
+
+def shares(cols: Tensor) -> tuple[int, ...]:
+    """How many rows like `cols` each process has: in a run, as many as this one."""
+    return (len(cols),) * distributed.world_size()
