@@ -36,7 +36,7 @@ def info_nce(
     Raises UserError for arguments that do not fit. Source: van den Oord et al., "Representation Learning with
     Contrastive Predictive Coding", 2018, equation 4; several positives as in Khosla et al., 2020, equation 2.
     """
-    _check("info_nce", rows, cols, row_labels, col_labels, temperature, self_index, own)
+    check("info_nce", rows, cols, row_labels, col_labels, temperature, self_index, own)
     arguments = (rows, cols, row_labels, col_labels, temperature, self_index, own, False)
     lse, positive, count = _parts("info_nce", *arguments)
     return (lse - positive).masked_fill(count == 0, 0.0)
@@ -57,12 +57,12 @@ def info_nce_parts(
     drop_group leaves a row's positives, `own` among them, out of its logsumexp, which then runs over its negatives.
     A row without positives has 0 as its second part; one without columns has -inf as its first. Both without gradient.
     """
-    _check("info_nce_parts", rows, cols, row_labels, col_labels, temperature, self_index, own)
+    check("info_nce_parts", rows, cols, row_labels, col_labels, temperature, self_index, own)
     arguments = (rows, cols, row_labels, col_labels, temperature, self_index, own, drop_group)
     return _parts("info_nce_parts", *arguments)[:2]
 
 
-def _check(
+def check(
     op: str,
     rows: Tensor,
     cols: Tensor | None,
@@ -105,7 +105,7 @@ def _parts(
     backend, rows, cols = operands("info_nce", "lse", rows, cols)
     if backend == "reference":
         return _reference(rows, cols, row_labels, col_labels, temperature, self_index, own, drop_group)
-    groups = _Groups(row_labels, row_labels if col_labels is None else col_labels, self_index)
+    groups = Groups(row_labels, row_labels if col_labels is None else col_labels, self_index)
     lse, _ = operators.lse(
         rows,
         cols,
@@ -127,7 +127,7 @@ def _parts(
     return lse, positive, count
 
 
-class _Groups:
+class Groups:
     """Labels as numbers of groups, found by sorting: nothing of size N x M, and no waiting for a GPU.
 
     rows [N], cols [M]: int32, which columns a row's positives are among; a row without any has the number M.

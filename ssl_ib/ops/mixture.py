@@ -56,7 +56,7 @@ def gmm_posterior(
         if log_prior.shape != (len(prototypes),):
             raise UserError(f"gmm_posterior: expected log_prior [{len(prototypes)}], got {list(log_prior.shape)}")
         log_prior = log_prior.detach()
-    return _posterior(t, prototypes, tau, log_prior, detach_p, marginal)[1:]
+    return posterior(t, prototypes, tau, log_prior, detach_p, marginal)[1:]
 
 
 def gmm_assign(
@@ -68,13 +68,16 @@ def gmm_assign(
     the cross-entropy. For more than one student a teacher, use `gmm_posterior` once and `gmm_lse` for each student.
     Raises UserError for arguments that do not fit. Source: SVIB, equation 17.
     """
-    if student.shape != teacher.shape:
-        raise UserError(
-            f"gmm_assign: expected student and teacher of one shape, got {list(student.shape)} and "
-            f"{list(teacher.shape)}"
-        )
+    check_pairs("gmm_assign", student, teacher)
     mean, entropy, _, _ = gmm_posterior(teacher, prototypes, tau_t, detach_p=detach_p, marginal=False)
     return gmm_lse(student, prototypes, tau_s) - (student * mean).sum(dim=1) / tau_s, entropy
+
+
+def check_pairs(op: str, student: Tensor, teacher: Tensor) -> None:
+    """Raises UserError unless both have one shape."""
+    if student.shape != teacher.shape:
+        shapes = f"{list(student.shape)} and {list(teacher.shape)}"
+        raise UserError(f"{op}: expected student and teacher of one shape, got {shapes}")
 
 
 def _check(op: str, x: Tensor, prototypes: Tensor, tau: float) -> None:
@@ -96,7 +99,7 @@ def _logits(op: str, x: Tensor, prototypes: Tensor, tau: float) -> Tensor:
         return x.to(dtype) @ prototypes.to(dtype).T / tau
 
 
-def _posterior(
+def posterior(
     t: Tensor, prototypes: Tensor, tau: float, log_prior: Tensor | None, detach_p: bool, marginal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logsumexp, mean, entropy, expected log prior, marginal)."""

@@ -1,0 +1,278 @@
+"""What is measured: an op on a shape, its inputs, its work, and the other ways to do the same.
+
+Shapes: B images, L patches, K kept tokens or prototypes, D width, p patch side, P prefix tokens, N rows, M columns,
+d embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from . import baselines
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape.
+
+    draw:      (seeded generator, dtype) -> the inputs, of which the first `leaves` get gradients.
+    call:      the op on the inputs; answers a tensor or a tuple, all of them differentiated.
+    flops:     of forward and backward together, as mathematics counts them.
+    moved:     bytes that forward and backward must read or write at least, for 2-byte numbers.
+    unfused:   bytes that an implementation holds which keeps the logits or the patches, for float32.
+    others:    name -> the same answer by other means.
+    """
+
+    op: str
+    shape: str
+    draw: Callable[[torch.Generator, torch.dtype], tuple[Any, ...]]
+    leaves: int
+    call: Callable[..., Any]
+    flops: float
+    moved: float
+    unfused: float
+    others: dict[str, Callable] = field(default_factory=dict)
+
+
+def _normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, device=generator.device).to(dtype)
+
+
+def _unit(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return F.normalize(_normal(generator, torch.float32, *shape), dim=-1).to(dtype)
+
+
+def _keep(generator: torch.Generator, batch: int, num_tokens: int, kept: int) -> Tensor:
+    noise = torch.rand(batch, num_tokens, generator=generator, device=generator.device)
+    return noise.argsort(dim=1)[:, :kept].sort(dim=1).values
+
+
+def token_gather(batch: int, num_tokens: int, kept: int, width: int) -> Case:
+    def draw(g, dtype):
+        return _normal(g, dtype, batch, num_tokens, width), _keep(g, batch, num_tokens, kept)
+
+    return Case(
+        "token_gather",
+        f"B={batch} L={num_tokens} K={kept} D={width}",
+        draw,
+        1,
+        ops.token_gather,
+        0.0,
+        2.0 * batch * width * (3 * kept + num_tokens),
+        4.0 * batch * width * (num_tokens + 3 * kept),
+        {"mae": baselines.mae_gather},
+    )
+
+
+def token_scatter(batch: int, num_tokens: int, kept: int, width: int) -> Case:
+    def draw(g, dtype):
+        latents = _normal(g, dtype, batch, 1 + kept, width)
+        mask_token, pos = _normal(g, torch.float32, width), _normal(g, torch.float32, 1 + num_tokens, width)
+        return latents, mask_token, pos, _keep(g, batch, num_tokens, kept)
+
+    return Case(
+        "token_scatter",
+        f"B={batch} L={num_tokens} K={kept} D={width}",
+        draw,
+        3,
+        lambda latents, mask, pos, keep: ops.token_scatter(latents, keep, mask, num_tokens, pos, num_prefix=1),
+        0.0,
+        4.0 * batch * width * (num_tokens + kept + 2),
+        12.0 * batch * width * num_tokens,
+        {"mae": baselines.mae_scatter},
+    )
+
+
+def patch_embed_gather(batch: int, image: int, side: int, kept: int, width: int) -> Case:
+    num_patches = (image // side) ** 2
+
+    def draw(g, dtype):
+        weight = _normal(g, dtype, width, 3, side, side) / (3 * side * side) ** 0.5
+        rest = _normal(g, torch.float32, width), _normal(g, torch.float32, num_patches, width)
+        return weight, *rest, _normal(g, dtype, batch, 3, image, image), _keep(g, batch, num_patches, kept)
+
+    pixels = 3 * side * side
+    return Case(
+        "patch_embed_gather",
+        f"B={batch} L={num_patches} K={kept} D={width} p={side}",
+        draw,
+        3,
+        lambda weight, bias, pos, images, keep: ops.patch_embed_gather(images, keep, weight, bias, pos),
+        4.0 * batch * kept * pixels * width,
+        4.0 * batch * kept * (pixels + width),
+        8.0 * batch * num_patches * (pixels + width),
+        {"embed_all": baselines.embed_all},
+    )
+
+
+def masked_patch_mse(batch: int, num_masks: int, image: int, side: int) -> Case:
+    num_patches, pixels = (image // side) ** 2, 3 * side * side
+
+    def draw(g, dtype):
+        pred = _normal(g, dtype, batch * num_masks, num_patches, pixels)
+        mask = torch.rand(batch * num_masks, num_patches, generator=g, device=g.device) < 0.75
+        return pred, _normal(g, dtype, batch, 3, image, image), mask
+
+    return Case(
+        "masked_patch_mse",
+        f"B={batch} N={num_masks} L={num_patches} p={side} norm_pix",
+        draw,
+        1,
+        lambda pred, images, mask: ops.masked_patch_mse(pred, images, mask, norm_pix=True),
+        0.0,
+        2.0 * batch * num_patches * pixels * (3 * num_masks + 2),
+        16.0 * batch * num_masks * num_patches * pixels,
+        {"mae": baselines.mae_loss},
+    )
+
+
+def nt_xent(rows: int, width: int, temperature: float) -> Case:
+    labels_of = {}
+
+    def draw(g, dtype):
+        labels_of["labels"] = torch.arange(rows // 2, device=g.device).repeat(2)
+        labels_of["itself"] = torch.arange(rows, device=g.device)
+        return (_normal(g, dtype, rows, width),)
+
+    def call(z):
+        labels, itself = labels_of["labels"], labels_of["itself"]
+        return ops.info_nce(F.normalize(z, dim=1), None, labels, None, temperature, itself)
+
+    return Case(
+        "info_nce",
+        f"NT-Xent N={rows} d={width} tau={temperature}",
+        draw,
+        1,
+        call,
+        6.0 * rows * rows * width,
+        10.0 * rows * width,
+        12.0 * rows * rows,
+        {
+            "lightly": lambda z: baselines.lightly_nt_xent(z, temperature),
+            "cross_entropy": lambda z: baselines.nt_xent(z, temperature),
+        },
+    )
+
+
+def one_way(rows: int, cols: int, width: int, temperature: float) -> Case:
+    labels = {}
+
+    def draw(g, dtype):
+        labels["rows"] = torch.arange(rows, device=g.device) % cols
+        labels["cols"] = torch.arange(cols, device=g.device)
+        return _unit(g, dtype, rows, width), _unit(g, dtype, cols, width)
+
+    return Case(
+        "info_nce",
+        f"one way N={rows} M={cols} d={width} tau={temperature}",
+        draw,
+        2,
+        lambda q, k: ops.info_nce(q, k, labels["rows"], labels["cols"], temperature),
+        8.0 * rows * cols * width,
+        6.0 * (rows + cols) * width,
+        12.0 * rows * cols,
+        {
+            "cross_entropy": lambda q, k: F.cross_entropy(q @ k.T / temperature, labels["rows"], reduction="none"),
+            "cut_cross_entropy": lambda q, k: baselines.cut_cross_entropy(q, k, labels["rows"], temperature),
+            "liger": lambda q, k: baselines.liger(q, k, labels["rows"], temperature),
+        },
+    )
+
+
+def gmm_lse(rows: int, prototypes: int, width: int, tau: float) -> Case:
+    return Case(
+        "gmm_lse",
+        f"N={rows} K={prototypes} d={width} tau={tau}",
+        lambda g, dtype: (_unit(g, dtype, rows, width), _unit(g, dtype, prototypes, width)),
+        2,
+        lambda x, c: ops.gmm_lse(x, c, tau),
+        8.0 * rows * prototypes * width,
+        6.0 * (rows + prototypes) * width,
+        12.0 * rows * prototypes,
+    )
+
+
+def gmm_posterior(rows: int, prototypes: int, width: int, tau: float) -> Case:
+    """As a student-teacher loss uses it: the teacher's rows are constants, so is p in the mean; gradients go to c."""
+    return Case(
+        "gmm_posterior",
+        f"N={rows} K={prototypes} d={width} tau={tau}",
+        lambda g, dtype: (_unit(g, dtype, prototypes, width), _unit(g, dtype, rows, width)),
+        1,
+        lambda c, t: ops.gmm_posterior(t, c, tau, detach_p=True, marginal=False)[:2],
+        10.0 * rows * prototypes * width,
+        6.0 * (rows + prototypes) * width,
+        16.0 * rows * prototypes,
+    )
+
+
+def gmm_assign(rows: int, prototypes: int, width: int) -> Case:
+    def draw(g, dtype):
+        shapes = (rows, width), (prototypes, width), (rows, width)
+        return tuple(_unit(g, dtype, *shape) for shape in shapes)
+
+    return Case(
+        "gmm_assign",
+        f"N={rows} K={prototypes} d={width}",
+        draw,
+        2,
+        lambda s, c, t: ops.gmm_assign(s, t, c, 0.1, 0.04, detach_p=True),
+        18.0 * rows * prototypes * width,
+        6.0 * (2 * rows + prototypes) * width,
+        28.0 * rows * prototypes,
+    )
+
+
+def cases(size: str) -> list[Case]:
+    """The shapes of a size: "quick" takes seconds, "cpu" some minutes on two cores, "gpu" is for an accelerator."""
+    if size == "quick":
+        return [
+            token_gather(16, 64, 16, 96),
+            token_scatter(16, 64, 16, 96),
+            patch_embed_gather(16, 32, 4, 16, 96),
+            masked_patch_mse(16, 1, 32, 4),
+            nt_xent(512, 64, 0.1),
+            one_way(300, 500, 64, 0.1),
+            gmm_lse(128, 2048, 64, 0.1),
+            gmm_posterior(128, 2048, 64, 0.04),
+            gmm_assign(128, 2048, 64),
+        ]
+    if size == "cpu":
+        return [
+            token_gather(256, 196, 49, 384),
+            token_scatter(256, 196, 49, 512),
+            patch_embed_gather(64, 224, 16, 49, 384),
+            patch_embed_gather(256, 32, 4, 16, 192),
+            masked_patch_mse(64, 1, 224, 16),
+            masked_patch_mse(64, 4, 32, 4),
+            nt_xent(2048, 128, 0.1),
+            nt_xent(16384, 128, 0.1),
+            one_way(4096, 4096, 128, 0.2),
+            gmm_lse(1024, 65536, 256, 0.1),
+            gmm_posterior(1024, 65536, 256, 0.04),
+            gmm_assign(1024, 65536, 256),
+        ]
+    grid = [(batch, kept, width) for batch in (256, 1024) for kept in (49, 98) for width in (384, 768, 1024)]
+    mixtures = [(rows, prototypes) for rows in (1024, 6144, 16384) for prototypes in (4096, 65536)]
+    return [
+        *(token_gather(batch, 196, kept, width) for batch, kept, width in grid),
+        *(token_scatter(batch, 196, 49, 512) for batch in (256, 1024)),
+        *(patch_embed_gather(batch, 224, 16, kept, width) for batch, kept, width in grid),
+        masked_patch_mse(1024, 1, 224, 16),
+        masked_patch_mse(256, 4, 224, 16),
+        *(nt_xent(rows, width, 0.1) for rows in (2048, 8192, 32768) for width in (128, 256)),
+        nt_xent(65536, 256, 0.1),
+        *(nt_xent(8192, 256, tau) for tau in (0.04, 0.5)),
+        *(one_way(rows, rows, 256, 0.1) for rows in (8192, 32768)),
+        one_way(4096, 65536 + 37, 128, 0.2),
+        *(gmm_lse(rows, prototypes, 256, 0.1) for rows, prototypes in mixtures),
+        *(gmm_posterior(rows, prototypes, 256, 0.04) for rows, prototypes in mixtures),
+        gmm_assign(6144, 65536, 256),
+    ]

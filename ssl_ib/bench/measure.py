@@ -1,0 +1,250 @@
+"""Time, memory and error of several ways to do one thing, measured side by side in one process.
+
+Contenders take turns, each on the round's fresh random inputs, so that a busy machine disturbs all alike. Medians and
+the 20th and 80th percentiles are kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import UserError
+from .baselines import Unsupported
+from .cases import Case
+
+#: Bytes to write between two samples on a GPU, more than any cache holds.
+FLUSH = 1 << 28
+
+
+@dataclass
+class Result:
+    """What one contender did: seconds of each sample, bytes, and errors relative to the largest number of the truth."""
+
+    name: str
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+    compile_seconds: float = 0.0
+    memory: int | None = None
+    error: float | None = None
+    gradient_error: float | None = None
+    repeats: bool | None = None
+    failure: str | None = None
+
+    @property
+    def total(self) -> list[float]:
+        """Seconds of forward and backward together, a sample each."""
+        return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
+
+
+@dataclass
+class Contender:
+    """A name, what it calls, on what backend, and in which dtype it is fed."""
+
+    name: str
+    call: Callable[..., Any]
+    backend: str
+    dtype: torch.dtype
+    unfused: bool
+
+    def __call__(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        with ops.use_backend(self.backend):
+            outputs = self.call(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), sys.maxsize)
+
+
+def _inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    drawn = case.draw(generator, dtype)
+    return (*(x.detach().requires_grad_() for x in drawn[: case.leaves]), *drawn[case.leaves :])
+
+
+def _upstream(outputs: tuple[Tensor, ...], device: torch.device) -> list[Tensor]:
+    """Gradients of the outputs: those of a mean for losses, random ones for tokens."""
+    generator = torch.Generator(device=device).manual_seed(1)
+    return [
+        torch.full_like(x, 1 / max(x.numel(), 1))
+        if x.ndim <= 1
+        else torch.randn(x.shape, generator=generator, device=device).to(x.dtype) / len(x)
+        for x in outputs
+    ]
+
+
+def _gradients(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], upstream: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(outputs, leaves, upstream)
+
+
+class _Timer:
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.scratch = torch.empty(FLUSH, dtype=torch.uint8, device=device) if self.cuda else None
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, float]:
+        """What the function answers, and the seconds it took."""
+        if not self.cuda:
+            start = time.perf_counter()
+            return function(), time.perf_counter() - start
+        self.scratch.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        answer = function()
+        end.record()
+        end.synchronize()
+        return answer, start.elapsed_time(end) / 1e3
+
+
+def measure(case: Case, contenders: list[Contender], device: torch.device, rounds: int) -> list[Result]:
+    """Results in the order of the contenders. One that cannot do it has a `failure` and nothing else."""
+    results = [Result(c.name) for c in contenders]
+    timer, upstream = _Timer(device), {}
+    for contender, result in zip(contenders, results, strict=True):
+        if contender.unfused and case.unfused > 0.8 * available_bytes(device):
+            result.failure = f"out of memory (needs {case.unfused / 2**30:.0f} GiB)"
+            continue
+        try:
+            start = time.perf_counter()
+            inputs = _inputs(case, device, contender.dtype, 0)
+            outputs = contender(inputs)
+            upstream[contender.name] = _upstream(outputs, device)
+            _gradients(outputs, inputs[: case.leaves], upstream[contender.name])
+            result.compile_seconds = time.perf_counter() - start if "compiled" in contender.name else 0.0
+        except torch.OutOfMemoryError:
+            result.failure = "out of memory"
+        except (Unsupported, UserError) as error:
+            result.failure = str(error)
+    running = [(c, r) for c, r in zip(contenders, results, strict=True) if r.failure is None]
+    for number in range(rounds):
+        inputs = {dtype: _inputs(case, device, dtype, number) for dtype in {c.dtype for c, _ in running}}
+        for contender, result in running:
+            mine = inputs[contender.dtype]
+            outputs, forward = timer(lambda c=contender, x=mine: c(x))
+            leaves, given = mine[: case.leaves], upstream[contender.name]
+            _, backward = timer(lambda o=outputs, x=leaves, u=given: _gradients(o, x, u))
+            result.forward.append(forward)
+            result.backward.append(backward)
+            del outputs
+    for contender, result in running:
+        _examine(case, contender, result, device, upstream[contender.name])
+    return results
+
+
+def _examine(case: Case, contender: Contender, result: Result, device: torch.device, upstream: list[Tensor]) -> None:
+    """Error against float64, and whether a second run gives the same bits."""
+    inputs = _inputs(case, device, contender.dtype, 0)
+    answers = []
+    for _ in range(2):
+        outputs = contender(inputs)
+        answers.append([*(x.detach() for x in outputs), *_gradients(outputs, inputs[: case.leaves], upstream)])
+        del outputs
+    result.repeats = all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+    exact = tuple(
+        (x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) and x.is_floating_point() else x)
+        for x in inputs
+    )
+    with ops.use_backend("chunked"):
+        truth = case.call(*exact)
+    truth = truth if isinstance(truth, tuple) else (truth,)
+    given = [u.double() for u in upstream]
+    if len(truth) == len(upstream) and all(t.shape != u.shape for t, u in zip(truth, upstream, strict=True)):
+        # A contender that answers with the mean.
+        truth = tuple(t.mean() for t in truth)
+    gradients = _gradients(truth, exact[: case.leaves], given)
+    count = len(truth)
+    result.error = max(_error(a, t) for a, t in zip(answers[0][:count], truth, strict=True))
+    result.gradient_error = max(_error(a, t) for a, t in zip(answers[0][count:], gradients, strict=True))
+
+
+def _error(answer: Tensor, truth: Tensor) -> float:
+    answer, truth = answer.detach().double(), truth.detach()
+    return float((answer - truth).abs().max() / truth.abs().max().clamp(min=1e-300))
+
+
+def measure_memory(case: Case, contender: Contender, device: torch.device) -> int | None:
+    """Bytes at the peak of forward and backward beyond inputs, outputs and returned gradients; None if unknown.
+
+    On a CPU this is what the operating system counted for the process (Linux), so nothing else should run in it.
+    """
+    inputs = _inputs(case, device, contender.dtype, 0)
+    outputs = contender(inputs)
+    upstream = _upstream(outputs, device)
+    held = _gradients(outputs, inputs[: case.leaves], upstream)
+    returned = sum(x.numel() * x.element_size() for x in (*outputs, *held))
+    del outputs, held
+    peak = _Peak(device)
+    if not peak.known:
+        return None
+    outputs = contender(inputs)
+    gradients = _gradients(outputs, inputs[: case.leaves], upstream)
+    grown = peak.grown()
+    del outputs, gradients
+    return max(grown - returned, 0)
+
+
+class _Peak:
+    """Growth of the memory in use from here to its peak."""
+
+    def __init__(self, device: torch.device):
+        gc.collect()
+        self.device = device if device.type == "cuda" else None
+        self.known = self.device is not None or Path("/proc/self/clear_refs").exists()
+        if self.device is not None:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        elif self.known:
+            libc = ctypes.CDLL(None)
+            # Blocks from 64 KiB on are taken from the system and given back at once, so that the count is exact.
+            libc.mallopt(-3, 1 << 16)
+            libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _status("VmRSS")
+
+    def grown(self) -> int:
+        if self.device is not None:
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return _status("VmHWM") - self.before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this machine does at best, measured: bytes/s of a copy (read and written), and FLOP/s of matrix products."""
+    timer = _Timer(device)
+    cuda = device.type == "cuda"
+    source = torch.empty((1 << 32) if cuda else (1 << 28), dtype=torch.uint8, device=device).random_()
+    copy = torch.empty_like(source)
+    rates = {"copy": 2 * source.numel() / _best(timer, lambda x=source, y=copy: y.copy_(x))}
+    del source, copy
+    side = 8192 if cuda else 1536
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / _best(timer, lambda a=a, b=b: a @ b)
+    return rates
+
+
+def _best(timer: _Timer, function: Callable[[], Any]) -> float:
+    function()
+    return statistics.median(timer(function)[1] for _ in range(7))
