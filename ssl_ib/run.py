@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from . import distributed, ops
 from .config import Config
+from .device import choose_device
 from .errors import ConfigError, UserError
 from .part import Criterion, Model, RunInfo, Task, parts
 from .recipe import PARTS
@@ -38,22 +38,6 @@ class Run:
     def samples_per_step(self) -> int:
         """The batch of the linear-scaling rule: over all ranks, an image counted as often as the task says."""
         return self.batch_size * distributed.world_size() * self.task.samples_per_image
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UserError for a device that torch does not have."""
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    there = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= there:
-        raise UserError(f"device: {name!r} was asked for, but torch sees {there or 'no'} CUDA devices")
-    return device
 
 
 def build_run(config: Config, dry: bool = False) -> Run:

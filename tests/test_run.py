@@ -7,8 +7,9 @@ from ssl_ib import ConfigError, UserError, distributed, registry
 from ssl_ib.config import resolve
 from ssl_ib.criterions.info_nce import InfoNCE
 from ssl_ib.data.sources.base import Source
+from ssl_ib.device import choose_device
 from ssl_ib.registry import CRITERIONS, SOURCES
-from ssl_ib.run import build_run, choose_device, parameter_counts
+from ssl_ib.run import build_run, parameter_counts
 
 VIT = "{name: siamese, backbone: vit_tiny_patch16_224, backbone_args: {patch_size: 4, embed_dim: 24, depth: 1, "
 VIT += "num_heads: 2}, projector_hidden: 16, projector_dim: 8}"

@@ -24,6 +24,7 @@ class Case:
 
     draw:      (seeded generator, dtype) -> the inputs, of which the first `leaves` get gradients.
     call:      the op on the inputs; answers a tensor or a tuple, all of them differentiated.
+    work:      the op's size, as the choice of a backend counts it.
     flops:     of forward and backward together, as mathematics counts them.
     moved:     bytes that forward and backward must read or write at least, for 2-byte numbers.
     unfused:   bytes that an implementation holds which keeps the logits or the patches, for float32.
@@ -35,6 +36,7 @@ class Case:
     draw: Callable[[torch.Generator, torch.dtype], tuple[Any, ...]]
     leaves: int
     call: Callable[..., Any]
+    work: int
     flops: float
     moved: float
     unfused: float
@@ -64,6 +66,7 @@ def token_gather(batch: int, num_tokens: int, kept: int, width: int) -> Case:
         draw,
         1,
         ops.token_gather,
+        batch * kept * width,
         0.0,
         2.0 * batch * width * (3 * kept + num_tokens),
         4.0 * batch * width * (num_tokens + 3 * kept),
@@ -83,6 +86,7 @@ def token_scatter(batch: int, num_tokens: int, kept: int, width: int) -> Case:
         draw,
         3,
         lambda latents, mask, pos, keep: ops.token_scatter(latents, keep, mask, num_tokens, pos, num_prefix=1),
+        batch * (1 + num_tokens) * width,
         0.0,
         4.0 * batch * width * (num_tokens + kept + 2),
         12.0 * batch * width * num_tokens,
@@ -105,6 +109,7 @@ def patch_embed_gather(batch: int, image: int, side: int, kept: int, width: int)
         draw,
         3,
         lambda weight, bias, pos, images, keep: ops.patch_embed_gather(images, keep, weight, bias, pos),
+        batch * kept * width,
         4.0 * batch * kept * pixels * width,
         4.0 * batch * kept * (pixels + width),
         8.0 * batch * num_patches * (pixels + width),
@@ -126,6 +131,7 @@ def masked_patch_mse(batch: int, num_masks: int, image: int, side: int) -> Case:
         draw,
         1,
         lambda pred, images, mask: ops.masked_patch_mse(pred, images, mask, norm_pix=True),
+        batch * num_masks * num_patches * pixels,
         0.0,
         2.0 * batch * num_patches * pixels * (3 * num_masks + 2),
         16.0 * batch * num_masks * num_patches * pixels,
@@ -151,6 +157,7 @@ def nt_xent(rows: int, width: int, temperature: float) -> Case:
         draw,
         1,
         call,
+        rows * rows,
         6.0 * rows * rows * width,
         10.0 * rows * width,
         12.0 * rows * rows,
@@ -175,6 +182,7 @@ def one_way(rows: int, cols: int, width: int, temperature: float) -> Case:
         draw,
         2,
         lambda q, k: ops.info_nce(q, k, labels["rows"], labels["cols"], temperature),
+        rows * cols,
         8.0 * rows * cols * width,
         6.0 * (rows + cols) * width,
         12.0 * rows * cols,
@@ -193,6 +201,7 @@ def gmm_lse(rows: int, prototypes: int, width: int, tau: float) -> Case:
         lambda g, dtype: (_unit(g, dtype, rows, width), _unit(g, dtype, prototypes, width)),
         2,
         lambda x, c: ops.gmm_lse(x, c, tau),
+        rows * prototypes,
         8.0 * rows * prototypes * width,
         6.0 * (rows + prototypes) * width,
         12.0 * rows * prototypes,
@@ -207,6 +216,7 @@ def gmm_posterior(rows: int, prototypes: int, width: int, tau: float) -> Case:
         lambda g, dtype: (_unit(g, dtype, prototypes, width), _unit(g, dtype, rows, width)),
         1,
         lambda c, t: ops.gmm_posterior(t, c, tau, detach_p=True, marginal=False)[:2],
+        rows * prototypes,
         10.0 * rows * prototypes * width,
         6.0 * (rows + prototypes) * width,
         16.0 * rows * prototypes,
@@ -224,6 +234,7 @@ def gmm_assign(rows: int, prototypes: int, width: int) -> Case:
         draw,
         2,
         lambda s, c, t: ops.gmm_assign(s, t, c, 0.1, 0.04, detach_p=True),
+        rows * prototypes,
         18.0 * rows * prototypes * width,
         6.0 * (2 * rows + prototypes) * width,
         28.0 * rows * prototypes,
@@ -231,7 +242,7 @@ def gmm_assign(rows: int, prototypes: int, width: int) -> Case:
 
 
 def cases(size: str) -> list[Case]:
-    """The shapes of a size: "quick" takes seconds, "cpu" some minutes on two cores, "gpu" is for an accelerator."""
+    """The shapes of a size: "quick" takes seconds, "cpu" minutes on two cores; "cuda" and "goals" are for a GPU."""
     if size == "quick":
         return [
             token_gather(16, 64, 16, 96),
@@ -258,6 +269,17 @@ def cases(size: str) -> list[Case]:
             gmm_lse(1024, 65536, 256, 0.1),
             gmm_posterior(1024, 65536, 256, 0.04),
             gmm_assign(1024, 65536, 256),
+        ]
+    if size == "goals":
+        return [
+            token_gather(1024, 196, 49, 768),
+            patch_embed_gather(1024, 224, 16, 49, 768),
+            token_scatter(1024, 196, 49, 512),
+            one_way(8192, 8192, 256, 0.1),
+            one_way(32768, 32768, 256, 0.1),
+            nt_xent(32768, 256, 0.1),
+            gmm_lse(6144, 65536, 256, 0.1),
+            gmm_posterior(6144, 65536, 256, 0.04),
         ]
     grid = [(batch, kept, width) for batch in (256, 1024) for kept in (49, 98) for width in (384, 768, 1024)]
     mixtures = [(rows, prototypes) for rows in (1024, 6144, 16384) for prototypes in (4096, 65536)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..ops import BACKENDS
 from .cases import Case
 from .measure import Result
 
@@ -48,12 +49,17 @@ def _processor() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def rows(case: Case, results: list[Result], rates: dict[str, float], dtypes: dict[str, str]) -> list[dict[str, Any]]:
-    """One flat record a contender, in SI units but for milliseconds; ratios are to the first that ran."""
+def rows(
+    case: Case, results: list[Result], rates: dict[str, float], dtypes: dict[str, str], picked: str
+) -> list[dict[str, Any]]:
+    """One flat record a contender, in SI units but for milliseconds; ratios are to the first that ran.
+
+    rates: the machine's ceilings; dtypes: what each contender was fed; picked: the backend that `auto` takes.
+    """
     first = next((r for r in results if r.failure is None), None)
     table = []
     for r in results:
-        row = {"op": case.op, "shape": case.shape, "contender": r.name, "failure": r.failure}
+        row = {"op": case.op, "shape": case.shape, "contender": r.name, "failure": r.failure, "auto": picked}
         if r.failure is None:
             seconds = statistics.median(r.total)
             low, *_, high = statistics.quantiles(r.total, n=5) if len(r.total) > 1 else (seconds, seconds)
@@ -94,3 +100,14 @@ def lines(table: list[dict[str, Any]]) -> list[str]:
             f"  {'yes' if row['repeats'] else 'no'}{compiled}"
         )
     return text
+
+
+def verdict(table: list[dict[str, Any]]) -> str:
+    """Which backend `auto` takes for this op and size, and which one was the fastest."""
+    ran = {row["contender"]: row["total_ms"] for row in table if row["failure"] is None}
+    backends = {name: ran[name] for name in BACKENDS if name in ran}
+    fastest = min(backends, key=backends.get)
+    picked = table[0]["auto"]
+    if picked not in backends or picked == fastest:
+        return f"auto takes {picked}"
+    return f"auto takes {picked}, {backends[picked] / backends[fastest]:.2f} times the time of {fastest}"

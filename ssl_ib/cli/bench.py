@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--baselines", nargs="*", metavar="NAME", help="which others (none, if none is named; default: all)")
     p.add_argument("--rounds", type=int, metavar="N", help="samples (default: 50 on a GPU, 7 on a CPU, 5 with --quick)")
+    p.add_argument("--goals", action="store_true", help="on a GPU: only the shapes that goals are stated for")
     p.add_argument("--shapes", metavar="TEXT", help="only the shapes whose line contains this")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     return p
@@ -84,12 +85,17 @@ def _run(options: argparse.Namespace) -> None:
 
     from ..bench import measure, report
     from ..bench.cases import cases
-    from ..run import choose_device
+    from ..device import choose_device
+    from ..ops.backend import automatic
 
     device = choose_device(options.device)
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = 1000
-    size = "quick" if options.quick else "gpu" if device.type == "cuda" else "cpu"
+    size = "quick" if options.quick else device.type
+    if options.goals:
+        if device.type != "cuda" or options.quick:
+            raise UserError("--goals: these shapes are for a GPU, without --quick")
+        size = "goals"
     rounds = options.rounds or (5 if options.quick else 50 if device.type == "cuda" else 7)
     selected = [c for c in cases(size) if c.op in names and (options.shapes or "") in c.shape]
     if not selected:
@@ -106,8 +112,9 @@ def _run(options: argparse.Namespace) -> None:
             if result.failure is None:
                 result.memory = measure.measure_memory(case, contender, device)
         dtypes = {c.name: str(c.dtype).removeprefix("torch.") for c in contenders}
-        table = report.rows(case, results, rates, dtypes)
-        print("\n".join(report.lines(table)), flush=True)
+        picked, _ = automatic(case.op, device.type, contenders[-1].dtype, case.work)
+        table = report.rows(case, results, rates, dtypes, picked)
+        print("\n".join([*report.lines(table), report.verdict(table)]), flush=True)
         records += table
         if options.json is not None:
             text = json.dumps({"machine": facts, "ceilings": rates, "rounds": rounds, "rows": records}, indent=2)

@@ -114,7 +114,8 @@ def _train(config: Config, options: argparse.Namespace) -> int:
     import torch
 
     from .. import artifacts, distributed
-    from ..run import build_run, choose_device
+    from ..device import choose_device
+    from ..run import build_run
     from ..signals import Stopped
     from ..trainer import Trainer
 

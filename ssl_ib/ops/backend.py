@@ -108,38 +108,50 @@ def why_not(backend: str, device: str, dtype: torch.dtype = torch.float32) -> st
     return extension.why_not()
 
 
-def _resolve(op: str, kernel: str, device: str, dtype: torch.dtype, work: int | None) -> str:
-    """The backend of an op of size `work` (None: large). Raises UserError where the one asked for cannot run."""
-    choice = wanted()
-    if choice != "auto":
-        reason = why_not(choice, device, dtype)
-        if reason is not None:
-            raise UserError(f"{op}: the backend {choice!r} was asked for and cannot run: {reason}")
-        return choice
-    best, obstacles = "reference", []
-    for backend in crossover.order(kernel, device, work):
-        reason = why_not(backend, device, dtype)
+def automatic(op: str, device: str, dtype: torch.dtype, work: int | None) -> tuple[str, list[str]]:
+    """What `auto` takes for an op of size `work` (None: large), and why it passed over what the table prefers."""
+    obstacles = []
+    for backend in crossover.order(op, device, work):
+        reason = why_not(backend, device, dtype) or (_unbuilt() if backend == "cuda" else None)
         if reason is None:
-            best = backend
-            break
+            return backend, obstacles
         obstacles.append(f"{backend}: {reason}")
-    if (op, device, best) not in _announced:
-        _announced.add((op, device, best))
-        _log.info("ops: %s runs on %s%s", op, best, f" ({'; '.join(obstacles)})" if obstacles else "")
-    return best
+    raise AssertionError(f"{op}: the table ends with a backend that always runs")
 
 
-def choose(op: str, kernel: str, tensor: Tensor, work: int) -> str:
-    """The backend that `op`, whose kernel is `kernel`, runs on under the current choice.
+def _unbuilt() -> str | None:
+    """Builds csrc if that has not been tried; why it could not be, if so."""
+    from . import extension
+
+    try:
+        extension.load()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def choose(op: str, tensor: Tensor, work: int) -> str:
+    """The backend that `op` runs on under the current choice.
 
     tensor: gives device and dtype; work: the op's size, in the unit of its row of the table.
     Raises UserError where a backend was asked for that cannot run such tensors.
     While a graph is compiled the answer may be "auto", which its operators resolve whenever they run: the graph then
     depends on no size, and on nothing that is asked of the machine.
     """
+    choice = wanted()
     if torch.compiler.is_compiling():
-        return wanted()
-    return _resolve(op, kernel, tensor.device.type, tensor.dtype, work)
+        return choice
+    device = tensor.device.type
+    if choice != "auto":
+        reason = why_not(choice, device, tensor.dtype)
+        if reason is not None:
+            raise UserError(f"{op}: the backend {choice!r} was asked for and cannot run: {reason}")
+        return choice
+    best, obstacles = automatic(op, device, tensor.dtype, work)
+    if (op, device, best) not in _announced:
+        _announced.add((op, device, best))
+        _log.info("ops: %s runs on %s%s", op, best, f" ({'; '.join(obstacles)})" if obstacles else "")
+    return best
 
 
 def autocast(tensor: Tensor) -> Tensor:
@@ -168,7 +180,7 @@ def function(kernel: str, name: str, backend: str, tensor: Tensor) -> Callable:
     """
     device, dtype = tensor.device.type, tensor.dtype
     if backend == "auto":
-        backend = next(b for b in crossover.order(kernel, device, None) if why_not(b, device, dtype) is None)
+        backend, _ = automatic(kernel, device, dtype, None)
     reason = why_not(backend, device, dtype)
     if reason is not None:
         raise UserError(f"{kernel}: the backend {backend!r} cannot run: {reason}")

@@ -102,7 +102,7 @@ def _parts(
     drop_group: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logsumexp, mean positive logit, number of positives), each [N]."""
-    backend, rows, cols = operands("info_nce", "lse", rows, cols)
+    backend, rows, cols = operands("info_nce", rows, cols)
     if backend == "reference":
         return _reference(rows, cols, row_labels, col_labels, temperature, self_index, own, drop_group)
     groups = Groups(row_labels, row_labels if col_labels is None else col_labels, self_index)

@@ -31,8 +31,13 @@ GPU = {
 }
 
 
-def order(kernel: str, device: str, work: int | None) -> tuple[str, ...]:
-    """Backends in order of preference; work: the size, None for a large one."""
+#: The kernel behind an op, where it is not the op's own.
+KERNELS = {"info_nce": "lse", "gmm_lse": "lse", "gmm_posterior": "posterior", "gmm_assign": "posterior"}
+
+
+def order(op: str, device: str, work: int | None) -> tuple[str, ...]:
+    """Backends of an op or kernel in order of preference; work: its size, None for a large one."""
+    kernel = KERNELS.get(op, op)
     if device == "cuda":
         return GPU[kernel]
     return ("chunked",) if work is None or work >= CPU[kernel] else ("reference",)

@@ -45,7 +45,7 @@ def info_nce(
     everyones = distributed.gather_rows(labels, shares)
     if self_index is not None:
         self_index = torch.where(self_index < 0, self_index, self_index + first)
-    backend, _, _ = operands("info_nce", "lse", rows, cols)
+    backend, _, _ = operands("info_nce", rows, cols)
     if cols is not None or backend == "reference":
         gathered = distributed.gather_rows(columns, shares)
         return contrastive.info_nce(rows, gathered, row_labels, everyones, temperature, self_index)
@@ -58,7 +58,7 @@ class _Symmetric(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, labels, everyones, temperature, self_index, shares, first) -> Tensor:
-        ctx.backend, rows_in, _ = operands("info_nce", "lse", rows, None)
+        ctx.backend, rows_in, _ = operands("info_nce", rows, None)
         ctx.dtype, ctx.temperature, ctx.shares, ctx.first = rows.dtype, temperature, shares, first
         cols = distributed.gather_rows(rows_in, shares)
         groups = contrastive.Groups(labels, everyones, self_index)

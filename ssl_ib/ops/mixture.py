@@ -25,7 +25,7 @@ def gmm_lse(x: Tensor, prototypes: Tensor, tau: float) -> Tensor:
     Raises UserError for arguments that do not fit. Source: SVIB, equations 17 to 20.
     """
     _check("gmm_lse", x, prototypes, tau)
-    backend, x, prototypes = operands("gmm_lse", "lse", x, prototypes)
+    backend, x, prototypes = operands("gmm_lse", x, prototypes)
     if backend == "reference":
         return _logits("gmm_lse", x, prototypes, tau).logsumexp(dim=1)
     with_mean = x.requires_grad and torch.is_grad_enabled()
@@ -103,7 +103,7 @@ def posterior(
     t: Tensor, prototypes: Tensor, tau: float, log_prior: Tensor | None, detach_p: bool, marginal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logsumexp, mean, entropy, expected log prior, marginal)."""
-    backend, t, prototypes = operands("gmm_posterior", "posterior", t, prototypes)
+    backend, t, prototypes = operands("gmm_posterior", t, prototypes)
     if backend != "reference":
         return operators.posterior(t, prototypes, tau, log_prior, detach_p, marginal, backend)
     logits = _logits("gmm_posterior", t, prototypes, tau)

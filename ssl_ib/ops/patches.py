@@ -57,7 +57,7 @@ def patch_embed_gather(
     images [B, C, H, W], keep int [B, K] with values in [0, L), weight [D, C, p, p] and bias [D] (or None) of the
     convolution,
     pos [L, D] (without the prefix's), prefix [P, D] or None: tokens to put in front, their positions included.
-    Returns [B, P+K, D], in autocast's dtype where it is on. Raises UserError for shapes that do not fit and, on the
+    Returns [B, P+K, D] in the weight's dtype, or in autocast's where it is on. Raises UserError for shapes that do not fit and, on the
     CPU, for numbers out of range.
     """
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or weight.shape[1] != images.shape[1]:
@@ -69,7 +69,7 @@ def patch_embed_gather(
     if pos.shape != (rows * columns, len(weight)):
         raise UserError(f"patch_embed_gather: expected pos [{rows * columns}, {len(weight)}], got {list(pos.shape)}")
     check_keep("patch_embed_gather", keep, len(images), rows * columns)
-    backend = choose("patch_embed_gather", "patch_embed_gather", images, keep.numel() * len(weight))
+    backend = choose("patch_embed_gather", images, keep.numel() * len(weight))
     if backend == "reference":
         return _patch_embed_gather(images, keep, weight, bias, pos, prefix)
     return operators.patch_embed_gather(images, keep, autocast(weight), bias, pos, prefix, backend)
@@ -83,8 +83,9 @@ def _patch_embed_gather(
     columns = tiles.shape[2]
     # Indexing the strided view copies the kept patches alone, already in the weight's order (channel, row, column).
     pixels = tiles[batch_rows(keep), keep // columns, keep % columns]
+    # The weight's dtype is the stream's: float32 pixels, bias and positions must not promote it.
+    pixels, bias = pixels.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
     tokens = F.linear(pixels.flatten(0, 1).flatten(1), weight.flatten(1), bias).unflatten(0, keep.shape)
-    # Float32 positions must not promote a bfloat16 stream.
     tokens = tokens + pos.to(tokens.dtype)[keep]
     if prefix is None:
         return tokens
@@ -116,7 +117,7 @@ def masked_patch_mse(pred: Tensor, images: Tensor, mask: Tensor, norm_pix: bool 
         raise UserError(
             f"masked_patch_mse: expected mask bool {list(pred.shape[:2])}, got {mask.dtype} {list(mask.shape)}"
         )
-    backend = choose("masked_patch_mse", "masked_patch_mse", pred, pred.numel())
+    backend = choose("masked_patch_mse", pred, pred.numel())
     if backend == "reference":
         return _masked_patch_mse(pred, images, mask, norm_pix)
     return operators.masked_patch_mse(pred, images.detach(), mask, norm_pix, backend).unbind()

@@ -36,7 +36,7 @@ def token_gather(x: Tensor, keep: Tensor) -> Tensor:
     if x.ndim != 3:
         raise UserError(f"token_gather: expected x [B, L, D], got {list(x.shape)}")
     check_keep("token_gather", keep, x.shape[0], x.shape[1])
-    backend = choose("token_gather", "token_gather", x, keep.numel() * x.shape[2])
+    backend = choose("token_gather", x, keep.numel() * x.shape[2])
     return _token_gather(x, keep) if backend == "reference" else operators.token_gather(x, keep, backend)
 
 
@@ -71,7 +71,7 @@ def token_scatter(
     if pos is not None and pos.shape != (num_prefix + num_tokens, width):
         raise UserError(f"token_scatter: expected pos [{num_prefix + num_tokens}, {width}], got {list(pos.shape)}")
     check_keep("token_scatter", keep, latents.shape[0], num_tokens)
-    backend = choose("token_scatter", "token_scatter", latents, len(latents) * (num_prefix + num_tokens) * width)
+    backend = choose("token_scatter", latents, len(latents) * (num_prefix + num_tokens) * width)
     run = _token_scatter if backend == "reference" else partial(operators.token_scatter, backend=backend)
     return run(latents, keep, mask_token, num_tokens, pos, num_prefix)
 

@@ -158,7 +158,7 @@ def test_auto_says_once_what_it_chose(monkeypatch, caplog):
 def test_auto_passes_over_what_cannot_run_and_says_why(monkeypatch, caplog):
     monkeypatch.setattr(backend, "_preferred", "auto")
     monkeypatch.setattr(backend, "_announced", set())
-    monkeypatch.setattr(crossover, "order", lambda kernel, device, work: ("cuda", "triton", "chunked"))
+    monkeypatch.setattr(crossover, "order", lambda op, device, work: ("cuda", "triton", "chunked"))
     monkeypatch.setattr(backend, "why_not", lambda name, *_: None if name == "chunked" else f"no {name} here")
     with caplog.at_level("INFO", logger="ssl_ib"), ops.record() as ran:
         ops.gmm_lse(draw(2, 3), draw(2, 3), 0.5)
