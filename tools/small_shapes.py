@@ -1,0 +1,87 @@
+"""Runs every op, forward and backward, on small ragged shapes: for compute-sanitizer to look over.
+
+    compute-sanitizer --tool memcheck python3 tools/small_shapes.py cuda triton
+    python3 tools/small_shapes.py chunked --device cpu
+
+Answers are compared with the reference, coarsely: the tests do it well. Exits 1 where one differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from ssl_ib import ops  # noqa: E402
+
+
+def problems(device: str, dtype: torch.dtype) -> dict:
+    """Name -> (function, leaves)."""
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    def unit(*shape: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(draw(*shape).float(), dim=-1).to(dtype)
+
+    keep = torch.rand(3, 15, generator=generator, device=device).argsort(dim=1)[:, :7]
+    mask = torch.rand(6, 15, generator=generator, device=device) < 0.6
+    images = draw(3, 3, 12, 20)
+    labels, itself = torch.arange(70, device=device) // 2, torch.arange(70, device=device)
+    return {
+        "token_gather": (lambda x: ops.token_gather(x, keep), [draw(3, 15, 37)]),
+        "token_scatter": (
+            lambda x, m, p: ops.token_scatter(x, keep, m, 15, p, 1),
+            [draw(3, 8, 37), draw(37), draw(16, 37)],
+        ),
+        "patch_embed_gather": (
+            lambda w, b, p: ops.patch_embed_gather(images, keep, w, b, p),
+            [draw(37, 3, 4, 4), draw(37), draw(15, 37)],
+        ),
+        "masked_patch_mse": (lambda x: ops.masked_patch_mse(x, images, mask, True), [draw(6, 15, 48)]),
+        "nt_xent": (lambda z: ops.info_nce(z, None, labels, None, 0.1, itself), [unit(70, 40)]),
+        "info_nce": (lambda q, k: ops.info_nce(q, k, labels, labels, 0.1), [unit(70, 40), unit(70, 40)]),
+        "drop_group": (
+            lambda z: ops.info_nce_parts(z, None, labels, None, 0.1, itself, drop_group=True),
+            [unit(70, 40)],
+        ),
+        "gmm_lse": (lambda x, c: ops.gmm_lse(x, c, 0.1), [unit(33, 40), unit(150, 40)]),
+        "gmm_posterior": (lambda t, c: ops.gmm_posterior(t, c, 0.1), [unit(33, 40), unit(150, 40)]),
+        "wide": (lambda x, c: ops.gmm_lse(x, c, 0.1), [unit(17, 300), unit(70, 300)]),
+    }
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("backends", nargs="+", choices=ops.BACKENDS)
+    p.add_argument("--device", default="cuda")
+    options = p.parse_args()
+    wrong = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, (function, leaves) in problems(options.device, dtype).items():
+            answers = []
+            for backend in ("reference", *options.backends):
+                inputs = [x.clone().requires_grad_() for x in leaves]
+                with ops.use_backend(backend):
+                    outputs = function(*inputs)
+                    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                    total = sum(x.float().square().sum() for x in outputs)
+                    answers.append([total.detach(), *torch.autograd.grad(total, inputs)])
+            for backend, answer in zip(options.backends, answers[1:], strict=True):
+                for a, b in zip(answer, answers[0], strict=True):
+                    difference = (a.float() - b.float()).norm() / b.float().norm()
+                    if not difference < (1e-4 if dtype == torch.float32 else 5e-2):
+                        wrong += 1
+                        print(f"{name} {dtype} {backend}: off by {difference:.2g}")
+    print("wrong:", wrong)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
