@@ -54,11 +54,10 @@ def patch_embed_gather(
 ) -> Tensor:
     """Embeds the kept patches only: what a strided convolution, positions and a gather would give.
 
-    images [B, C, H, W], keep int [B, K] with values in [0, L), weight [D, C, p, p] and bias [D] (or None) of the
-    convolution,
-    pos [L, D] (without the prefix's), prefix [P, D] or None: tokens to put in front, their positions included.
-    Returns [B, P+K, D] in the weight's dtype, or in autocast's where it is on. Raises UserError for shapes that do not fit and, on the
-    CPU, for numbers out of range.
+    images [B, C, H, W], keep int [B, K] with values in [0, L), weight [D, C, p, p] and bias [D] or None of the
+    convolution, pos [L, D] (without the prefix's), prefix [P, D] or None: tokens to put in front, their positions
+    included. Returns [B, P+K, D] in the weight's dtype, or in autocast's where it is on.
+    Raises UserError for shapes that do not fit and, on the CPU, for numbers out of range.
     """
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or weight.shape[1] != images.shape[1]:
         raise UserError(

@@ -150,7 +150,8 @@ def patch_embed_gather(
     out = weight.new_empty(batch, num_prefix + kept, len(weight))
     if prefix is not None:
         out[:, :num_prefix] = prefix
-    offset = (pos if bias is None else pos + bias).to(weight.dtype)
+    offset = pos.to(accumulator(weight.dtype))
+    offset = (offset if bias is None else offset + bias).to(weight.dtype)
     for span in spans(batch, piece(images) // max(kept * max(flat.shape), 1)):
         pixels = _pixels(images[span], keep[span], weight.shape[-1], weight.dtype)
         tokens = offset.index_select(0, keep[span].flatten()).addmm_(pixels, flat.T)
