@@ -2,6 +2,8 @@
 
     compute-sanitizer --tool memcheck python3 tools/small_shapes.py cuda triton
     python3 tools/small_shapes.py chunked --device cpu
+    TRITON_INTERPRET=1 python3 tools/small_shapes.py triton --device cpu
+    python3 tools/small_shapes.py cuda --device cpu --emulate
 
 Answers are compared with the reference, coarsely: the tests do it well. Exits 1 where one differs.
 """
@@ -18,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from ssl_ib import ops  # noqa: E402
+from ssl_ib.ops import backend as backends  # noqa: E402
+from ssl_ib.ops import extension  # noqa: E402
 
 
 def problems(device: str, dtype: torch.dtype) -> dict:
@@ -61,7 +65,12 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("backends", nargs="+", choices=ops.BACKENDS)
     p.add_argument("--device", default="cuda")
+    p.add_argument("--emulate", action="store_true", help="run csrc's kernels on CPU tensors")
     options = p.parse_args()
+    if options.emulate:
+        module = extension.load_emulated()
+        extension.load = lambda: module
+        backends.why_not = lambda backend, device, dtype=None: None
     wrong = 0
     for dtype in (torch.float32, torch.bfloat16):
         for name, (function, leaves) in problems(options.device, dtype).items():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
-from . import crossover
+from . import crossover, extension
 
 BACKENDS = ("reference", "chunked", "triton", "cuda")
 
@@ -103,8 +103,6 @@ def why_not(backend: str, device: str, dtype: torch.dtype = torch.float32) -> st
         return None
     if device != "cuda":
         return f"it runs on a GPU, and the tensors are on the {device}"
-    from . import extension
-
     return extension.why_not()
 
 
@@ -121,8 +119,6 @@ def automatic(op: str, device: str, dtype: torch.dtype, work: int | None) -> tup
 
 def _unbuilt() -> str | None:
     """Builds csrc if that has not been tried; why it could not be, if so."""
-    from . import extension
-
     try:
         extension.load()
     except UserError as error:
@@ -168,8 +164,6 @@ def library(kernel: str, backend: str) -> ModuleType:
         return importlib.import_module("..chunked", __name__)
     if backend == "triton":
         return importlib.import_module(f"ssl_ib_kernels.{kernel}")
-    from . import extension
-
     return extension.load()
 
 
