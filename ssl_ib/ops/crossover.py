@@ -1,6 +1,6 @@
 """What `auto` picks: for every kernel, the backends in order of preference and the size from which the first ones pay.
 
-CPU: measured with `ssl-ib-bench --crossover` (the machine and date stand in docs/kernels.md). GPU: predicted from the
+CPU: measured with `tools/crossover.py` (the machine and date stand in docs/kernels.md). GPU: predicted from the
 work each kernel does and not yet measured; `tools/gpu_check.sh` measures it and says where the prediction is wrong.
 
 The size is counted in numbers: of the output for the gathers, of the prediction for the reconstruction error, of the

@@ -199,11 +199,15 @@ def _errors(pred: Tensor, images: Tensor, norm_pix: bool) -> Iterator[tuple[slic
     group, num_patches, pixels = len(pred) // max(batch, 1), pred.shape[1], pred.shape[2]
     side, dtype = math.isqrt(pixels // channels), accumulator(pred.dtype)
     for span in spans(batch, piece(pred) // max(group * num_patches * pixels, 1)):
-        tiles = images[span].unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
-        target = tiles.to(dtype).reshape(-1, 1, num_patches, pixels)
+        # With the channels last a patch is `side` runs of pixels in memory, which copy far faster than single ones.
+        lines = images[span].to(dtype).permute(0, 2, 3, 1).contiguous()
+        lines = lines.view(-1, height // side, side, width // side, side * channels)
+        target = lines.transpose(2, 3).reshape(-1, 1, num_patches, pixels)
         if norm_pix:
-            var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (var + 1e-6).sqrt()
+            # Several times as fast as torch.var_mean over such short rows.
+            target -= target.mean(dim=-1, keepdim=True)
+            deviation = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
+            target /= (deviation.square_().div_(pixels - 1) + 1e-6).sqrt_()
         rows = slice(span.start * group, span.stop * group)
         yield rows, (pred[rows].view(-1, group, num_patches, pixels) - target).flatten(0, 1)
 
