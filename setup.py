@@ -1,15 +1,52 @@
-"""Packaging. `kernels/` holds the package `ssl_ib_kernels`; `recipes/` travels inside the wheel as `ssl_ib/recipes`."""
+"""Packaging. `kernels/` holds the package `ssl_ib_kernels`; `recipes/` and `csrc/` travel inside the wheel, as
+`ssl_ib/recipes` and `ssl_ib/csrc`: the CUDA kernels are built from there at first use.
+
+`SSL_IB_BUILD_CSRC=1 pip install --no-build-isolation .` builds them at once, for the architectures of
+`TORCH_CUDA_ARCH_LIST` (default: sm_80, which newer GPUs can run too, and sm_90a). It takes nvcc, but no GPU.
+"""
+
+import os
+import sys
+from glob import glob
 
 from setuptools import find_packages, setup
+
+
+def cuda_extension() -> dict:
+    """What `setup` needs to build the CUDA kernels: torch and the package itself are imported for it alone."""
+    if os.environ.get("SSL_IB_BUILD_CSRC") != "1":
+        return {}
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from ssl_ib.ops import extension
+
+    if (nvcc := extension.find_nvcc()) is None:
+        sys.exit("SSL_IB_BUILD_CSRC=1: nvcc, CUDA's compiler, is neither on the PATH nor under CUDA_HOME")
+    os.environ["CUDA_HOME"] = extension.cuda_home(nvcc)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    module = CUDAExtension(
+        extension.AHEAD_OF_TIME,
+        sorted(glob("csrc/bindings/*.cpp") + glob("csrc/cuda/*.cu")),
+        depends=sorted(glob("csrc/*/*.h")),
+        extra_compile_args={"cxx": extension.CXX_FLAGS, "nvcc": extension.NVCC_FLAGS},
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
 
 setup(
     name="ssl-ib",
     version="0.1.0",
     description="Self-supervised vision pretraining seen through the information bottleneck",
     python_requires=">=3.10",
-    packages=find_packages(include=["ssl_ib", "ssl_ib.*"]) + ["ssl_ib.recipes", "ssl_ib_kernels"],
-    package_dir={"ssl_ib": "ssl_ib", "ssl_ib.recipes": "recipes", "ssl_ib_kernels": "kernels/ssl_ib_kernels"},
-    package_data={"ssl_ib.recipes": ["*.yaml"]},
+    packages=find_packages(include=["ssl_ib", "ssl_ib.*"]) + ["ssl_ib.recipes", "ssl_ib.csrc", "ssl_ib_kernels"],
+    package_dir={
+        "ssl_ib": "ssl_ib",
+        "ssl_ib.recipes": "recipes",
+        "ssl_ib.csrc": "csrc",
+        "ssl_ib_kernels": "kernels/ssl_ib_kernels",
+    },
+    package_data={"ssl_ib.recipes": ["*.yaml"], "ssl_ib.csrc": ["*/*.h", "*/*.cpp", "*/*.cu"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",
@@ -31,4 +68,5 @@ setup(
     ],
     extras_require={"test": ["pytest"]},
     entry_points={"console_scripts": ["ssl-ib-train = ssl_ib.cli.train:main"]},
+    **cuda_extension(),
 )

@@ -1,0 +1,265 @@
+"""Attention over prototypes: the posterior of a mixture, its mean prototype and marginal, and their gradients.
+
+The posterior p = softmax(t . c / temperature) [N, K] is never stored: every pass recomputes its tiles.
+
+Shapes: N rows t, K prototypes c, d width; in the kernels X rows that programs own, Y rows that each walks over, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .softmax import (
+    LOG2_E,
+    add_inner_products,
+    add_product,
+    first_unit,
+    forward,
+    inner_products,
+    load_lse,
+    load_tile,
+    load_vector,
+    outside,
+    store_tile,
+    summed,
+)
+from .variant import Variant, recording
+
+
+@triton.jit(do_not_specialize=["X", "Y", "steps"])
+def marginal(
+    x_pointer,
+    y_pointer,
+    lse_pointer,
+    out_pointer,
+    X,
+    Y,
+    steps,
+    inverse_temperature,
+    D: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One part [S, X] of the posterior's sum over rows: x the prototypes, y the rows."""
+    part = tl.program_id(2)
+    x_start = tl.program_id(0) * BLOCK_X
+    x_index = x_start + tl.arange(0, BLOCK_X)
+    x = load_tile(x_pointer, x_start, X, 0, BLOCK_X, D, BLOCK_D)
+    total = tl.zeros([BLOCK_X], dtype=tl.float32)
+    first = part * steps * BLOCK_Y
+    for start in range(first, tl.minimum(first + steps * BLOCK_Y, Y), BLOCK_Y):
+        y_index = start + tl.arange(0, BLOCK_Y)
+        y = load_tile(y_pointer, start, Y, 0, BLOCK_Y, D, BLOCK_D)
+        products = inner_products(x, y, x_pointer, y_pointer, x_start, start, X, Y, D, STEP)
+        lse = load_lse(lse_pointer, y_index, Y)[None, :]
+        total += tl.sum(tl.exp2(products * (inverse_temperature * LOG2_E) - lse), axis=1)
+    tl.store(out_pointer + tl.cast(part, tl.int64) * X + x_index, total, mask=x_index < X)
+
+
+@triton.jit
+def plain_score(logits, e, u, w, h, r):
+    """e * u + w + h * logits - r, without the terms that are None."""
+    score = tl.zeros_like(logits)
+    if e is not None:
+        score += e * u
+    if w is not None:
+        score += w
+    if h is not None:
+        score += h * logits
+    if r is not None:
+        score -= r
+    return score
+
+
+@triton.jit(do_not_specialize=["X", "Y", "steps"])
+def row_gradient(
+    x_pointer,
+    y_pointer,
+    a_pointer,
+    a_unit_pointer,
+    lse_pointer,
+    r_pointer,
+    h_pointer,
+    e_pointer,
+    u_pointer,
+    w_pointer,
+    out_pointer,
+    X,
+    Y,
+    steps,
+    inverse_temperature,
+    D: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One part [S, X, D] of the gradient to the rows: x the rows, y the prototypes."""
+    piece, part = tl.program_id(1), tl.program_id(2)
+    x_start = tl.program_id(0) * BLOCK_X
+    x_index = x_start + tl.arange(0, BLOCK_X)
+    x = load_tile(x_pointer, x_start, X, piece, BLOCK_X, D, BLOCK_D)
+    lse = load_lse(lse_pointer, x_index, X)[:, None]
+    r = load_vector(r_pointer, x_index, X, 1)
+    h = load_vector(h_pointer, x_index, X, 1)
+    e = load_vector(e_pointer, x_index, X, 1)
+    a_unit = load_vector(a_unit_pointer, x_index, X, 1)
+    if a_pointer is not None:
+        a = load_tile(a_pointer, x_start, X, piece, BLOCK_X, D, BLOCK_D)
+    total = tl.zeros([BLOCK_X, BLOCK_D], dtype=tl.float32)
+    unit = first_unit(BLOCK_X, x.dtype)
+    first = part * steps * BLOCK_Y
+    for start in range(first, tl.minimum(first + steps * BLOCK_Y, Y), BLOCK_Y):
+        y_index = start + tl.arange(0, BLOCK_Y)
+        y = load_tile(y_pointer, start, Y, piece, BLOCK_Y, D, BLOCK_D)
+        products = inner_products(x, y, x_pointer, y_pointer, x_start, start, X, Y, D, STEP)
+        p = tl.exp2(products * (inverse_temperature * LOG2_E) + outside(y_index, Y) - lse)
+        u = load_vector(u_pointer, y_index, Y, 0)
+        w = load_vector(w_pointer, y_index, Y, 0)
+        score = plain_score(products * inverse_temperature, e, u, w, h, r)
+        if a_pointer is not None:
+            if a_unit_pointer is not None:
+                score /= a_unit
+            score = add_inner_products(score, a, y, a_pointer, y_pointer, x_start, start, X, Y, D, STEP)
+            if a_unit_pointer is not None:
+                score *= a_unit
+        total, unit = add_product(total, unit, p * score, y)
+    total *= (unit * inverse_temperature)[:, None]
+    store_tile(out_pointer, total, x_index, X, part, piece, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["X", "Y", "steps"])
+def prototype_gradient(
+    x_pointer,
+    y_pointer,
+    a_pointer,
+    a_unit_pointer,
+    v_pointer,
+    v_unit_pointer,
+    lse_pointer,
+    r_pointer,
+    h_pointer,
+    e_pointer,
+    u_pointer,
+    w_pointer,
+    out_pointer,
+    X,
+    Y,
+    steps,
+    inverse_temperature,
+    D: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+    V_IS_A: tl.constexpr,
+    LOGITS_MATTER: tl.constexpr,
+):
+    """One part [S, X, D] of the gradient to the prototypes, through the logits and as values: x they, y the rows.
+
+    V_IS_A: v is a, and read once. LOGITS_MATTER: there is a gradient to the logits, not to the values alone.
+    """
+    piece, part = tl.program_id(1), tl.program_id(2)
+    x_start = tl.program_id(0) * BLOCK_X
+    x_index = x_start + tl.arange(0, BLOCK_X)
+    x = load_tile(x_pointer, x_start, X, piece, BLOCK_X, D, BLOCK_D)
+    u = load_vector(u_pointer, x_index, X, 1)
+    w = load_vector(w_pointer, x_index, X, 1)
+    total = tl.zeros([BLOCK_X, BLOCK_D], dtype=tl.float32)
+    unit = first_unit(BLOCK_X, x.dtype)
+    first = part * steps * BLOCK_Y
+    for start in range(first, tl.minimum(first + steps * BLOCK_Y, Y), BLOCK_Y):
+        y_index = start + tl.arange(0, BLOCK_Y)
+        y = load_tile(y_pointer, start, Y, piece, BLOCK_Y, D, BLOCK_D)
+        products = inner_products(x, y, x_pointer, y_pointer, x_start, start, X, Y, D, STEP)
+        p = tl.exp2(products * (inverse_temperature * LOG2_E) - load_lse(lse_pointer, y_index, Y)[None, :])
+        if a_pointer is not None:
+            a = load_tile(a_pointer, start, Y, piece, BLOCK_Y, D, BLOCK_D)
+        if LOGITS_MATTER:
+            r = load_vector(r_pointer, y_index, Y, 0)
+            h = load_vector(h_pointer, y_index, Y, 0)
+            e = load_vector(e_pointer, y_index, Y, 0)
+            score = plain_score(products * inverse_temperature, e, u, w, h, r)
+            if a_pointer is not None:
+                if a_unit_pointer is not None:
+                    a_unit = load_vector(a_unit_pointer, y_index, Y, 0)
+                    score /= a_unit
+                score = add_inner_products(score, x, a, x_pointer, a_pointer, x_start, start, X, Y, D, STEP)
+                if a_unit_pointer is not None:
+                    score *= a_unit
+            total, unit = add_product(total, unit, p * score * inverse_temperature, y)
+        if v_pointer is not None:
+            v = a if V_IS_A else load_tile(v_pointer, start, Y, piece, BLOCK_Y, D, BLOCK_D)
+            if v_unit_pointer is not None:
+                p *= load_vector(v_unit_pointer, y_index, Y, 0)
+            total, unit = add_product(total, unit, p, v)
+    store_tile(out_pointer, total * unit[:, None], x_index, X, part, piece, D, BLOCK_D)
+
+
+def posterior(
+    t: Tensor, c: Tensor, temperature: float, log_prior: Tensor | None, want_marginal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logsumexp [N], mean prototype [N, d], expected log prior [N], marginal [K]), float32, of t [N, d] and c [K, d].
+
+    log_prior float32 [K]; without one its expectation is 0. The marginal is the posterior's sum over the rows, empty
+    if not wanted. A log prior of -inf where p is 0 gives NaN.
+    """
+    lse, mean, expected = forward(t, c, temperature, log_prior)
+    if log_prior is None:
+        expected = torch.zeros_like(lse)
+    total = lse.new_empty(0)
+    if want_marginal:
+        total = summed(marginal, torch.float32, False, temperature, x=c, y=t, lse=lse)
+    return lse, mean, expected, total
+
+
+def posterior_backward(
+    t: Tensor,
+    c: Tensor,
+    temperature: float,
+    lse: Tensor,
+    r: Tensor | None,
+    h: Tensor | None,
+    a: Tensor | None,
+    v: Tensor | None,
+    e: Tensor | None,
+    u: Tensor | None,
+    w: Tensor | None,
+    want_t: bool,
+    want_c: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to t [N, d] and c [K, d] in their dtype, empty where not wanted.
+
+    With dl[n, k] = p[n, k] (a[n] . c[k] + e[n] u[k] + w[k] + h[n] l[n, k] - r[n]) they are
+    dt[n] = sum_k dl[n, k] c[k] / temperature and dc[k] = sum_n dl[n, k] t[n] / temperature + p[n, k] v[n].
+    lse [N], r [N], h [N], a [N, d], v [N, d], e [N], u [K], w [K]: float32, or None for a term that is absent; e and u
+    come together. a and v are rounded to the dtype of t.
+    """
+    d_t, d_c = t.new_empty(0), c.new_empty(0)
+    vectors = {"lse": lse, "r": r, "h": h, "e": e, "u": u, "w": w}
+    logits_matter = any(x is not None for x in (r, h, a, e, w))
+    tensors = vectors | _operand("a", a, t.dtype)
+    if want_t and logits_matter:
+        d_t = summed(row_gradient, t.dtype, True, temperature, x=t, y=c, **tensors)
+    elif want_t:
+        d_t = torch.zeros_like(t)
+    if want_c:
+        shared = v is not None and v is a
+        tensors |= {"v": tensors["a"], "v_unit": tensors["a_unit"]} if shared else _operand("v", v, t.dtype)
+        flags = {"V_IS_A": shared, "LOGITS_MATTER": logits_matter}
+        d_c = summed(prototype_gradient, c.dtype, True, temperature, flags, x=c, y=t, **tensors)
+    return d_t, d_c
+
+
+def _operand(name: str, x: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """A float32 x [N, d] as an operand of the matrix units, and for float16, whose exponent is short, each row's unit."""
+    unit = None
+    if x is not None and dtype == torch.float16:
+        unit = torch.linalg.vector_norm(x, ord=torch.inf, dim=1).clamp(min=1e-30)
+        x = torch.div(x, unit[:, None], out=torch.empty_like(x, dtype=dtype))
+    return {name: None if x is None else x.to(dtype), f"{name}_unit": unit}

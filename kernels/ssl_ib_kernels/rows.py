@@ -1,0 +1,81 @@
+"""What the kernels of the gather family share: tiles of rows, and finding who names a token.
+
+A kernel that writes token l of an image looks for the k with keep[k] == l itself. So nothing is scattered: no pass of
+zeros comes first, each number is written once, and sums have one order.
+
+Shapes: K kept tokens of an image, D width of a row, R rows of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: What the kernels compute in float32 and store.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: How many of an image's kept tokens are compared at a time.
+BLOCK_K = 64
+
+#: Sums over the batch are split until about so many programs run, a few for each multiprocessor of any GPU. A constant,
+#: so that the order of a sum depends on the shapes alone.
+PROGRAMS = 1024
+
+
+def row_tile(width: int, numbers: int = 2048) -> dict[str, int]:
+    """Constants and warps of a kernel over rows of `width`: tiles of `numbers`, in whole rows up to 1024."""
+    block = min(max(triton.next_power_of_2(width), 128), 1024)
+    return {"D": width, "ROWS": numbers // block, "BLOCK_D": block, "num_warps": 4, "num_stages": 1}
+
+
+def strides(x: Tensor) -> dict[str, Any]:
+    """A tensor [B, R, D] as a kernel takes it: x (copied if its last dimension is not contiguous), and its strides.
+
+    Strides come in units of their largest common divisor with 16, which is a constant: vectors of up to 16 numbers can
+    then be loaded, without a compilation for every stride.
+    """
+    x = x if x.stride(2) == 1 else x.contiguous()
+    unit = math.gcd(x.stride(0), x.stride(1), 16)
+    return {"x": x, "stride_image": x.stride(0) // unit, "stride_row": x.stride(1) // unit, "UNIT": unit}
+
+
+def split_batch(num_images: int, programs: int) -> tuple[int, int]:
+    """(parts, images of each part) of a batch, where every part takes `programs` programs."""
+    wanted = min(max(PROGRAMS // programs, 1), num_images)
+    each = triton.cdiv(num_images, wanted)
+    return triton.cdiv(num_images, each), each
+
+
+@triton.jit
+def row_of(x, image, row, stride_image, stride_row, UNIT: tl.constexpr):
+    """Pointers [R, 1] to rows of a tensor that `strides` describes; image int64, row int [R]."""
+    return x + (image * stride_image + row.to(tl.int64) * stride_row)[:, None] * UNIT
+
+
+@triton.jit
+def next_namer(keep, kept, token, after, BLOCK_K: tl.constexpr):
+    """The smallest k > after with keep[k] == token, and `kept` where there is none: int32, for token and after [R]."""
+    found = tl.zeros_like(token) + kept
+    for start in range(0, kept, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        named = tl.load(keep + k, mask=k < kept, other=0).to(tl.int32)
+        hit = (named[None, :] == token[:, None]) & (k < kept)[None, :] & (k[None, :] > after[:, None])
+        found = tl.minimum(found, tl.min(tl.where(hit, k[None, :], kept), axis=1))
+    return found
+
+
+@triton.jit
+def last_namer(keep, kept, token, BLOCK_K: tl.constexpr):
+    """The largest k with keep[k] == token, and -1 where there is none: int32, for token [R]."""
+    found = tl.zeros_like(token) - 1
+    for start in range(0, kept, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        named = tl.load(keep + k, mask=k < kept, other=0).to(tl.int32)
+        hit = (named[None, :] == token[:, None]) & (k < kept)[None, :]
+        found = tl.maximum(found, tl.max(tl.where(hit, k[None, :], -1), axis=1))
+    return found
