@@ -66,6 +66,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--describe", "masker:randm"], "unknown masker 'randm'; did you mean 'random'?"),
         (["--describe", "random"], "--describe: expected KIND:NAME, got 'random'"),
         ([TINY, "--device", "gpu"], "device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ([TINY, "ops.backend=cuda", "device=cpu"], "ops.backend: 'cuda' cannot run here: it runs on a GPU"),
+        ([TINY, "ops.backend=chunkd"], "ops.backend: unknown backend of the ops 'chunkd'; did you mean 'chunked'"),
         ([TINY, "--out", TINY], "is a file; a run needs a folder"),
         ([TINY, "--out", f"{TINY}/below"], "cannot make the folder"),
     ],

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from closeness import assert_close
 
 from ssl_ib import UserError, ops
-from ssl_ib.ops import backend, crossover, gather_operators, softmax_operators
+from ssl_ib.ops import backend, crossover, gather_operators, products, softmax_operators
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -123,6 +123,20 @@ def test_autocast_embeds_patches_in_its_dtype_and_rounds_no_logits():
     with ops.use_backend("reference"):
         plain = ops.patch_embed_gather(images.double(), KEEP, weight.double(), bias.double(), pos.double())
     assert_close("embedding", embedded, embedded.float() * 0 + plain.float(), plain, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_under_autocast_gpu_kernels_are_given_rounded_vectors(monkeypatch, name):
+    """As a matrix product would be; nothing else is rounded, and float64 is left alone."""
+    monkeypatch.setattr(products, "choose", lambda *_: name)
+    rows, cols = draw(3, 4), draw(5, 4, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, a, b = products.operands("info_nce", rows, cols)
+        _, exact, _ = products.operands("info_nce", rows.double(), None)
+    assert torch.equal(a, rows.bfloat16()) and torch.equal(b, cols.bfloat16()) and exact.dtype == torch.float64
+    assert products.operands("info_nce", rows, cols)[1] is rows
+    mixed = products.operands("info_nce", rows.half(), cols)
+    assert mixed[1].dtype == mixed[2].dtype == torch.float32
 
 
 def test_the_choice_of_a_backend(monkeypatch):
