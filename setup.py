@@ -67,6 +67,6 @@ setup(
         "pillow",
     ],
     extras_require={"test": ["pytest"]},
-    entry_points={"console_scripts": ["ssl-ib-train = ssl_ib.cli.train:main"]},
+    entry_points={"console_scripts": ["ssl-ib-train = ssl_ib.cli.train:main", "ssl-ib-bench = ssl_ib.cli.bench:main"]},
     **cuda_extension(),
 )

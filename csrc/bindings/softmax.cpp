@@ -9,12 +9,16 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/where.h>
 
 #include <tuple>
 
 #include "../cuda/launch_softmax.h"
 #include "tensors.h"
+#ifdef SSL_IB_EMULATED
+#include "../common/wgmma.h"
+#endif
 
 namespace ssl_ib {
 namespace {
@@ -27,6 +31,8 @@ Tensor operand(const Tensor& x) {
     const Tensor whole = missing ? at::constant_pad_nd(x, {0, missing}) : x.contiguous();
     return reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 ? whole.clone() : whole;
 }
+
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
 Tensor as_int(const OptionalTensor& tensor) { return tensor ? tensor->to(at::kInt).contiguous() : Tensor(); }
 
@@ -49,13 +55,20 @@ Logits logits_of(const Tensor& owned, const Tensor& streamed, int64_t width, dou
             to_int(owned.size(1)), static_cast<float>(temperature)};
 }
 
-// A power of two that takes weights of at most `bound` into the middle of float16's range, where neither they nor what
-// is 2^28 times smaller is lost; 1 where the bound is not a number. Undefined for other dtypes, which need none.
+// What to multiply float16 weights of at most `bound` by: the power of two that takes them close to its largest number,
+// so that what is 2^28 times smaller is still a normal one. 1 where the bound is infinite or not a number.
 Tensor raise(const Tensor& bound) {
     return at::where(bound.isfinite(), at::exp2((14.0 - bound.log2()).floor().clamp(-60, 60)), 1.0);
 }
 
-Tensor raised(const Tensor& x, const Tensor& by) { return x.defined() && by.defined() ? x * by : x; }
+Tensor raised(const Tensor& x, const Tensor& by) { return x.defined() ? x * by : x; }
+
+// The same, rounded to float16 without a float32 tensor in between.
+Tensor raised_operand(const Tensor& x, const Tensor& by) {
+    if (!x.defined()) return x;
+    Tensor answer = at::empty(x.sizes(), x.options().dtype(at::kHalf));
+    return at::mul_out(answer, x, by);
+}
 
 Tensor largest(const Tensor& x, const Tensor& like) { return x.defined() ? x.abs().amax() : float_zeros(like, {}); }
 
@@ -64,7 +77,7 @@ Tensor largest(const Tensor& x, const Tensor& like) { return x.defined() ? x.abs
 std::tuple<Tensor, Tensor> lse_(const Tensor& rows_, const Tensor& cols_, double temperature,
                                 const OptionalTensor& self_index, const OptionalTensor& row_group,
                                 const OptionalTensor& col_group, bool with_mean) {
-    const OnDevice device{rows_, cols_};
+    const OnDevice device{rows_, cols_, or_undefined(self_index), or_undefined(row_group), or_undefined(col_group)};
     const int64_t num_rows = rows_.size(0), width = rows_.size(1);
     const Tensor lse = floats(rows_, {num_rows});
     const Tensor mean = with_mean ? floats(rows_, {num_rows, width}) : floats(rows_, {0});
@@ -113,7 +126,9 @@ std::tuple<Tensor, Tensor> lse_backward_(const Tensor& grad_, const Tensor& lse_
                                          const Tensor& rows_, const Tensor& cols_, double temperature,
                                          const OptionalTensor& self_index, const OptionalTensor& row_group,
                                          const OptionalTensor& col_group, bool want_rows, bool want_cols) {
-    const OnDevice device{rows_, cols_, grad_, lse_, mean_};
+    const bool from_mean = mean_.numel() > 0;
+    const OnDevice device{rows_, cols_, grad_, lse_, from_mean ? mean_ : Tensor(), or_undefined(self_index),
+                          or_undefined(row_group), or_undefined(col_group)};
     const int64_t num_rows = rows_.size(0), num_cols = cols_.size(0), width = rows_.size(1);
     Tensor drows = at::empty({0}, rows_.options()), dcols = drows;
     if (num_rows == 0 || num_cols == 0) {
@@ -122,7 +137,6 @@ std::tuple<Tensor, Tensor> lse_backward_(const Tensor& grad_, const Tensor& lse_
         return {drows, dcols};
     }
     const Tensor grad = grad_.contiguous(), lse = lse_.contiguous();
-    const bool from_mean = mean_.numel() > 0;
     if (want_rows && from_mean) {
         const Tensor mean = mean_.contiguous();
         drows = at::empty({num_rows, width}, rows_.options());
@@ -146,7 +160,16 @@ Tensor lse_backward_symmetric_(const Tensor& rows_, const Tensor& cols_, const T
                                const Tensor& lse_rows, const Tensor& grad_cols, const Tensor& lse_cols,
                                double temperature, const OptionalTensor& self_rows, const OptionalTensor& self_cols,
                                const OptionalTensor& row_group, const OptionalTensor& col_group, int64_t first) {
-    const OnDevice device{rows_, cols_, grad_rows, lse_rows, grad_cols, lse_cols};
+    const OnDevice device{rows_,
+                          cols_,
+                          grad_rows,
+                          lse_rows,
+                          grad_cols,
+                          lse_cols,
+                          or_undefined(self_rows),
+                          or_undefined(self_cols),
+                          or_undefined(row_group),
+                          or_undefined(col_group)};
     if (rows_.size(0) == 0 || cols_.size(0) == 0) return at::zeros(rows_.sizes(), rows_.options());
     const Tensor rows = operand(rows_), cols = operand(cols_);
     const Side of_rows{grad_rows.contiguous(), lse_rows.contiguous(), as_int(self_rows), as_int(row_group)};
@@ -159,7 +182,7 @@ Tensor lse_backward_symmetric_(const Tensor& rows_, const Tensor& cols_, const T
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> posterior_(const Tensor& t_, const Tensor& c_, double temperature,
                                                       const OptionalTensor& log_prior_, bool want_marginal) {
-    const OnDevice device{t_, c_};
+    const OnDevice device{t_, c_, or_undefined(log_prior_)};
     const int64_t num_rows = t_.size(0), num_prototypes = c_.size(0), width = t_.size(1);
     const Tensor lse = floats(t_, {num_rows}), mean = floats(t_, {num_rows, width}), expected = floats(t_, {num_rows});
     if (num_rows == 0) return {lse, mean, expected, float_zeros(t_, {want_marginal ? num_prototypes : 0})};
@@ -197,7 +220,16 @@ std::tuple<Tensor, Tensor> posterior_backward_(const Tensor& t_, const Tensor& c
                                                const OptionalTensor& a_, const OptionalTensor& v_,
                                                const OptionalTensor& e_, const OptionalTensor& u_,
                                                const OptionalTensor& w_, bool want_t, bool want_c) {
-    const OnDevice device{t_, c_, lse_, r_};
+    const OnDevice device{t_,
+                          c_,
+                          lse_,
+                          r_,
+                          or_undefined(h_),
+                          or_undefined(a_),
+                          or_undefined(v_),
+                          or_undefined(e_),
+                          or_undefined(u_),
+                          or_undefined(w_)};
     const int64_t num_rows = t_.size(0), width = t_.size(1);
     Tensor dt = at::empty({0}, t_.options()), dc = dt;
     if (num_rows == 0) {
@@ -207,11 +239,11 @@ std::tuple<Tensor, Tensor> posterior_backward_(const Tensor& t_, const Tensor& c
     }
     const Tensor t = operand(t_), c = operand(c_), lse = as_float(lse_), u = as_float(u_);
     Tensor r = as_float(r_), h = as_float(h_), e = as_float(e_), w = as_float(w_);
-    Tensor a = a_.value_or(Tensor()), v = v_.value_or(Tensor()), by;
+    Tensor a = or_undefined(a_), v = or_undefined(v_), by;
     if (t.scalar_type() == at::kHalf) {
         by = raise(bound_of(t, c, temperature, r, h, a, v, e, u, w));
-        r = raised(r, by), h = raised(h, by), e = raised(e, by), w = raised(w, by), a = raised(a, by);
-        v = raised(v, by / kHalfValueRaise);
+        r = raised(r, by), h = raised(h, by), e = raised(e, by), w = raised(w, by);
+        a = raised_operand(a, by), v = raised_operand(v, by / kHalfValueRaise);
     }
     const auto to_operand = [&](const Tensor& x) { return x.defined() ? operand(x.to(t.scalar_type())) : x; };
     a = to_operand(a), v = to_operand(v);
@@ -252,6 +284,11 @@ void register_softmax(pybind11::module_& m) {
     m.def("posterior", &posterior_, arg("t"), arg("c"), arg("temperature"), arg("log_prior"), arg("want_marginal"));
     m.def("posterior_backward", &posterior_backward_, arg("t"), arg("c"), arg("temperature"), arg("lse"), arg("r"),
           arg("h"), arg("a"), arg("v"), arg("e"), arg("u"), arg("w"), arg("want_t"), arg("want_c"));
+#ifdef SSL_IB_EMULATED
+    m.def(
+        "use_warpgroups", [](bool on) { emulate_warpgroups = on; }, arg("on"),
+        "Whether the emulated GPU has Hopper's tensor-core instructions; false at first.");
+#endif
 }
 
 }  // namespace ssl_ib

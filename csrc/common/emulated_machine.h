@@ -97,7 +97,7 @@ struct Machine {
 
     dim3 grid, block;
     uint3 block_index;
-    unsigned num_warps, num_live, num_at_barrier, runnable_warps;
+    unsigned num_warps, num_live, num_at_barrier, runnable_warps, last_warp;
     Warp warps[kMaxWarps];
     Place barrier_place;
 
@@ -144,11 +144,15 @@ inline void make_runnable(unsigned w, unsigned lanes) {
     if (machine.warps[w].runnable) machine.runnable_warps |= 1u << w;
 }
 
-// Makes a runnable thread the current one; null where there is none.
+// Makes a runnable thread the current one; null where there is none. Forward, the first warp goes as far as it can; in
+// reverse each turn is another warp's, so that what warps do to each other between barriers shows.
 inline Thread* next_thread() {
     machine.current = nullptr;
     if (machine.runnable_warps) {
-        const unsigned w = choose(machine.runnable_warps), lane = choose(machine.warps[w].runnable);
+        const unsigned below = machine.runnable_warps & ((1u << machine.last_warp) - 1);
+        const unsigned w = choose(machine.order == Order::reverse && below ? below : machine.runnable_warps);
+        const unsigned lane = choose(machine.warps[w].runnable);
+        machine.last_warp = w;
         machine.warps[w].runnable &= ~(1u << lane);
         if (!machine.warps[w].runnable) machine.runnable_warps &= ~(1u << w);
         machine.current = machine.threads[w * kLanes + lane].get();
@@ -223,6 +227,7 @@ void warp_operation(unsigned mask, T& contribution, void (*complete)(const Contr
 
 // The kernel has returned: others may have been waiting for this thread alone.
 inline void retire(Thread& self) {
+    if (!self.copies.empty()) fail("a thread returns while asynchronous copies of its are under way");
     const unsigned w = self.rank / kLanes;
     machine.warps[w].live &= ~(1u << (self.rank % kLanes));
     --machine.num_live;

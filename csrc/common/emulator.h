@@ -9,6 +9,7 @@
 //   - barriers and warp operations that some of their threads never reach, or that they reach in different places of
 //     the source (threads that have returned are not waited for, as on a GPU);
 //   - writes up to 1 KB past the end of an allocation of shared memory;
+//   - asynchronous copies that nobody waits for (they may land where other data lies by then);
 //   - vectors at addresses that are not multiples of their size (through `load` and `store`);
 //   - launches beyond the hardware's limits of grid, block and shared memory.
 // What it shows as wrong numbers: shared memory is NaN before each block and past its end; asynchronous copies happen
@@ -47,7 +48,7 @@ inline void run_block(size_t dynamic_bytes) {
     allocate_shared(nullptr, dynamic_bytes);
     machine.num_warps = (count + kLanes - 1) / kLanes;
     machine.num_live = count;
-    machine.num_at_barrier = machine.runnable_warps = 0;
+    machine.num_at_barrier = machine.runnable_warps = machine.last_warp = 0;
     for (unsigned w = 0; w < machine.num_warps; ++w) {
         const unsigned left = count - w * kLanes, lanes = left >= kLanes ? ~0u : (1u << left) - 1;
         machine.warps[w] = {lanes, 0, 0, 0};

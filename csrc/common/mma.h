@@ -1,4 +1,4 @@
-// Tensor-core instructions of sm_80 and later: matrix products of a warp, the loads that feed them, asynchronous copies.
+// Tensor-core instructions of sm_80 and later: products of a warp, the loads that feed them, asynchronous copies.
 //
 // The emulated face states what PTX says of each instruction, lane by lane (PTX ISA, "Matrix Fragments for mma.m16n8k16
 // with floating point type", "Warp-level matrix load instruction: ldmatrix"); it knows nothing of the loaders above it.

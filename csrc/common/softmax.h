@@ -44,8 +44,8 @@ struct Online {
 // The share that a part of a row's columns has in the whole: both logsumexps may be minus infinity.
 __device__ __forceinline__ float share(float lse_of_part, float lse) { return __expf(lse_of_part - pivot(lse)); }
 
-// A column's probability, exp(logit - lse). No logit lies above its own logsumexp: one that does (by more than rounding)
-// belongs to a row with nothing left, or lies past the end of a ragged tile, and has none. NaN stays NaN.
+// A column's probability, exp(logit - lse). No logit lies above its own logsumexp: one that does (by more than
+// rounding) belongs to a row with nothing left, or lies past the end of a ragged tile, and has none. NaN stays NaN.
 __device__ __forceinline__ float probability(float logit_less_lse) {
     return logit_less_lse > 1.0f ? 0.0f : __expf(logit_less_lse);
 }

@@ -1,10 +1,10 @@
-// The loop that all kernels of the softmax family share: logits, weights made of them, and sums of rows by these weights.
+// The loop that all kernels of the softmax family share: logits, weights made of them, sums of rows by these weights.
 //
-// One operand is owned: a block keeps 64 of its rows, and a piece of at most 256 numbers of the width of its output. The
-// other is streamed past in tiles. For every pair of them the block computes scores, owned @ streamed^T; turns them into
-// weights; and adds weights @ streamed to its output. A wider embedding is gone through in pieces, the block's own one
-// last, so that it is at hand for the output. Where there are few blocks, each tile of rows goes to `splits` of them,
-// which share the streamed tiles.
+// One operand is owned: a block keeps 64 of its rows, and of the width of its output a piece of at most 256 numbers.
+// The other is streamed past in tiles. For every pair of them the block computes scores, owned @ streamed^T; turns them
+// into weights; and adds weights @ streamed to its output. A wider embedding is gone through in pieces, the block's own
+// one last, so that it is at hand for the output. Where there are few blocks, each tile of rows goes to `splits` of
+// them, which share the streamed tiles.
 //
 // What the weights are is the kernel's Kind: a class that lives in registers, one object a thread.
 //   Element, kWidth, kColumns              operand type; numbers of a piece; rows of a streamed tile
@@ -39,7 +39,8 @@ struct Layout {
     static constexpr int kStages = Planes<typename Kind::Element>::count == 1 ? 2 : 1;
     static constexpr int kOwnedBytes = Kind::kOwned * Owned::kBytes;
     static constexpr int kStreamedBytes = Kind::kStreamed * Streamed::kBytes;
-    static constexpr int kVectorBytes = Kind::kVectors * Kind::kColumns * 4;
+    // In full atoms of 1024 bytes, so that every tile begins at one.
+    static constexpr int kVectorBytes = ceil_div(Kind::kVectors * Kind::kColumns * 4, 1024) * 1024;
     static constexpr int kArrays = Kind::kScores > Kind::kValues ? Kind::kScores : Kind::kValues;
 
     // With several pieces the owned rows come anew with every stage.
@@ -57,8 +58,8 @@ struct Output {
     float sums[Kind::kValues ? Kind::kWidth / 8 : 1][4] = {};
 };
 
-// The compiler would rather spill a little than lose a resident block; planes leave no shared memory for another one, so
-// that there one block is all it has to make room for. 0: as it sees fit.
+// The compiler would rather spill a little than lose a resident block. Planes leave shared memory for few blocks, so
+// with them it shall make room for one. 0: as it sees fit.
 template <class Kind>
 constexpr int kResidentBlocks = Planes<typename Kind::Element>::count > 1 ? 1 : 0;
 
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Kind>) sweep(const t
     using Owned = typename Layout::Owned;
     using Streamed = typename Layout::Streamed;
     constexpr int kColumns = Kind::kColumns, kWidth = Kind::kWidth;
-    SSL_IB_DYNAMIC_SHARED(unsigned char, shared);
+    SSL_IB_SWIZZLED_SHARED(shared);
 
     const int stride = problem.owned[0].stride, pieces = ceil_div(stride, kWidth);
     const int own = Kind::kValues ? blockIdx.z : pieces - 1;
@@ -112,12 +113,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Kind>) sweep(const t
     for (int step = 0; step < steps; ++step) {
         if constexpr (Layout::kStages > 1) {
             wait_for_copies<0>();
+            show_to_tensor_cores();
             __syncthreads();
             if (step + 1 < steps) fetch(step + 1);
         } else {
             __syncthreads();
             fetch(step);
             wait_for_copies<0>();
+            show_to_tensor_cores();
             __syncthreads();
         }
         const int order = step % pieces;

@@ -1,13 +1,14 @@
-// Tiles of an operand in shared memory, and a block's products of them on the tensor cores.
+// Tiles of an operand in shared memory, and a block's products of them on the tensor cores: with wgmma where there is
+// Hopper's, with mma elsewhere. Both leave their sums in the same places, and read tiles that lie the same.
 //
-// A block has four warps; warp w owns rows 16w .. 16w+15 of every product. Its accumulators lie as mma leaves them: of
-// the 8 columns of accumulator n, lane i has columns 2 (i % 4) and the next, of rows i / 4 (slot 0) and 8 below (slot 1).
+// A block has four warps; warp w owns rows 16w .. 16w+15 of every product. Of the 8 columns of sums n, lane i has
+// columns 2 (i % 4) and the next, of rows i / 4 (slot 0) and 8 below (slot 1).
 //
 // float32 operands become three bfloat16 planes whose sum they are, and a product of two of them the six products of
 // planes that matter to float32: those left out are 2^-24 of it.
 #pragma once
 
-#include "mma.h"
+#include "wgmma.h"
 
 namespace ssl_ib {
 
@@ -28,7 +29,7 @@ struct Planes<float> {
 
 __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 
-// The row of a tile that a slot of this thread's accumulators belongs to, and the first of its two columns.
+// The row of a tile that a slot of this thread's sums belongs to, and the first of its two columns.
 __device__ __forceinline__ int row_of(int slot) { return threadIdx.x / 32 * 16 + lane() / 4 + 8 * slot; }
 __device__ __forceinline__ int column_of(int n) { return 8 * n + lane() % 4 * 2; }
 
@@ -59,15 +60,19 @@ struct Tile {
 
     unsigned char* base;
 
+    __device__ __forceinline__ unsigned char* row(int plane, int panel, int row) const {
+        return base + ((plane * kPanels + panel) * kRows + row) * 128;
+    }
     __device__ __forceinline__ unsigned char* chunk(int plane, int panel, int row, int index) const {
-        return base + ((plane * kPanels + panel) * kRows + row) * 128 + ((index ^ row) % 8) * 16;
+        return this->row(plane, panel, row) + ((index ^ row) % 8) * 16;
     }
 
-    // The part of `from` that begins at (first_row, first_column); zeros past its ends. Asynchronous for 16-bit numbers.
+    // The part of `from` that begins at (first_row, first_column); zeros past its ends. Asynchronous for 16-bit
+    // numbers.
     __device__ __forceinline__ void fetch(const Matrix& from, int first_row, int first_column) const {
         for (int i = threadIdx.x; i < kRows * kPanels * 8; i += kThreads) {
-            const int row = i / (kPanels * 8), chunk_of_row = i % (kPanels * 8), column = first_column + 8 * chunk_of_row;
-            const int panel = chunk_of_row / 8, index = chunk_of_row % 8;
+            const int row = i / (kPanels * 8), panel = i / 8 % kPanels, index = i % 8;
+            const int column = first_column + 64 * panel + 8 * index;
             const bool inside = first_row + row < from.rows && column < from.stride;
             const T* numbers = static_cast<const T*>(from.data);
             if (inside) numbers += static_cast<int64_t>(first_row + row) * from.stride + column;
@@ -103,25 +108,46 @@ __device__ __forceinline__ void add_scores(float (&scores)[kColumns / 8][4], Til
                                            Tile<T, kColumns, kWidth> streamed, int panels) {
     constexpr int kPlanes = Planes<T>::count;
     using Unit = typename Planes<T>::Unit;
-    const int row = threadIdx.x / 32 * 16 + lane() % 16;
-    const int column = lane() / 16 * 8 + lane() % 8;
+    SSL_IB_IF_WARPGROUPS {
+        hold(scores);
+        warpgroup_begin();
 #pragma unroll 1
-    for (int panel = 0; panel < panels; ++panel) {
+        for (int panel = 0; panel < panels; ++panel) {
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
-            uint32_t a[kPlanes][4];
+            for (int step = 0; step < 4; ++step) {
 #pragma unroll
-            for (int p = 0; p < kPlanes; ++p) ldmatrix_x4(a[p], owned.chunk(p, panel, row, 2 * step + lane() / 16));
+                for (int p = 0; p < kPlanes; ++p) {
 #pragma unroll
-            for (int n = 0; n < kColumns / 16; ++n) {
+                    for (int q = 0; p + q < kPlanes; ++q) {
+                        wgmma_rows<Unit, kColumns>(scores[0], panel_at(owned.row(p, panel, 0) + 32 * step),
+                                                   panel_at(streamed.row(q, panel, 0) + 32 * step));
+                    }
+                }
+            }
+        }
+        warpgroup_end();
+        hold(scores);
+    } else {
+        const int row = threadIdx.x / 32 * 16 + lane() % 16;
+        const int column = lane() / 16 * 8 + lane() % 8;
+#pragma unroll 1
+        for (int panel = 0; panel < panels; ++panel) {
 #pragma unroll
-                for (int q = 0; q < kPlanes; ++q) {
-                    uint32_t b[4];
-                    ldmatrix_x4(b, streamed.chunk(q, panel, 16 * n + column, 2 * step + lane() / 8 % 2));
+            for (int step = 0; step < 4; ++step) {
+                uint32_t a[kPlanes][4];
 #pragma unroll
-                    for (int p = 0; p + q < kPlanes; ++p) {
-                        mma_16816<Unit>(scores[2 * n], a[p], b);
-                        mma_16816<Unit>(scores[2 * n + 1], a[p], b + 2);
+                for (int p = 0; p < kPlanes; ++p) ldmatrix_x4(a[p], owned.chunk(p, panel, row, 2 * step + lane() / 16));
+#pragma unroll
+                for (int n = 0; n < kColumns / 16; ++n) {
+#pragma unroll
+                    for (int q = 0; q < kPlanes; ++q) {
+                        uint32_t b[4];
+                        ldmatrix_x4(b, streamed.chunk(q, panel, 16 * n + column, 2 * step + lane() / 8 % 2));
+#pragma unroll
+                        for (int p = 0; p + q < kPlanes; ++p) {
+                            mma_16816<Unit>(scores[2 * n], a[p], b);
+                            mma_16816<Unit>(scores[2 * n + 1], a[p], b + 2);
+                        }
                     }
                 }
             }
@@ -133,31 +159,55 @@ __device__ __forceinline__ void add_scores(float (&scores)[kColumns / 8][4], Til
 template <typename T, int kColumns, int kWidth>
 __device__ __forceinline__ void add_values(float (&out)[kWidth / 8][4], const float (&weights)[kColumns / 8][4],
                                            Tile<T, kColumns, kWidth> values) {
-    constexpr int kPlanes = Planes<T>::count;
+    constexpr int kPlanes = Planes<T>::count, kSteps = kColumns / 16;
     using Unit = typename Planes<T>::Unit;
+    // Sums of two neighbouring 8 columns are, number by number, a left operand.
+    uint32_t a[kSteps][kPlanes][4];
 #pragma unroll
-    for (int step = 0; step < kColumns / 16; ++step) {
-        // Accumulators of two neighbouring products are, number by number, the left operand of the next.
-        uint32_t a[kPlanes][4];
+    for (int step = 0; step < kSteps; ++step) {
         float rest[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) rest[i] = weights[2 * step + i / 4][i % 4];
 #pragma unroll
         for (int p = 0; p < kPlanes; ++p) {
 #pragma unroll
-            for (int w = 0; w < 4; ++w) a[p][w] = take_plane<Unit>(rest[2 * w], rest[2 * w + 1]);
+            for (int w = 0; w < 4; ++w) a[step][p][w] = take_plane<Unit>(rest[2 * w], rest[2 * w + 1]);
         }
-        const int row = 16 * step + lane() % 16;
+    }
+    SSL_IB_IF_WARPGROUPS {
+        hold(a);
+        hold(out);
+        warpgroup_begin();
 #pragma unroll
-        for (int n = 0; n < kWidth / 16; ++n) {
+        for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-            for (int q = 0; q < kPlanes; ++q) {
-                uint32_t b[4];
-                ldmatrix_x4_trans(b, values.chunk(q, n / 4, row, n % 4 * 2 + lane() / 16));
+            for (int panel = 0; panel < kWidth / 64; ++panel) {
 #pragma unroll
-                for (int p = 0; p + q < kPlanes; ++p) {
-                    mma_16816<Unit>(out[2 * n], a[p], b);
-                    mma_16816<Unit>(out[2 * n + 1], a[p], b + 2);
+                for (int p = 0; p < kPlanes; ++p) {
+#pragma unroll
+                    for (int q = 0; p + q < kPlanes; ++q) {
+                        wgmma_values<Unit>(out[8 * panel], a[step][p], panel_at(values.row(q, panel, 16 * step)));
+                    }
+                }
+            }
+        }
+        warpgroup_end();
+        hold(out);
+    } else {
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const int row = 16 * step + lane() % 16;
+#pragma unroll
+            for (int n = 0; n < kWidth / 16; ++n) {
+#pragma unroll
+                for (int q = 0; q < kPlanes; ++q) {
+                    uint32_t b[4];
+                    ldmatrix_x4_trans(b, values.chunk(q, n / 4, row, n % 4 * 2 + lane() / 16));
+#pragma unroll
+                    for (int p = 0; p + q < kPlanes; ++p) {
+                        mma_16816<Unit>(out[2 * n], a[step][p], b);
+                        mma_16816<Unit>(out[2 * n + 1], a[step][p], b + 2);
+                    }
                 }
             }
         }

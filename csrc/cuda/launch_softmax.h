@@ -32,13 +32,14 @@ void lse_forward(const Logits& logits, const LeftOut& left_out, float* lse, floa
 
 // One side of a gradient: of the logsumexps over this side's rows the gradients and values, and what they leave out.
 struct LseSide {
-    const float *grad, *lse;   // null where only the other side has logsumexps
-    const int *self, *group;   // self is not null where grad is not and anything is left out
+    const float *grad, *lse;  // null where only the other side has logsumexps
+    const int *self, *group;  // self is not null where grad is not and anything is left out
 };
 
-// gradient[i] = sum_j (owned.grad[i] exp(l_ij - owned.lse[i]) + streamed.grad[j] exp(l_ij - streamed.lse[j])) streamed[j]
-// / temperature. The first term is missing where owned.self[i] == j, the second where streamed.self[j] == first + i,
-// both where the groups are equal. [R, d] of dtype. Grads may have been multiplied by *raised_by (null: they are not).
+// gradient[i] = sum_j (owned.grad[i] exp(l_ij - owned.lse[i]) + streamed.grad[j] exp(l_ij - streamed.lse[j]))
+// streamed[j] / temperature, [R, d] of dtype. The first term is missing where owned.self[i] == j, the second where
+// streamed.self[j] == first + i, both where the groups are equal. Grads may have been multiplied by *raised_by (null:
+// they are not).
 void lse_gradient(const Logits& logits, const LseSide& owned, const LseSide& streamed, int first,
                   const float* raised_by, void* gradient, float* workspace, Stream stream);
 
@@ -54,8 +55,8 @@ void posterior_forward(const Logits& logits, const float* log_prior, float* lse,
 // Workspace: gradient_workspace(R, S, 1).
 void posterior_marginal(const Logits& logits, const float* lse, float* marginal, float* workspace, Stream stream);
 
-// The gradient of the logits, p (a.c + e u + w + h l - r), and through the values p v. Null: zeros. a and v are [N, s] of
-// dtype, aligned as the operands; lse, r, h, e [N]; u, w [K].
+// The gradient of the logits is p (a.c + e u + w + h l - r); through the values comes p v. Null: zeros. a and v are
+// [N, s] of dtype, aligned as the operands; lse, r, h, e [N]; u, w [K].
 struct PosteriorTerms {
     const float *lse, *r, *h, *e, *u, *w;
     const void *a, *v;

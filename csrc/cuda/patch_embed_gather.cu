@@ -5,8 +5,6 @@
 //
 // Shapes: B images, C channels, H x W pixels, p patch side, L patches, K kept, D width, P prefix tokens.
 
-#include <algorithm>
-
 #include "../common/inverse.h"
 #include "../common/mma.h"
 #include "../common/pixels.h"
@@ -269,10 +267,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename T, typename Pixel, int run, int columns>
 void launch_tensor_cores(const Embedding& e, const void* weight, void* out, unsigned row_tiles, Stream stream) {
-    const size_t tiles = kStages * (kRows + columns) * kPitch * sizeof(T);
-    const size_t output = kRows * (columns + 8) * sizeof(T);
+    constexpr int numbers = kStages * (kRows + columns) * kPitch;
+    static_assert(kRows * (columns + 8) <= numbers, "the output goes where the tiles were");
     launch(embed_on_tensor_cores<T, Pixel, run, columns>, row_tiles * ceil_div(e.width, columns), kThreads,
-           std::max(tiles, output), stream, e, static_cast<const T*>(weight), static_cast<T*>(out));
+           numbers * sizeof(T), stream, e, static_cast<const T*>(weight), static_cast<T*>(out));
 }
 
 template <typename T, typename Pixel>

@@ -7,12 +7,15 @@ Shapes: N rows, M columns, d width; in the kernels X rows that programs own, Y r
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .softmax import (
+    INFINITY,
     LOG2_E,
     add_product,
     first_unit,
@@ -25,6 +28,7 @@ from .softmax import (
     store_tile,
     summed,
 )
+from .variant import Variant, recording
 
 
 @triton.jit(do_not_specialize=["X", "Y", "first", "steps"])
@@ -61,7 +65,7 @@ def lse_gradient(
     x = load_tile(x_pointer, x_start, X, piece, BLOCK_X, D, BLOCK_D)
     if x_lse_pointer is not None:
         x_lse = load_lse(x_lse_pointer, x_index, X)[:, None]
-        x_grad = load_vector(x_grad_pointer, x_index, X, 1)
+        x_grad = tl.where(x_lse == INFINITY, 0.0, load_vector(x_grad_pointer, x_index, X, 1))
     x_self = load_vector(x_self_pointer, x_index, X, 1)
     x_group = load_vector(x_group_pointer, x_index, X, 1)
     total = tl.zeros([BLOCK_X, BLOCK_D], dtype=tl.float32)
@@ -80,7 +84,8 @@ def lse_gradient(
             weights += as_row
         if y_lse_pointer is not None:
             y_lse = load_lse(y_lse_pointer, y_index, Y)[None, :]
-            as_column = tl.exp2(logits - y_lse) * load_vector(y_grad_pointer, y_index, Y, 0)
+            y_grad = tl.where(y_lse == INFINITY, 0.0, load_vector(y_grad_pointer, y_index, Y, 0))
+            as_column = tl.exp2(logits - y_lse) * y_grad
             if y_self_pointer is not None:
                 y_self = load_vector(y_self_pointer, y_index, Y, 0)
                 as_column = tl.where(y_self == first + x_index[:, None], 0.0, as_column)
@@ -167,3 +172,20 @@ def _gradient(temperature: float, first: int = 0, **tensors: Tensor | None) -> T
     x = tensors["x"]
     optional = dict.fromkeys(("x_grad", "x_lse", "x_self", "y_grad", "y_lse", "y_self"))
     return summed(lse_gradient, x.dtype, True, temperature, {"first": first}, **optional | tensors)
+
+
+def variants(capability: int) -> list[Variant]:
+    """What the losses compile: NT-Xent, one way, and siblings left out."""
+    widths = ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float16, 256), (torch.float32, 128))
+    with recording(capability) as listed:
+        for (dtype, width), grouped in product(widths, (False, True)):
+            x = torch.empty(20000, width, dtype=dtype, device="meta")
+            number = torch.empty(20000, device="meta")
+            itself = torch.empty(20000, dtype=torch.int64, device="meta")
+            group = torch.empty(20000, dtype=torch.int32, device="meta") if grouped else None
+            _, mean = lse(x, x, 0.1, None, group, group, True)
+            lse_backward(number, number, mean, x, x, 0.1, None, group, group, True, True)
+            lse(x, x, 0.1, itself, group, group, False)
+            sides = (number, number, number, number)
+            lse_backward_symmetric(x, x, *sides, 0.1, itself, itself, group, group, 0)
+    return listed

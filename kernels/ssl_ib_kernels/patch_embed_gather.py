@@ -7,7 +7,6 @@ tokens (class token), Q = C*p*p pixels of a patch, in the weight's order (channe
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import torch
 import triton
@@ -15,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .pixels import first_pixel, layout
-from .rows import BLOCK_K, DTYPES, next_namer, row_of, row_tile, split_batch, strides
+from .rows import BLOCK_K, DTYPES, PROGRAMS, next_namer, row_of, row_tile, split, strides
+from .softmax import dot
 from .token_gather import token_gather_backward
 from .variant import Variant, capability_of, launch, recording
 
@@ -80,7 +80,6 @@ def patch_embed_gather_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A program embeds BLOCK_M kept patches, counted over the whole batch, into BLOCK_D of the width."""
     chunks = tl.cdiv(D, BLOCK_D)
@@ -99,7 +98,7 @@ def patch_embed_gather_kernel(
         offset = pixel_offset(q, SIDE, CHANNEL_STRIDE, ROW_STRIDE, COLUMN_STRIDE)
         a = tl.load(corner[:, None] + offset[None, :], mask=exists[:, None] & (q < pixels)[None, :], other=0.0)
         b = tl.load(weight + d[:, None] * pixels + q[None, :], mask=(d < D)[:, None] & (q < pixels)[None, :], other=0.0)
-        total = tl.dot(a.to(b.dtype), tl.trans(b), total, input_precision=PRECISION)
+        total = dot(a.to(b.dtype), tl.trans(b), total)
 
     # By quarters: positions of a whole tile would not fit into the registers beside it.
     d = tl.program_id(0) % chunks * BLOCK_D
@@ -140,7 +139,6 @@ def weight_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A program sums BLOCK_D x BLOCK_Q of the weight's gradient over rows_each kept patches; x is the gradient.
 
@@ -163,7 +161,7 @@ def weight_gradient_kernel(
         row = row_of(x, (m // kept).to(tl.int64), num_prefix + m % kept, stride_image, stride_row, UNIT)
         a = tl.load(row + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
         b = tl.load(corner[:, None] + offset[None, :], mask=exists[:, None] & (q < pixels)[None, :], other=0.0)
-        total = tl.dot(tl.trans(a), b.to(a.dtype), total, input_precision=PRECISION)
+        total = dot(tl.trans(a), b.to(a.dtype), total)
 
     target = sums + (part.to(tl.int64) * D + d)[:, None] * pixels + q[None, :]
     tl.store(target, total, mask=(d < D)[:, None] & (q < pixels)[None, :])
@@ -219,29 +217,22 @@ def position_sums_kernel(
 #: The gathered pixels and their gradients may take this many bytes while the gradient of images is computed.
 WORKSPACE = 32 * 2**20
 
+#: Programs that the weight's gradient is split into: each leaves a tile of 64 KiB at most to be summed.
+PRODUCT_PROGRAMS = 264
 
-def embed_tile(dtype: torch.dtype, pixels: int, device: torch.device) -> dict[str, Any]:
-    """Blocks, warps and precision of the product for operands of `dtype`."""
-    block_q = min(max(triton.next_power_of_2(pixels), 16), 64)
-    if dtype == torch.float32:
-        blocks = {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_Q": min(block_q, 32), "num_warps": 4, "num_stages": 2}
-    elif capability_of(device) in (90, 100, 103):
-        blocks = {"BLOCK_M": 128, "BLOCK_D": 256, "BLOCK_Q": block_q, "num_warps": 8, "num_stages": 3}
-    else:
-        blocks = {"BLOCK_M": 64, "BLOCK_D": 128, "BLOCK_Q": block_q, "num_warps": 4, "num_stages": 3}
-    return {**blocks, "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}
+#: (BLOCK_M, BLOCK_D, BLOCK_Q, num_warps, num_stages) of the two products, by what their device and operands are.
+TILES = {
+    "embed": {"hopper": (128, 256, 64, 8, 3), "ampere": (64, 128, 64, 4, 3), "float32": (64, 64, 32, 4, 2)},
+    "weight": {"hopper": (64, 128, 128, 8, 3), "ampere": (32, 128, 128, 8, 3), "float32": (32, 64, 64, 4, 2)},
+}
 
 
-def weight_tile(dtype: torch.dtype, pixels: int, device: torch.device) -> dict[str, Any]:
-    """Blocks, warps and precision of the weight's gradient."""
-    block_q = min(max(triton.next_power_of_2(pixels), 16), 128)
-    if dtype == torch.float32:
-        blocks = {"BLOCK_M": 32, "BLOCK_D": 64, "BLOCK_Q": min(block_q, 64), "num_warps": 4, "num_stages": 2}
-    elif capability_of(device) in (90, 100, 103):
-        blocks = {"BLOCK_M": 64, "BLOCK_D": 128, "BLOCK_Q": block_q, "num_warps": 8 if block_q > 64 else 4, "num_stages": 3}
-    else:
-        blocks = {"BLOCK_M": 32, "BLOCK_D": 128, "BLOCK_Q": block_q, "num_warps": 8 if block_q > 64 else 4, "num_stages": 3}
-    return {**blocks, "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}
+def product_tile(name: str, x: Tensor) -> dict[str, int]:
+    """Blocks, warps and stages of the product `name` ("embed" or "weight") with operands like x."""
+    big = capability_of(x.device) in (90, 100, 103)
+    kind = "float32" if x.dtype == torch.float32 else "hopper" if big else "ampere"
+    names = ("BLOCK_M", "BLOCK_D", "BLOCK_Q", "num_warps", "num_stages")
+    return dict(zip(names, TILES[name][kind], strict=True))
 
 
 def patch_embed_gather(
@@ -256,7 +247,7 @@ def patch_embed_gather(
     if kept == 0 and num_prefix:
         return out.copy_(prefix)
     if out.numel():
-        tile = embed_tile(weight.dtype, weight[0].numel(), weight.device)
+        tile = product_tile("embed", weight)
         launch(
             patch_embed_gather_kernel,
             (triton.cdiv(batch * kept, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_D"]),),
@@ -324,13 +315,12 @@ def _images_gradient(grad: Tensor, images: Tensor, keep: Tensor, weight: Tensor,
 
 def _weight_gradient(grad: Tensor, images: Tensor, keep: Tensor, weight: Tensor, num_prefix: int) -> Tensor:
     (batch, kept), width = keep.shape, len(weight)
-    pixels = weight[0].numel()
     if batch * kept == 0:
         return _sums(grad, *weight.shape).zero_()
-    tile = weight_tile(grad.dtype, pixels, grad.device)
-    programs = triton.cdiv(width, tile["BLOCK_D"]) * triton.cdiv(pixels, tile["BLOCK_Q"])
+    tile = product_tile("weight", grad)
+    programs = triton.cdiv(width, tile["BLOCK_D"]) * triton.cdiv(weight[0].numel(), tile["BLOCK_Q"])
     steps = triton.cdiv(batch * kept, tile["BLOCK_M"])
-    parts, each = split_batch(steps, programs)
+    parts, each = split(steps, programs, PRODUCT_PROGRAMS)
     sums = _sums(grad, parts, *weight.shape)
     launch(
         weight_gradient_kernel,
@@ -356,7 +346,7 @@ def _pos_gradient(grad: Tensor, keep: Tensor, num_tokens: int, num_prefix: int) 
         return _sums(grad, num_tokens, width).zero_()
     tile = row_tile(width)
     programs = triton.cdiv(num_tokens, tile["ROWS"]) * triton.cdiv(width, tile["BLOCK_D"])
-    parts, each = split_batch(batch, programs)
+    parts, each = split(batch, programs, PROGRAMS)
     sums = _sums(grad, parts, num_tokens, width)
     launch(
         position_sums_kernel,
@@ -377,8 +367,8 @@ def _pos_gradient(grad: Tensor, keep: Tensor, num_tokens: int, num_prefix: int) 
 
 def variants(capability: int) -> list[Variant]:
     """What both compile for the usual encoders: images in float32 or in the weight's dtype, parameters in float32."""
+    encoders = ((768, 16, 224), (384, 4, 32))  # width, patch side, image side
     with recording(capability) as listed:
-        encoders = ((384, 16, 224), (768, 16, 224), (1024, 14, 224), (384, 4, 32))  # width, patch side, image side
         for dtype, (width, side, size) in product(DTYPES, encoders):
             num_tokens = (size // side) ** 2
             keep = torch.empty(2, num_tokens // 4, dtype=torch.int64, device="meta")

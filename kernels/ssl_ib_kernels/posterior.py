@@ -2,7 +2,8 @@
 
 The posterior p = softmax(t . c / temperature) [N, K] is never stored: every pass recomputes its tiles.
 
-Shapes: N rows t, K prototypes c, d width; in the kernels X rows that programs own, Y rows that each walks over, D width.
+Shapes: N rows t, K prototypes c, d width; in the kernels X rows that programs own, Y rows that each walks over,
+D width.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from .softmax import (
     LOG2_E,
-    add_inner_products,
     add_product,
     first_unit,
     forward,
@@ -123,11 +123,8 @@ def row_gradient(
         w = load_vector(w_pointer, y_index, Y, 0)
         score = plain_score(products * inverse_temperature, e, u, w, h, r)
         if a_pointer is not None:
-            if a_unit_pointer is not None:
-                score /= a_unit
-            score = add_inner_products(score, a, y, a_pointer, y_pointer, x_start, start, X, Y, D, STEP)
-            if a_unit_pointer is not None:
-                score *= a_unit
+            along = inner_products(a, y, a_pointer, y_pointer, x_start, start, X, Y, D, STEP)
+            score += along if a_unit_pointer is None else along * a_unit
         total, unit = add_product(total, unit, p * score, y)
     total *= (unit * inverse_temperature)[:, None]
     store_tile(out_pointer, total, x_index, X, part, piece, D, BLOCK_D)
@@ -186,12 +183,8 @@ def prototype_gradient(
             e = load_vector(e_pointer, y_index, Y, 0)
             score = plain_score(products * inverse_temperature, e, u, w, h, r)
             if a_pointer is not None:
-                if a_unit_pointer is not None:
-                    a_unit = load_vector(a_unit_pointer, y_index, Y, 0)
-                    score /= a_unit
-                score = add_inner_products(score, x, a, x_pointer, a_pointer, x_start, start, X, Y, D, STEP)
-                if a_unit_pointer is not None:
-                    score *= a_unit
+                along = inner_products(x, a, x_pointer, a_pointer, x_start, start, X, Y, D, STEP)
+                score += along if a_unit_pointer is None else along * load_vector(a_unit_pointer, y_index, Y, 0)
             total, unit = add_product(total, unit, p * score * inverse_temperature, y)
         if v_pointer is not None:
             v = a if V_IS_A else load_tile(v_pointer, start, Y, piece, BLOCK_Y, D, BLOCK_D)
@@ -257,9 +250,25 @@ def posterior_backward(
 
 
 def _operand(name: str, x: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """A float32 x [N, d] as an operand of the matrix units, and for float16, whose exponent is short, each row's unit."""
+    """A float32 x [N, d] as an operand of the matrix units; for float16, whose exponent is short, each row's unit too."""
     unit = None
     if x is not None and dtype == torch.float16:
         unit = torch.linalg.vector_norm(x, ord=torch.inf, dim=1).clamp(min=1e-30)
         x = torch.div(x, unit[:, None], out=torch.empty_like(x, dtype=dtype))
     return {name: None if x is None else x.to(dtype), f"{name}_unit": unit}
+
+
+def variants(capability: int) -> list[Variant]:
+    """What a student-teacher loss compiles (constant rows, with and without a prior), and every term at once."""
+    widths = ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float16, 256), (torch.float32, 128))
+    with recording(capability) as listed:
+        for dtype, width in widths:
+            t = torch.empty(20000, width, dtype=dtype, device="meta")
+            wide = torch.empty(20000, width, device="meta")
+            n = torch.empty(20000, device="meta")
+            posterior(t, t, 0.1, None, True)
+            posterior(t, t, 0.1, n, False)
+            posterior_backward(t, t, 0.1, n, None, None, None, wide, None, None, None, False, True)
+            posterior_backward(t, t, 0.1, n, n, n, None, wide, None, None, None, False, True)
+            posterior_backward(t, t, 0.1, n, n, n, wide, wide, n, n, n, True, True)
+    return listed

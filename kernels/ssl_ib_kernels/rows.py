@@ -44,11 +44,10 @@ def strides(x: Tensor) -> dict[str, Any]:
     return {"x": x, "stride_image": x.stride(0) // unit, "stride_row": x.stride(1) // unit, "UNIT": unit}
 
 
-def split_batch(num_images: int, programs: int) -> tuple[int, int]:
-    """(parts, images of each part) of a batch, where every part takes `programs` programs."""
-    wanted = min(max(PROGRAMS // programs, 1), num_images)
-    each = triton.cdiv(num_images, wanted)
-    return triton.cdiv(num_images, each), each
+def split(steps: int, programs: int, wanted: int) -> tuple[int, int]:
+    """(parts, steps of each part) of a sum over `steps` by `programs` programs a part, about `wanted` in all."""
+    each = triton.cdiv(steps, min(max(wanted // programs, 1), steps))
+    return triton.cdiv(steps, each), each
 
 
 @triton.jit
@@ -64,7 +63,8 @@ def next_namer(keep, kept, token, after, BLOCK_K: tl.constexpr):
     for start in range(0, kept, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         named = tl.load(keep + k, mask=k < kept, other=0).to(tl.int32)
-        hit = (named[None, :] == token[:, None]) & (k < kept)[None, :] & (k[None, :] > after[:, None])
+        # What lies behind the kept ones is no smaller than `kept`, so it needs no mask.
+        hit = (named[None, :] == token[:, None]) & (k[None, :] > after[:, None])
         found = tl.minimum(found, tl.min(tl.where(hit, k[None, :], kept), axis=1))
     return found
 

@@ -37,7 +37,7 @@ FLOAT16_TOP: tl.constexpr = tl.constexpr(2.0**14)
 
 @triton.jit
 def load_tile(pointer, start, length, piece, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D] of a contiguous [length, D]: rows `start` and on, columns piece * BLOCK_D and on; zeros outside."""
+    """[BLOCK, BLOCK_D] of a contiguous [length, D]: rows `start` and on, columns piece * BLOCK_D on; zeros outside."""
     row, column = tl.arange(0, BLOCK), piece * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (row < length - start)[:, None]
     if D % BLOCK_D != 0:

@@ -13,9 +13,6 @@ import torch
 
 from .variant import capability_of
 
-#: Widest piece of an output that a program accumulates: 64 to 128 registers a thread.
-WIDEST = 256
-
 #: The partial outputs of a split may take this many bytes.
 WORKSPACE = 32 * 2**20
 
@@ -43,26 +40,50 @@ class Tiles:
         return {"BLOCK_X": self.block_x, "BLOCK_Y": self.block_y, "BLOCK_D": self.block_d, "STEP": self.step}
 
 
-#: (block_x, block_y, num_warps, num_stages) of a kernel, by what its device and operands are.
-TABLE: dict[str, dict[str, tuple[int, int, int, int]]] = {
-    "softmax_forward": {"hopper": (128, 64, 8, 3), "ampere": (64, 64, 4, 2), "float32": (64, 32, 8, 2)},
-    "logsumexp": {"hopper": (128, 128, 8, 2), "ampere": (64, 64, 4, 2), "float32": (64, 32, 8, 2)},
-    "marginal": {"hopper": (128, 128, 8, 2), "ampere": (64, 64, 4, 2), "float32": (64, 32, 8, 2)},
-    "lse_gradient": {"hopper": (128, 64, 8, 3), "ampere": (64, 64, 4, 2), "float32": (64, 32, 8, 2)},
-    "row_gradient": {"hopper": (128, 32, 8, 3), "ampere": (64, 32, 4, 2), "float32": (64, 32, 8, 2)},
-    "prototype_gradient": {"hopper": (128, 32, 8, 3), "ampere": (64, 32, 4, 2), "float32": (64, 32, 8, 2)},
+#: (block_x, block_y, num_warps, num_stages) by kernel, for widths up to 256 in one piece: what fits into the registers
+#: and the shared memory of an H100, H200 or B200 ("large"), or of any other GPU ("small": 99 KiB).
+WIDE = {
+    "large": {
+        "logsumexp": (128, 128, 8, 2),
+        "softmax_forward": (128, 64, 8, 3),
+        "lse_gradient": (128, 64, 8, 3),
+        "marginal": (128, 128, 8, 2),
+        "row_gradient": (128, 32, 8, 2),
+        "prototype_gradient": (128, 32, 8, 3),
+    },
+    "small": {
+        "logsumexp": (64, 64, 8, 2),
+        "softmax_forward": (64, 64, 8, 2),
+        "lse_gradient": (64, 64, 8, 2),
+        "marginal": (64, 64, 8, 2),
+        "row_gradient": (64, 32, 8, 2),
+    },
 }
+
+#: The same for widths up to 128, and for wider rows in pieces of 128.
+NARROW = {"large": (128, 64, 8, 3), "small": (128, 32, 8, 2)}
+PIECES = {"large": (128, 32, 8, 3), "small": (64, 32, 8, 2)}
 
 
 def tiles(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
-    """The sizes for operands of `dtype` and `width`; kernel: a name of the table."""
-    big = capability_of(device) in (90, 100, 103)
-    kind = "float32" if dtype == torch.float32 else "hopper" if big else "ampere"
-    block_d = min(WIDEST, max(16, 2 ** math.ceil(math.log2(width))))
-    whole = width <= block_d and kind != "float32"
-    step = block_d if whole else min(block_d, 32 if kind == "float32" else 64)
-    block_x, block_y, num_warps, num_stages = TABLE[kernel][kind]
-    return Tiles(block_x, block_y, block_d, step, num_warps, num_stages)
+    """The sizes for operands of `dtype` and `width`; kernel: "logsumexp" is `softmax_forward` without a mean."""
+    size = "large" if capability_of(device) in (90, 100, 103) else "small"
+    narrow = min(128, max(16, 2 ** math.ceil(math.log2(width))))
+    if dtype == torch.float32:
+        # Three products of tf32 make one of float32, whose operands take registers: the logits are summed in steps.
+        crowded = kernel in ("row_gradient", "prototype_gradient")
+        return Tiles(64, 16 if crowded else 32, narrow, min(narrow, 32), 8, 2)
+    if width <= 128:
+        block_x, block_y, *launch = NARROW[size]
+        return Tiles(block_x, block_y, narrow, narrow, *launch)
+    if width > 256 or kernel not in WIDE[size]:
+        block_x, block_y, *launch = PIECES[size]
+        return Tiles(block_x, block_y, 128, 64, *launch)
+    block_x, block_y, *launch = WIDE[size][kernel]
+    if dtype == torch.float16 and kernel in ("lse_gradient", "row_gradient", "prototype_gradient"):
+        # The units of `add_product` take registers.
+        block_y = max(16, block_y // 2)
+    return Tiles(block_x, block_y, 256, 256, *launch)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def token_gather_backward(grad: Tensor, keep: Tensor, num_tokens: int) -> Tensor
 def variants(capability: int) -> list[Variant]:
     """What both compile at the usual widths."""
     with recording(capability) as listed:
-        for dtype, width in product(DTYPES, (384, 512, 768, 1024)):
+        for dtype, width in product(DTYPES, (512, 768)):
             x = torch.empty(2, 196, width, dtype=dtype, device="meta")
             keep = torch.empty(2, 49, dtype=torch.int64, device="meta")
             token_gather_backward(token_gather(x, keep), keep, 196)

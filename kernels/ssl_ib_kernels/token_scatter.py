@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import BLOCK_K, DTYPES, last_namer, row_of, row_tile, split_batch, strides
+from .rows import BLOCK_K, DTYPES, PROGRAMS, last_namer, row_of, row_tile, split, strides
 from .variant import Variant, launch, recording
 
 #: A program uses its tile of positions for so many images. Read anew for each, float32 positions would be most of the
@@ -232,7 +232,7 @@ def _parameter_gradients(
         return tuple(grad.new_zeros(shape, dtype=torch.float32) for shape in (mask_token_shape, pos_shape))
     tile = row_tile(width, 4096 // grad.element_size())
     blocks, chunks = triton.cdiv(length, tile["ROWS"]), triton.cdiv(width, tile["BLOCK_D"])
-    parts, each = split_batch(batch, blocks * chunks)
+    parts, each = split(batch, blocks * chunks, PROGRAMS)
     mask_token_sums = grad.new_empty(parts * blocks, *mask_token_shape, dtype=torch.float32)
     pos_sums = grad.new_empty(parts, *pos_shape, dtype=torch.float32)
     launch(
@@ -256,7 +256,7 @@ def _parameter_gradients(
 def variants(capability: int) -> list[Variant]:
     """What both compile for the usual decoders, parameters in float32, and learnt or fixed positions."""
     with recording(capability) as listed:
-        for dtype, width in product(DTYPES, (384, 512, 768)):
+        for dtype, width in product(DTYPES, (512,)):
             latents = torch.empty(2, 50, width, dtype=dtype, device="meta")
             keep = torch.empty(2, 49, dtype=torch.int64, device="meta")
             mask_token, pos = torch.empty(width, device="meta"), torch.empty(197, width, device="meta")

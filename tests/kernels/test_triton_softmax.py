@@ -1,0 +1,348 @@
+"""The Triton softmax kernels against float64 autograd on the materialised logits.
+
+Shapes: N rows, M columns, K prototypes, d width.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closeness import assert_close
+
+pytest.importorskip("triton")
+
+from ssl_ib_kernels import lse as lse_kernels
+from ssl_ib_kernels import posterior as posterior_kernels
+from ssl_ib_kernels import tiling
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TEMPERATURE = 0.1
+
+
+@pytest.fixture(autouse=True)
+def memory_full_of_nan():
+    """What a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape, seed=0, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def unit(num, width, dtype, seed, device):
+    """Unit vectors, in front of NaN that a kernel must not read."""
+    storage = torch.full((num + 300, width), torch.nan, device=device, dtype=dtype)
+    storage[:num] = F.normalize(draw(num, width, seed=seed), dim=1).to(device, dtype)
+    return storage[:num]
+
+
+def masks(kind, num_rows, num_cols, device):
+    """(self_index, row_group, col_group)"""
+    generator = torch.Generator().manual_seed(7)
+    itself = torch.randint(-1, num_cols, (num_rows,), generator=generator).to(device)
+    groups = [
+        torch.randint(0, 5, (n,), generator=generator, dtype=torch.int32).to(device) for n in (num_rows, num_cols)
+    ]
+    return (
+        itself if "self" in kind else None,
+        *(groups if "group" in kind else (None, None)),
+    )
+
+
+def logits_of(rows, cols, temperature, self_index=None, row_group=None, col_group=None):
+    logits = rows @ cols.T / temperature
+    if self_index is not None:
+        logits = logits.masked_fill(self_index[:, None] == torch.arange(len(cols), device=cols.device), -torch.inf)
+    if row_group is not None:
+        logits = logits.masked_fill(row_group[:, None] == col_group, -torch.inf)
+    return logits
+
+
+def plain_lse(dtype, rows, cols, temperature, grad, *left_out):
+    """(lse, mean, d_rows, d_cols) computed in `dtype`, the gradients rounded as the kernels' are."""
+    x, y = rows.to(dtype).requires_grad_(), cols.to(dtype).requires_grad_()
+    logits = logits_of(x, y, temperature, *left_out)
+    lse, mean = logits.logsumexp(dim=1), logits.softmax(dim=1) @ y
+    gradients = torch.autograd.grad(lse, (x, y), grad.to(dtype))
+    rounded = gradients if dtype == torch.float64 else [g.to(rows.dtype) for g in gradients]
+    return lse.detach(), mean.detach(), *rounded
+
+
+def check_lse(rows, cols, grad, *left_out, temperature=TEMPERATURE, **tolerance):
+    truth = plain_lse(torch.float64, rows, cols, temperature, grad, *left_out)
+    reference = plain_lse(torch.float32, rows, cols, temperature, grad, *left_out)
+    lse, mean = lse_kernels.lse(rows, cols, temperature, *left_out, True)
+    alone, empty = lse_kernels.lse(rows, cols, temperature, *left_out, False)
+    assert empty.numel() == 0 and lse.dtype == mean.dtype == torch.float32
+    backward = lse_kernels.lse_backward
+    arguments = (rows, cols, temperature, *left_out)
+    kept = backward(grad, lse, mean, *arguments, True, True)
+    again = backward(grad, lse, empty, *arguments, True, False)
+    assert again[1].numel() == 0 and backward(grad, lse, mean, *arguments, False, True)[0].numel() == 0
+    assert all(x.dtype == rows.dtype and x.is_contiguous() for x in (*kept, again[0]))
+    assert_close("lse", lse, reference[0], truth[0], torch.float32, **tolerance)
+    assert_close("lse alone", alone, reference[0], truth[0], torch.float32, **tolerance)
+    assert_close("mean", mean, reference[1], truth[1], rows.dtype, **tolerance)
+    assert_close("d_rows", kept[0], reference[2], truth[2], rows.dtype, **tolerance)
+    assert_close("d_rows without mean", again[0], reference[2], truth[2], rows.dtype, **tolerance)
+    assert_close("d_cols", kept[1], reference[3], truth[3], rows.dtype, **tolerance)
+
+
+@pytest.mark.parametrize("kind", ["", "self", "group", "self and group"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lse(dtype, kind, device):
+    rows, cols = unit(70, 24, dtype, 0, device), unit(135, 24, dtype, 1, device)
+    check_lse(rows, cols, draw(70, seed=2, device=device), *masks(kind, 70, 135, device))
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 136, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lse_of_any_width(dtype, width, device):
+    """One piece, one wide piece, several pieces; rows that do not begin on 16 bytes."""
+    rows, cols = unit(9, width, dtype, 0, device), unit(67, width, dtype, 1, device)
+    check_lse(rows, cols, draw(9, seed=2, device=device), *masks("self", 9, 67, device))
+
+
+def test_strides_and_index_types(device):
+    rows = unit(24, 20, torch.float32, 0, device).T
+    cols = unit(40, 48, torch.float32, 1, device)[:, ::2]
+    itself = torch.arange(20, dtype=torch.int32, device=device)
+    check_lse(rows, cols, torch.ones(1, device=device).expand(20), itself, None, None)
+
+
+@pytest.mark.parametrize("far", [10**6, -7])
+def test_a_self_index_out_of_range_leaves_nothing_out(far, device):
+    rows, cols = unit(5, 8, torch.float32, 0, device), unit(6, 8, torch.float32, 1, device)
+    itself = torch.full((5,), far, device=device)
+    answer, _ = lse_kernels.lse(rows, cols, TEMPERATURE, itself, None, None, False)
+    assert torch.equal(answer, lse_kernels.lse(rows, cols, TEMPERATURE, None, None, None, False)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_logits(dtype, sign, device):
+    """Columns close to (or opposite to) the rows at a low temperature: nothing overflows, padding does not show."""
+    rows = F.normalize(1 + 0.1 * draw(5, 16, device=device), dim=1).to(dtype)
+    cols = (sign * F.normalize(1 + 0.1 * draw(67, 16, seed=1, device=device), dim=1)).to(dtype)
+    grad = draw(5, seed=2, device=device)
+    check_lse(rows, cols, grad, None, None, None, temperature=1e-3, logits=1e3, scale=1e3)
+
+
+def test_rows_with_nothing_left_give_exactly_zero(device):
+    rows, cols = unit(3, 8, torch.float32, 0, device), unit(70, 8, torch.float32, 1, device)
+    row_group = torch.tensor([4, 5, 5], dtype=torch.int32, device=device)
+    col_group = torch.full((70,), 5, dtype=torch.int32, device=device)
+    grad = torch.tensor([1.0, torch.nan, torch.inf], device=device)
+    lse, mean = lse_kernels.lse(rows, cols, TEMPERATURE, None, row_group, col_group, True)
+    assert lse[0].isfinite() and lse[1:].tolist() == [-math.inf] * 2 and (mean[1:] == 0).all()
+    for kept in (mean, mean.new_empty(0)):
+        arguments = (rows, cols, TEMPERATURE, None, row_group, col_group, True, True)
+        d_rows, d_cols = lse_kernels.lse_backward(grad, lse, kept, *arguments)
+        assert (d_rows[1:] == 0).all() and d_rows[0].abs().max() > 0
+        only_first = lse_kernels.lse_backward(
+            grad[:1], lse[:1], kept[:1], rows[:1], cols, TEMPERATURE, None, row_group[:1], col_group, False, True
+        )
+        assert_close("d_cols", d_cols, only_first[1], only_first[1].double(), torch.float32)
+
+
+@pytest.mark.parametrize(("num_rows", "num_cols"), [(0, 5), (5, 0), (0, 0)])
+def test_lse_of_nothing(num_rows, num_cols, device):
+    rows, cols = torch.ones(num_rows, 12, device=device), torch.ones(num_cols, 12, device=device)
+    lse, mean = lse_kernels.lse(rows, cols, TEMPERATURE, None, None, None, True)
+    assert lse.shape == (num_rows,) and (lse == -math.inf).all() and torch.equal(mean, torch.zeros_like(rows))
+    grad = torch.ones(num_rows, device=device)
+    for kept in (mean, mean.new_empty(0)):
+        gradients = lse_kernels.lse_backward(grad, lse, kept, rows, cols, TEMPERATURE, None, None, None, True, True)
+        assert torch.equal(gradients[0], torch.zeros_like(rows)) and torch.equal(gradients[1], torch.zeros_like(cols))
+
+
+def square(dtype, kind, width, device, scale=1.0):
+    """A problem whose columns are its rows: (z, grad, itself, group, truth, reference)."""
+    z = unit(75, width, dtype, 0, device)
+    grad = scale * draw(75, seed=2, device=device)
+    itself = torch.arange(75, device=device) if "self" in kind else None
+    group = (torch.arange(75, device=device) // 4).int() if "group" in kind else None
+
+    def gradient(compute):
+        x = z.to(compute).requires_grad_()
+        lse = logits_of(x, x, TEMPERATURE, itself, group, group).logsumexp(dim=1)
+        (answer,) = torch.autograd.grad(lse, x, grad.to(compute))
+        return answer if compute == torch.float64 else answer.to(dtype)
+
+    return z, grad, itself, group, gradient(torch.float64), gradient(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["", "self", "group", "self and group"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_symmetric_gradient(dtype, kind, device):
+    z, grad, itself, group, truth, reference = square(dtype, kind, 20, device)
+    lse, _ = lse_kernels.lse(z, z, TEMPERATURE, itself, group, group, False)
+    backward = lse_kernels.lse_backward_symmetric
+    sides = (grad, lse, grad, lse, TEMPERATURE, itself, itself, group, group)
+    assert_close("whole", backward(z, z, *sides, 0), reference, truth, dtype)
+    for first, last in ((0, 10), (10, 75)):
+        mine = [None if x is None else x[first:last] for x in (grad, lse, itself, group)]
+        strip = backward(
+            z[first:last], z, mine[0], mine[1], grad, lse, TEMPERATURE, mine[2], itself, mine[3], group, first
+        )
+        assert_close(f"strip {first}", strip, reference[first:last], truth[first:last], dtype)
+
+
+def test_symmetric_gradient_of_wide_rows(device):
+    z, grad, itself, group, truth, reference = square(torch.bfloat16, "self", 300, device)
+    lse, _ = lse_kernels.lse(z, z, TEMPERATURE, itself, group, group, False)
+    sides = (grad, lse, grad, lse, TEMPERATURE, itself, itself, group, group)
+    assert_close("whole", lse_kernels.lse_backward_symmetric(z, z, *sides, 0), reference, truth, torch.bfloat16)
+
+
+def test_small_gradients_survive_float16(device):
+    """Weights of 1e-5 / M are far below the least number of float16."""
+    z, grad, itself, group, truth, reference = square(torch.float16, "self", 16, device, scale=1e-5)
+    lse, mean = lse_kernels.lse(z, z, TEMPERATURE, itself, group, group, True)
+    sides = (grad, lse, grad, lse, TEMPERATURE, itself, itself, group, group)
+    assert_close("symmetric", lse_kernels.lse_backward_symmetric(z, z, *sides, 0), reference, truth, torch.float16)
+    rows, cols = unit(70, 16, torch.float16, 0, device), unit(200, 16, torch.float16, 1, device)
+    check_lse(rows, cols, 1e-5 * draw(70, seed=2, device=device), None, None, None)
+    tiny = {name: 1e-5 * x for name, x in gradients_of_posterior(70, 130, 16, device).items()}
+    check_posterior_backward(torch.float16, 70, 130, 16, device, tiny)
+    tiny |= {"v": tiny["a"], "u": 1e5 * tiny["u"]}
+    check_posterior_backward(torch.float16, 70, 130, 16, device, tiny)
+
+
+@pytest.mark.parametrize("width", [20, 136, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_posterior(dtype, width, device):
+    t, c = unit(70, width, dtype, 0, device), unit(135, width, dtype, 1, device)
+    prior = draw(135, seed=2, device=device)
+
+    def plain(compute):
+        logits = t.to(compute) @ c.to(compute).T / TEMPERATURE
+        p = logits.softmax(dim=1)
+        return logits.logsumexp(dim=1), p @ c.to(compute), p @ prior.to(compute), p.sum(dim=0)
+
+    truth, reference = plain(torch.float64), plain(torch.float32)
+    answer = posterior_kernels.posterior(t, c, TEMPERATURE, prior, True)
+    for name, *values in zip(("lse", "mean", "expected", "marginal"), answer, reference, truth, strict=True):
+        assert values[0].dtype == torch.float32
+        assert_close(name, *values, dtype if name == "mean" else torch.float32)
+    plainer = posterior_kernels.posterior(t, c, TEMPERATURE, None, False)
+    assert torch.equal(plainer[0], answer[0]) and torch.equal(plainer[1], answer[1])
+    assert torch.equal(plainer[2], torch.zeros(70, device=device)) and plainer[3].numel() == 0
+
+
+def test_posterior_of_no_rows(device):
+    t, c = torch.ones(0, 12, device=device), torch.ones(5, 12, device=device)
+    lse, mean, expected, marginal = posterior_kernels.posterior(t, c, 1.0, torch.ones(5, device=device), True)
+    assert lse.shape == expected.shape == (0,) and mean.shape == (0, 12) and marginal.tolist() == [0.0] * 5
+    gradients = posterior_kernels.posterior_backward(
+        t, c, 1.0, lse, expected, None, mean, mean, None, None, None, True, True
+    )
+    assert gradients[0].shape == (0, 12) and torch.equal(gradients[1], torch.zeros_like(c))
+
+
+def gradients_of_posterior(num_rows, num_prototypes, width, device):
+    """Every term that the gradient of a posterior can have."""
+    shapes = {"r": num_rows, "h": num_rows, "e": num_rows, "u": num_prototypes, "w": num_prototypes}
+    vectors = {name: draw(size, seed=10 + i, device=device) for i, (name, size) in enumerate(shapes.items())}
+    return vectors | {name: draw(num_rows, width, seed=20 + i, device=device) for i, name in enumerate("av")}
+
+
+def check_posterior_backward(dtype, num_rows, num_prototypes, width, device, terms):
+    t, c = unit(num_rows, width, dtype, 0, device), unit(num_prototypes, width, dtype, 1, device)
+    names = ("r", "h", "a", "v", "e", "u", "w")
+
+    def plain(compute):
+        x, y = t.to(compute).requires_grad_(), c.to(compute).requires_grad_()
+        r, h, a, v, e, u, w = (None if terms.get(n) is None else terms[n].to(compute) for n in names)
+        logits = x @ y.T / TEMPERATURE
+        p = logits.softmax(dim=1).detach()
+        score = torch.zeros_like(p)
+        score += 0 if a is None else a @ y.detach().T
+        score += 0 if e is None else e[:, None] * u
+        score += 0 if w is None else w
+        score += 0 if h is None else h[:, None] * logits.detach()
+        score -= 0 if r is None else r[:, None]
+        d_t, d_c = torch.autograd.grad(logits, (x, y), p * score)
+        d_c = d_c if v is None else d_c + p.T @ v
+        return (d_t, d_c) if compute == torch.float64 else (d_t.to(dtype), d_c.to(dtype))
+
+    truth, reference = plain(torch.float64), plain(torch.float32)
+    lse = posterior_kernels.posterior(t, c, TEMPERATURE, None, False)[0]
+    arguments = (t, c, TEMPERATURE, lse, *(terms.get(n) for n in names))
+    answer = posterior_kernels.posterior_backward(*arguments, True, True)
+    assert all(x.dtype == dtype and x.is_contiguous() for x in answer)
+    assert_close("d_t", answer[0], reference[0], truth[0], dtype)
+    assert_close("d_c", answer[1], reference[1], truth[1], dtype)
+    alone = [posterior_kernels.posterior_backward(*arguments, *want) for want in ((True, False), (False, True))]
+    assert torch.equal(alone[0][0], answer[0]) and alone[0][1].numel() == 0
+    assert torch.equal(alone[1][1], answer[1]) and alone[1][0].numel() == 0
+
+
+@pytest.mark.parametrize("terms", ["rhaveuw", "ra", "av", "v", "rh", "reu", "rw", "rhv", "w"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_posterior_backward(dtype, terms, device):
+    given = gradients_of_posterior(70, 135, 20, device)
+    check_posterior_backward(dtype, 70, 135, 20, device, {name: given[name] for name in terms})
+
+
+@pytest.mark.parametrize("width", [7, 136, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_posterior_backward_of_any_width(dtype, width, device):
+    given = gradients_of_posterior(9, 67, width, device)
+    check_posterior_backward(dtype, 9, 67, width, device, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_that_is_also_the_direction(dtype, device):
+    """v is a, as where the mean's gradient goes through the posterior too: read once, the same answer."""
+    given = gradients_of_posterior(20, 70, 16, device)
+    check_posterior_backward(dtype, 20, 70, 16, device, given | {"v": given["a"]})
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_any_split_gives_the_same_answers(parts, device, monkeypatch):
+    used = []
+
+    def split(programs, steps, most, multiprocessors):
+        used.append(min(parts, most))
+        return used[-1]
+
+    monkeypatch.setattr(tiling, "split", split)
+    rows, cols = unit(20, 16, torch.float32, 0, device), unit(300, 16, torch.float32, 1, device)
+    check_lse(rows, cols, draw(20, seed=2, device=device), *masks("self and group", 20, 300, device))
+    given = gradients_of_posterior(150, 200, 16, device)
+    check_posterior_backward(torch.bfloat16, 150, 200, 16, device, given)
+    t, c = unit(150, 16, torch.float32, 0, device), unit(200, 16, torch.float32, 1, device)
+    prior = draw(200, seed=2, device=device)
+    answer = posterior_kernels.posterior(t, c, TEMPERATURE, prior, True)
+    p = (t.double() @ c.double().T / TEMPERATURE).softmax(dim=1)
+    assert_close("expected", answer[2], (p @ prior.double()).float(), p @ prior.double(), torch.float32)
+    assert_close("marginal", answer[3], p.sum(dim=0).float(), p.sum(dim=0), torch.float32)
+    assert max(used) == parts
+
+
+def test_answers_repeat_bit_for_bit(device):
+    rows, cols = unit(70, 20, torch.bfloat16, 0, device), unit(300, 20, torch.bfloat16, 1, device)
+    left_out, grad = masks("self", 70, 300, device), draw(70, seed=2, device=device)
+
+    def everything():
+        lse, mean = lse_kernels.lse(rows, cols, TEMPERATURE, *left_out, True)
+        gradients = lse_kernels.lse_backward(grad, lse, mean, rows, cols, TEMPERATURE, *left_out, True, True)
+        return lse, mean, *gradients, *posterior_kernels.posterior(rows, cols, TEMPERATURE, cols[:, 0].float(), True)
+
+    assert all(torch.equal(x, y) for x, y in zip(everything(), everything(), strict=True))
+
+
+def test_the_walk_is_split_where_rows_alone_leave_multiprocessors_idle(device):
+    sizes = tiling.tiles("softmax_forward", torch.bfloat16, 256, torch.device("cpu"))
+    for num_rows, num_cols in ((1, 1), (128, 65536), (2048, 2048), (6144, 65536), (8192, 8192), (32768, 32768)):
+        walk = tiling.grid(num_rows, num_cols, 256, sizes, torch.device("cpu"))
+        blocks = math.ceil(num_cols / sizes.block_y)
+        assert walk.parts * walk.steps >= blocks > (walk.parts - 1) * walk.steps
+        assert walk.parts == 1 or walk.parts * num_rows * 256 * 4 <= tiling.WORKSPACE
+        busy = math.prod(walk.programs)
+        assert busy >= 96 or walk.parts == blocks, (num_rows, num_cols, walk)
+    assert tiling.grid(32768, 32768, 256, sizes, torch.device("cpu")).parts == 1
