@@ -80,9 +80,13 @@ def _registers(cubin: bytes, triton: Path) -> tuple[int, int]:
 
 
 def tasks(modules: tuple[str, ...] = MODULES) -> list[tuple[str, int, int]]:
-    """(module, number of its variant, compute capability) of everything there is to compile."""
-    found = {module: importlib.import_module(f"ssl_ib_kernels.{module}") for module in modules}
-    return [(m, i, c) for m in modules for c in CAPABILITIES for i in range(len(found[m].variants(c)))]
+    """(module, number of its variant, compute capability) of everything there is to compile, each variant once."""
+    found: dict[tuple[str, int], tuple[str, int, int]] = {}
+    for module in modules:
+        for capability in CAPABILITIES:
+            for i, variant in enumerate(importlib.import_module(f"ssl_ib_kernels.{module}").variants(capability)):
+                found.setdefault((variant.name, capability), (module, i, capability))
+    return list(found.values())
 
 
 def committed() -> tuple[str, dict[tuple[str, int], str]]:

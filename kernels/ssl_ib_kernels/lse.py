@@ -132,7 +132,7 @@ def lse_backward(
     lse, mean: what the function `lse` gave; without a mean (empty), the rows' gradient walks over the columns again.
     """
     d_rows, d_cols = rows.new_empty(0), cols.new_empty(0)
-    if want_rows and mean.numel() == rows.numel():
+    if want_rows and mean.shape == rows.shape:
         slope = (grad / temperature).masked_fill(lse == -torch.inf, 0.0)
         d_rows = torch.mul(mean, slope[:, None], out=rows.new_empty(rows.shape))
     elif want_rows:

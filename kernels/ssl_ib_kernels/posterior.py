@@ -240,7 +240,7 @@ def posterior_backward(
     if want_t and logits_matter:
         d_t = summed(row_gradient, t.dtype, True, temperature, x=t, y=c, **tensors)
     elif want_t:
-        d_t = torch.zeros_like(t)
+        d_t = t.new_zeros(t.shape)
     if want_c:
         shared = v is not None and v is a
         tensors |= {"v": tensors["a"], "v_unit": tensors["a_unit"]} if shared else _operand("v", v, t.dtype)
@@ -250,7 +250,7 @@ def posterior_backward(
 
 
 def _operand(name: str, x: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """A float32 x [N, d] as an operand of the matrix units; for float16, whose exponent is short, each row's unit too."""
+    """A float32 x [N, d] as an operand of the matrix units, and for float16, whose range is short, each row's unit."""
     unit = None
     if x is not None and dtype == torch.float16:
         unit = torch.linalg.vector_norm(x, ord=torch.inf, dim=1).clamp(min=1e-30)

@@ -23,10 +23,10 @@ from .variant import launch
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+INFINITY: tl.constexpr = tl.constexpr(float("inf"))
+
 #: Triton's interpreter takes the bits of bfloat16 for integers when it multiplies matrices.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-
-INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 #: The tensors [..., D] that the kernels read.
 OPERANDS = ("x", "y", "a", "v")
@@ -91,10 +91,9 @@ def dot(x, y, total):
 
 
 @triton.jit
-def add_inner_products(
-    products, x, y, x_pointer, y_pointer, x_start, y_start, X, Y, D: tl.constexpr, STEP: tl.constexpr
-):
-    """products + x @ y.T in float32, [BLOCK_X, BLOCK_Y]: of the tiles where they are whole rows, else read in steps."""
+def inner_products(x, y, x_pointer, y_pointer, x_start, y_start, X, Y, D: tl.constexpr, STEP: tl.constexpr):
+    """x @ y.T in float32, [BLOCK_X, BLOCK_Y]: of the tiles where they are whole rows, else read in steps of D."""
+    products = tl.zeros([x.shape[0], y.shape[0]], dtype=tl.float32)
     if D <= STEP:
         products = dot(x, tl.trans(y), products)
     else:
@@ -103,13 +102,6 @@ def add_inner_products(
             y_step = load_tile(y_pointer, y_start, Y, step, y.shape[0], D, STEP)
             products = dot(x_step, tl.trans(y_step), products)
     return products
-
-
-@triton.jit
-def inner_products(x, y, x_pointer, y_pointer, x_start, y_start, X, Y, D: tl.constexpr, STEP: tl.constexpr):
-    """x @ y.T, as `add_inner_products` gives it."""
-    nought = tl.zeros([x.shape[0], y.shape[0]], dtype=tl.float32)
-    return add_inner_products(nought, x, y, x_pointer, y_pointer, x_start, y_start, X, Y, D, STEP)
 
 
 @triton.jit

@@ -79,6 +79,9 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
     if width > 256 or kernel not in WIDE[size]:
         block_x, block_y, *launch = PIECES[size]
         return Tiles(block_x, block_y, 128, 64, *launch)
+    if size == "large" and capability_of(device) != 90 and kernel in ("logsumexp", "softmax_forward"):
+        # On a B200 the larger tiles of these two would spill.
+        size = "small"
     block_x, block_y, *launch = WIDE[size][kernel]
     if dtype == torch.float16 and kernel in ("lse_gradient", "row_gradient", "prototype_gradient"):
         # The units of `add_product` take registers.

@@ -3,20 +3,20 @@
 CPU: measured with `tools/crossover.py` (the machine and date stand in docs/kernels.md). GPU: predicted from the
 work each kernel does and not yet measured; `tools/gpu_check.sh` measures it and says where the prediction is wrong.
 
-The size is counted in numbers: of the output for the gathers, of the prediction for the reconstruction error, of the
-logits (rows x columns) for the softmax ops.
+The size is counted in numbers: of the output for gather and scatter, of the prediction for the reconstruction error,
+of the logits (rows x columns) for the softmax ops.
 """
 
 from __future__ import annotations
 
 #: Sizes from which "chunked" beats "reference" on a CPU, forward and backward together.
 CPU = {
-    "token_gather": 0,
-    "token_scatter": 0,
-    "patch_embed_gather": 0,
-    "masked_patch_mse": 0,
-    "lse": 0,
-    "posterior": 0,
+    "token_gather": 786_432,
+    "token_scatter": 98_304,
+    "patch_embed_gather": 786_432,
+    "masked_patch_mse": 49_152,
+    "lse": 262_144,
+    "posterior": 524_288,
 }
 
 #: Moving bytes needs no tensor-core scheduling, where hand-written CUDA is at its best; the products do, and Triton's
