@@ -11,8 +11,9 @@ contrastive one) forwards nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,8 @@ class RunInfo:
     cap:         the largest number of rows a bank of past features may have (a dry run makes it small), or None.
     images:      how many training images there are; a call, because it may have to read the source.
     grid:        patches (rows, columns) the model cuts a view of a given shape into, or None; known once the model is.
+    width:       size of the last dimension of an output of the model, by name; known once the model is.
+    masks:       how many masks an image gets on a grid, and how many patches each keeps, or None without a masker.
     """
 
     view_shapes: tuple[tuple[int, ...], ...]
@@ -39,6 +42,8 @@ class RunInfo:
     cap: int | None = None
     images: Callable[[], int] = lambda: 0
     grid: Callable[[tuple[int, ...]], tuple[int, int] | None] = lambda shape: None
+    width: Callable[[str], int] = lambda name: 1
+    masks: Callable[[tuple[int, int]], tuple[int, int] | None] = lambda grid: None
 
     def capped(self, rows: int) -> int:
         """`rows`, or the cap where that is smaller."""
@@ -126,12 +131,14 @@ class Model(Part):
 
     provides: names of the outputs `forward` can return, each a list with one entry a view.
     wanted:   the outputs the criterion asked for; `forward` may skip the others.
+    widths:   size of the last dimension of outputs, for criterions that own layers or vectors of that size.
     backbone: the timm model that the run leaves behind, where there is one (an attribute or a property).
     """
 
     registry_kind: ClassVar[str] = "model"
     provides: frozenset[str] = frozenset()
     wanted: frozenset[str] = frozenset()
+    widths: Mapping[str, int] = MappingProxyType({})
 
     def select(self, names: Iterable[str]) -> None:
         """Says which outputs will be used. A model that skips a part of itself freezes that part here."""

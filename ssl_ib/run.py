@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def build_run(config: Config, dry: bool = False) -> Run:
             answer = build_part(kind, getattr(config, kind), **supplied)
         except UserError as error:
             text = str(error)
-            problems.append(text if text.startswith(f"{kind}.") else f"{kind}: {text}")
+            # Two parts may ask the masker the same, and both be refused: that is one problem.
+            if not any(problem.endswith(text) for problem in problems):
+                problems.append(text if text.startswith(f"{kind}.") else f"{kind}: {text}")
             return None
         schedules.extend(answer.schedules)
         built[kind] = answer.part
@@ -90,11 +93,14 @@ def build_run(config: Config, dry: bool = False) -> Run:
             "world_size": world,
             "cap": DRY_BANK_BATCHES * batch_size if dry else None,
             "images": (lambda: len(source.train())) if source is not None else (lambda: 0),
+            "masks": partial(_masks, masker),
         }
         model = build("model", info=RunInfo(**info))
+        if model is not None:
+            info |= {"grid": model.grid, "width": partial(_width, model, config.model["name"])}
+            if not (masked and masker is None):
+                build("task", views=views, masker=masker, info=RunInfo(**info))
         criterion = build("criterion", info=RunInfo(**info))
-        if model is not None and not (masked and masker is None):
-            build("task", views=views, masker=masker, info=RunInfo(**info, grid=model.grid))
     if model is not None and criterion is not None:
         problems += _fit(config, len(views.shapes), model, criterion)
     if problems:
@@ -104,6 +110,19 @@ def build_run(config: Config, dry: bool = False) -> Run:
     built["task"].to(device)
     parts_of_run = {kind: built[kind] for kind in PARTS if kind != "masker"}
     return Run(config, device, batch_size // world, **parts_of_run, schedules=schedules)
+
+
+def _masks(masker: Any, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """Masks an image and patches that each keeps, found out by drawing some; None without a masker."""
+    masks = None if masker is None else masker(torch.zeros(1, dtype=torch.int64), grid)
+    return None if masks is None else tuple(masks.keep.shape[1:])
+
+
+def _width(model: Model, name: str, output: str) -> int:
+    """Size of the last dimension of a model's output. Raises UserError where the model does not tell."""
+    if output in model.provides and output not in model.widths:
+        raise UserError(f"model {name!r} does not say how wide its output {output!r} is (`widths` of ssl_ib.Model)")
+    return model.widths.get(output, 1)
 
 
 def _fit(config: Config, num_views: int, model: Model, criterion: Criterion) -> list[str]:

@@ -105,15 +105,15 @@ class Loss:
     """A criterion's answer: the scalar to minimise, and the terms it was made of.
 
     terms:   raw (unweighted) scalars by name.
-    weights: what each term was multiplied by in `total`; a term without a weight is only watched.
+    weights: what each term was multiplied by in `total`, a number or a 0-d tensor; a term without is only watched.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float | Tensor] = field(default_factory=dict)
 
     @classmethod
-    def weighted(cls, **terms: tuple[Tensor, float]) -> Loss:
+    def weighted(cls, **terms: tuple[Tensor, float | Tensor]) -> Loss:
         """Sum of weight x term: `Loss.weighted(rec=(rec, 1.0), contrastive=(nce, 0.5))`."""
         total = sum(weight * value for value, weight in terms.values())
         return cls(total, {k: v for k, (v, _) in terms.items()}, {k: w for k, (_, w) in terms.items()})

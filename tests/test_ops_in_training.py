@@ -11,7 +11,9 @@ from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
 
 SMALL = ["model.decoder_dim=24", "model.decoder_depth=1", "model.decoder_heads=3", "batch_size=32", "masker.ratio=0.5"]
-SMALL += ["optim.lr=1e-3", "optim.warmup_epochs=0"]
+# One linear layer as the head, and no Adam: a ReLU's kink and a division by a gradient's own size would make much of
+# the last bit, in which backends differ.
+SMALL += ["model.contrastive.projector_layers=1", "optim.name=momentum", "optim.lr=1e-2", "optim.warmup_epochs=0"]
 
 
 @pytest.fixture(autouse=True)

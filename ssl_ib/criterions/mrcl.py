@@ -5,7 +5,6 @@ Shapes: B images, N masks an image, L patches, P = p*p*C pixels a patch, V views
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from ..part import Criterion
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .info_nce import InfoNCE
+from .reconstruction import unstandardised
 
 
 @register_criterion("mrcl")
@@ -101,11 +101,4 @@ class MRCL(Criterion):
         patches = super().pixels(outputs, batch)
         if patches is None or not self.norm_pix:
             return patches
-        return [self._unstandardised(pred, view) for pred, view in zip(patches, batch.views, strict=True)]
-
-    @staticmethod
-    def _unstandardised(pred: Tensor, view: Tensor) -> Tensor:
-        side = math.isqrt(pred.shape[-1] // view.shape[1])
-        target = ops.patchify(view, side).repeat_interleave(len(pred) // len(view), dim=0)
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        return pred * (variance + 1e-6).sqrt() + mean
+        return [unstandardised(pred, view) for pred, view in zip(patches, batch.views, strict=True)]

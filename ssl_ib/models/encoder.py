@@ -127,28 +127,43 @@ class Encoder(nn.Module):
             prefix = prefix + table[0, :num_positions]
         return table[0, num_positions:], prefix
 
-    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Final-norm tokens of a vision transformer: images [B, C, H, W], keep [B, K] or None -> [B, P + K, D].
+    def embedded(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """What enters the first block of a vision transformer: images [B, C, H, W] -> [B, P + K, D].
 
-        Hidden patches cost nothing: they are neither embedded nor passed through a block.
+        keep int64 [B, K], [B, N, K] or None (all patches). Hidden patches are not embedded. An image with N masks
+        becomes N rows, one after the other, and is read once for all of them.
         """
         vit = self.backbone
         positions, prefix = self._embedding(self.grid(images.shape[1:]))
         embed = vit.patch_embed
+        num_masks = keep.shape[1] if keep is not None and keep.ndim == 3 else 1
+        keep = None if keep is None else keep.flatten(1)
         # Some (CLIP's) have no bias here, or a norm.
         plain = type(embed) is PatchEmbed and isinstance(embed.norm, nn.Identity) and embed.proj.bias is not None
         if keep is not None and plain:
-            x = ops.patch_embed_gather(images, keep, embed.proj.weight, embed.proj.bias, positions, prefix)
+            # The kernel puts the prefix in front of an image's tokens, which is the place while they are one row.
+            in_front = prefix if num_masks == 1 else None
+            x = ops.patch_embed_gather(images, keep, embed.proj.weight, embed.proj.bias, positions, in_front)
         else:
+            in_front = None
             x = embed(images)
             x = x.flatten(1, 2) if x.ndim == 4 else x
             x = x + positions.to(x.dtype)
             x = x if keep is None else ops.token_gather(x, keep)
+        if in_front is None:
+            x = x.unflatten(1, (num_masks, -1)).flatten(0, 1)
             x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        x = vit.norm_pre(vit.pos_drop(x))
-        for block in vit.blocks:
+        return vit.norm_pre(vit.pos_drop(x))
+
+    def encoded(self, x: Tensor) -> Tensor:
+        """The blocks of a vision transformer and its final norm: [B, P + K, D] -> [B, P + K, D]."""
+        for block in self.backbone.blocks:
             x = block(x)
-        return vit.norm(x)
+        return self.backbone.norm(x)
+
+    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Final-norm tokens of a vision transformer: `embedded`, then `encoded`. Hidden patches cost nothing."""
+        return self.encoded(self.embedded(images, keep))
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """What stands for the image: tokens [B, P + K, D] -> [B, D]."""
@@ -156,7 +171,7 @@ class Encoder(nn.Module):
         return self.backbone.fc_norm(pooled)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        """Tokens (None for a backbone that has none) and the image's features [B, D]."""
+        """Tokens (None for a backbone that has none) and the features [B, D], or [B*N, D] of N masks an image."""
         if self.is_vit:
             tokens = self.tokens(images, keep)
             return tokens, self.pooled(tokens)

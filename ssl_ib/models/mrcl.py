@@ -15,6 +15,7 @@ from ..part import Model, RunInfo
 from ..registry import register_model
 from ..types import Batch
 from .decoder import PatchDecoder
+from .encoder_model import one_shape
 from .siamese import Siamese
 
 
@@ -43,9 +44,7 @@ class MRCL(Model):
                 "model 'mrcl' needs a contrastive model that gives 'tokens' (siamese with a vision transformer does); "
                 f"{type(self.contrastive).__name__} gives {', '.join(sorted(self.contrastive.provides))}"
             )
-        if len(set(info.view_shapes)) > 1:
-            raise UserError(f"model 'mrcl' reconstructs views of one shape, got {info.view_shapes}")
-        encoder, shape = self.contrastive.encoder, info.view_shapes[0]
+        encoder, shape = self.contrastive.encoder, one_shape("mrcl", info.view_shapes)
         self.decoder = PatchDecoder(
             encoder.width,
             encoder.grid(shape),
@@ -55,6 +54,7 @@ class MRCL(Model):
             decoder_heads,
             encoder.num_prefix_tokens,
         )
+        self.widths = {**self.contrastive.widths, "reconstruction": encoder.patch_size**2 * shape[0]}
         self.provides = self.wanted = self.contrastive.provides | {"reconstruction"}
 
     @property

@@ -9,20 +9,21 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..hints import Count, PositiveInt, Probability
-from ..part import Context, Model, RunInfo
+from ..part import Context, RunInfo
 from ..registry import register_model
 from ..types import Batch
 from .encoder import Encoder, Pool
+from .encoder_model import EncoderModel
 from .heads import mlp_head
 from .momentum import MomentumCopy
 
 
 @register_model("siamese")
-class Siamese(Model):
+class Siamese(EncoderModel):
     """Encoder, projector, and where asked a predictor and a momentum target.
 
     backbone, backbone_args: a timm model; vision transformers can be masked, others cannot.
@@ -68,18 +69,13 @@ class Siamese(Model):
             else None
         )
         self.target = None if momentum is None else MomentumCopy(self.encoder, self.projector)
+        self.widths = {"tokens": self.encoder.width, "features": self.encoder.width}
+        self.widths |= dict.fromkeys(("projection", "prediction", "target"), projector_dim)
         provides = {"features", "projection"}
         provides |= {"tokens"} if self.encoder.is_vit else set()
         provides |= {"prediction"} if self.predictor is not None else set()
         provides |= {"target"} if self.target is not None else set()
         self.provides = self.wanted = frozenset(provides)
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.encoder.backbone
-
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
-        return self.encoder.grid(shape)
 
     def select(self, names) -> None:
         super().select(names)
@@ -109,15 +105,6 @@ class Siamese(Model):
         if self.target is not None:
             self.target.update(self.encoder, self.projector, momentum=self.momentum)
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self.encoder(images)[1]
-
-    def feature_maps(self, images: Tensor, layers: list[int]) -> list[Tensor]:
-        return self.encoder.feature_maps(images, layers)
-
-    def export(self) -> tuple[str, dict[str, Any]]:
-        return self.encoder.name, self.encoder.arguments
-
 
 def encode_views(
     encoder: Encoder, views: list[Tensor], keeps: list[Tensor | None]
@@ -139,13 +126,7 @@ def encode_views(
     for _, group in groupby(range(len(pairs)), key=sort):
         images, kept = zip(*(pairs[number] for number in group), strict=True)
         stacked = images[0] if len(images) == 1 else torch.cat(images)
-        keep = None
-        if kept[0] is not None:
-            keep = torch.cat(kept)
-            rows, num_masks, _ = keep.shape
-            stacked = stacked if num_masks == 1 else stacked.repeat_interleave(num_masks, dim=0)
-            keep = keep.flatten(0, 1)
-        both = encoder(stacked, keep)
+        both = encoder(stacked, None if kept[0] is None else torch.cat(kept))
         tokens += [None] * len(images) if both[0] is None else list(both[0].chunk(len(images)))
         features += list(both[1].chunk(len(images)))
     return tokens, features

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from .. import random
@@ -16,10 +18,22 @@ VIEW, MASK = 0, 1000
 
 @register_task("views")
 class ViewsTask(Task):
-    """Draws the view recipe's views of each image and masks each view independently."""
+    """Draws the view recipe's views of each image and masks each view independently.
 
-    def __init__(self, views, masker, info: RunInfo):
+    mask_draw: new masks in every epoch ("step"), or an image's first ones for good ("image").
+    lr_batch:  what the linear-scaling rule of the learning rate counts: "images", or an image's "masks".
+    """
+
+    def __init__(
+        self,
+        views,
+        masker,
+        info: RunInfo,
+        mask_draw: Literal["step", "image"] = "step",
+        lr_batch: Literal["images", "masks"] = "images",
+    ):
         super().__init__()
+        self.mask_draw = mask_draw
         self.views, self.masker = views, masker
         self.grids = [info.grid(shape) for shape in views.shapes]
         if masker is None:
@@ -29,15 +43,18 @@ class ViewsTask(Task):
                 raise UserError(f"masker {type(masker).__name__} needs a model that cuts views of {shape} into patches")
             if hasattr(masker, "check"):
                 masker.check(grid)
+        if lr_batch == "masks":
+            self.samples_per_image = max((info.masks(grid) or (1,))[0] for grid in self.grids)
 
     def prepare(self, sample: Sample, progress: Progress) -> Batch:
-        def keys(stream: int) -> Tensor:
-            return random.image_keys(progress.seed, progress.epoch, sample.index, stream)
+        def keys(stream: int, epoch: int = progress.epoch) -> Tensor:
+            return random.image_keys(progress.seed, epoch, sample.index, stream)
 
         device = sample.images.device
         drawn = self.views.draw(sample, [keys(VIEW + v) for v in range(len(self.grids))])
+        mask_epoch = progress.epoch if self.mask_draw == "step" else 0
         masks = [
-            None if self.masker is None else self.masker(keys(MASK + v).to(device), grid)
+            None if self.masker is None else self.masker(keys(MASK + v, mask_epoch).to(device), grid)
             for v, grid in enumerate(self.grids)
         ]
         return Batch(drawn, masks, sample.index.to(device), sample.label)

@@ -57,7 +57,16 @@ def test_a_run_prints_and_writes_its_figures(tmp_path, capsys):
     assert written["machine"]["torch"] == torch.__version__
 
 
-def test_extra_memory_is_what_a_contender_holds_beyond_what_it_returns():
+@pytest.fixture
+def one_thread():
+    """Libraries of matrix products keep buffers of their own for each thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_extra_memory_is_what_a_contender_holds_beyond_what_it_returns(one_thread):
     case = next(case for case in cases("cpu") if case.shape.startswith("NT-Xent N=2048"))
     made = {
         name: measure.measure_memory(case, measure.Contender(name, case.call, name, torch.float32, False), CPU)

@@ -1,8 +1,8 @@
 """The named recipes of views, with the numbers of their papers; `size`, `scale` and the rest may be changed.
 
-Every recipe crops, and flips half of the images (SimCLR's let `flip` change that, for digits and the like). `strength`
-multiplies the jitter of brightness, contrast, saturation and hue; `crop_ratio` belongs to the evaluation view: its size
-over the side that the shorter side is resized to.
+Every recipe crops, and flips half of the images (SimCLR's and the plain one let `flip` change that, for digits and the
+like). `strength` multiplies the jitter of brightness, contrast, saturation and hue; `crop_ratio` belongs to the
+evaluation view: its size over the side that the shorter side is resized to.
 Pairs of probabilities are for the first and the second view.
 """
 
@@ -156,6 +156,7 @@ def plain(
     num_views: PositiveInt = 1,
     crop_ratio: Share = 0.875,
     interpolation: Interpolation = "bicubic",
+    flip: Probability = 0.5,
 ) -> Views:
     """Crop and flip alone, as masked image modelling has it (He et al., MAE)."""
-    return Views([Augment(size, scale, interpolation=interpolation)] * num_views, crop_ratio)
+    return Views([Augment(size, scale, flip=flip, interpolation=interpolation)] * num_views, crop_ratio)

@@ -1,0 +1,40 @@
+"""What every model around one encoder answers alike: how it evaluates, cuts views into patches, and is exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..part import Model
+from .encoder import Encoder
+
+
+class EncoderModel(Model):
+    """A model whose representation is that of its `encoder`."""
+
+    encoder: Encoder
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.encoder.backbone
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(images)[1]
+
+    def feature_maps(self, images: Tensor, layers: list[int]) -> list[Tensor]:
+        return self.encoder.feature_maps(images, layers)
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        return self.encoder.grid(shape)
+
+    def export(self) -> tuple[str, dict[str, Any]]:
+        return self.encoder.name, self.encoder.arguments
+
+
+def one_shape(model: str, view_shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """The shape [C, H, W] of every view. Raises UserError where they differ."""
+    if len(set(view_shapes)) > 1:
+        raise UserError(f"model {model!r} reconstructs views of one shape, got {view_shapes}")
+    return view_shapes[0]
