@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from datetime import datetime, timezone
@@ -74,12 +75,27 @@ def finish(trainer: Trainer) -> list[str]:
     if exported is not None:
         save_backbone(run.model.backbone, *exported, run.source.statistics(), out)
         lines.append("the encoder, with timm alone:\n" + snippet(out).rstrip())
+    write_results(trainer)
     return [*lines, *summary(trainer)]
+
+
+def write_results(trainer: Trainer) -> None:
+    """Writes `results.json`, the last of a run's files, so that its presence says that the run is done.
+
+    The evaluations by name (`untrained`, `raw_pixels`, `trained`), then `seconds` and `step`. Numbers that are not
+    finite are the strings that metrics.jsonl has.
+    """
+    results = {**trainer.results, "seconds": trainer.seconds, "step": trainer.step}
+    plain = json.loads(json.dumps(results), parse_constant=str)
+    path = trainer.out / "results.json"
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 @torch.no_grad()
 def draw_views(trainer: Trainer, path: Path) -> None:
-    """Figure of some images: each view, the view masked, and its reconstruction where the model has one."""
+    """Figure of some images: each view, the view under each mask, and its reconstruction where the model has one."""
     run = trainer.run
     sample = next(islice(ordered(run.source.val() or run.source.train(), SHOWN), 1)).to(run.device)
     with trainer.online.evaluating():
@@ -90,14 +106,13 @@ def draw_views(trainer: Trainer, path: Path) -> None:
     grids = [run.model.grid(tuple(view.shape[1:])) for view in batch.views]
     images = None
     if pixels is not None:
-        rows = [patches.float()[:: patches.shape[0] // len(sample)] for patches in pixels]
         images = [
-            run.views.denormalize(figures.unpatchify(patches, grid)).cpu()
-            for patches, grid in zip(rows, grids, strict=True)
+            run.views.denormalize(figures.unpatchify(patches.float(), grid)).cpu().unflatten(0, (len(sample), -1))
+            for patches, grid in zip(pixels, grids, strict=True)
         ]
     figures.reconstructions(
         [run.views.denormalize(view).cpu() for view in batch.views],
-        [None if masks is None else masks.mask[:, 0].cpu() for masks in batch.masks],
+        [None if masks is None else masks.mask.cpu() for masks in batch.masks],
         images,
         patch=batch.views[0].shape[-1] // grids[0][1] if grids[0] else 1,
         path=path,

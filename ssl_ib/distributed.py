@@ -11,6 +11,8 @@ Shapes: R ranks, b rows a rank.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -33,8 +35,23 @@ def initialise(device: torch.device | str) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
 
 
+#: Whether this process is for the moment on its own; see `alone`.
+_alone = False
+
+
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _alone and dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While entered, this process counts as the only one, so that it can evaluate a loss the others do not."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def shutdown() -> None:

@@ -90,23 +90,28 @@ def reconstructions(
     path: Path | str,
     num: int = 8,
 ) -> None:
-    """Draws the first `num` images as columns; as rows, for each view: the view, the view masked, its reconstruction.
+    """Draws the first `num` images as columns; as rows, for each view: the view, and of each of its masks the view
+    masked and its reconstruction.
 
     views:           one [B, 3, H, W] a view, in [0, 1]; H and W may differ between views.
-    masks:           one bool [B, L] a view, True = hidden, over the patches row-major; None leaves its row out.
-    reconstructions: one [B, 3, H, W] a view, in [0, 1] (values outside are clipped); None leaves its row out.
+    masks:           one bool [B, L] or [B, N, L] a view, True = hidden, over the patches row-major; None for no mask.
+    reconstructions: one [B, 3, H, W] or [B, N, 3, H, W] a view, in [0, 1] (values outside are clipped), or None.
     patch:           side of a patch in pixels. Raises UserError where the views are not cut into L patches of it.
     """
     if reconstructions is None:
         reconstructions = [None] * len(views)
     groups = []
     for number, (view, mask, image) in enumerate(zip(views, masks, reconstructions, strict=True), start=1):
-        group = [(f"view {number}" if len(views) > 1 else "image", view[:num])]
-        if mask is not None:
-            group.append(("masked", hide(view[:num], mask[:num], patch)))
-        if image is not None:
-            group.append(("reconstruction", image[:num]))
-        groups.append(group)
+        groups.append([(f"view {number}" if len(views) > 1 else "image", view[:num])])
+        mask = mask[:, None] if mask is not None and mask.ndim == 2 else mask
+        image = image[:, None] if image is not None and image.ndim == 4 else image
+        num_masks = max([x.shape[1] for x in (mask, image) if x is not None], default=0)
+        for n in range(num_masks):
+            which = f" {n + 1}" if num_masks > 1 else ""
+            if mask is not None:
+                groups[-1].append((f"masked{which}", hide(view[:num], mask[:num, n], patch)))
+            if image is not None:
+                groups[-1].append((f"reconstruction{which}", image[:num, n]))
     title = "What the model sees"
     if any(image is not None for image in reconstructions):
         title += ", and what it reconstructs"
@@ -214,7 +219,7 @@ def _label_lines(axes: Axes, lines: Sequence[tuple[str, float, str]]) -> None:
 
 def _contact_sheet(groups: Sequence[Sequence[tuple[str, Tensor]]], title: str, path: Path | str) -> None:
     """Draws groups of named rows of images [n, C, H, W] under a title, each name at the left, pixel for pixel."""
-    gap, between, left, head = 6, 20, 132, 40
+    gap, between, left, head = 6, 20, 148, 40
     tiles = [[(name, _enlarge(images)) for name, images in group] for group in groups]
     every = [row for group in tiles for _, row in group]
     cell = max(row.shape[2] for row in every) + gap

@@ -98,9 +98,9 @@ def build_run(config: Config, dry: bool = False) -> Run:
         model = build("model", info=RunInfo(**info))
         if model is not None:
             info |= {"grid": model.grid, "width": partial(_width, model, config.model["name"])}
-            if not (masked and masker is None):
-                build("task", views=views, masker=masker, info=RunInfo(**info))
         criterion = build("criterion", info=RunInfo(**info))
+        if model is not None and not (masked and masker is None):
+            build("task", views=views, masker=masker, info=RunInfo(**info))
     if model is not None and criterion is not None:
         problems += _fit(config, len(views.shapes), model, criterion)
     if problems:

@@ -230,7 +230,8 @@ class Trainer:
         distributed.barrier()
         if metrics:
             self._write(metrics)
-            _say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+            shown = {k: v for k, v in metrics.items() if not k.startswith("held_out/") or k == "held_out/loss"}
+            _say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
 
     # Trouble
 

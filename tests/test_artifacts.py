@@ -41,6 +41,7 @@ def test_the_folder(run):
     out, _ = run
     assert {path.name for path in out.iterdir()} == {
         "backbone.json",
+        "results.json",
         "backbone.safetensors",
         "checkpoints",
         "config.yaml",

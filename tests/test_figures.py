@@ -123,6 +123,22 @@ def test_rows_are_left_out_where_there_is_nothing_to_show(tmp_path):
     assert [h - heights[0] for h in heights] == [0, row, row, 2 * row, row]
 
 
+def test_every_mask_of_an_image_has_its_rows(tmp_path):
+    """Rows: the view, then of each mask the view masked and its reconstruction, in the masks' order."""
+    view = torch.rand(2, 3, 8, 8) * 0.4
+    masks = torch.zeros(2, 3, 4, dtype=torch.bool)
+    masks[:, 1, 2] = True
+    images = torch.stack([torch.full((2, 3, 8, 8), level) for level in (0.1, 0.5, 0.9)], dim=1)
+    figures.reconstructions([view], [masks], [images], 4, tmp_path / "x.png")
+    drawn = pixels(tmp_path / "x.png")
+    row, first = 118, 40
+    tiles = [drawn[first + row * n + 4 : first + row * n + 108, 156:256] for n in range(7)]
+    for number, level in ((2, 0.1), (4, 0.5), (6, 0.9)):
+        assert np.abs(tiles[number] - 255 * level).max() <= 1
+    assert np.array_equal(tiles[0], tiles[1]) and np.array_equal(tiles[0], tiles[5])
+    assert not np.array_equal(tiles[0], tiles[3])
+
+
 def test_reconstructions_takes_any_size_of_view(tmp_path):
     views = [torch.rand(2, 3, 64, 32), torch.rand(2, 1, 8, 8), torch.rand(2, 3, 224, 224)]
     images = [None, views[1] * 9 - 4, None]  # a reconstruction may leave [0, 1]

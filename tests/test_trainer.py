@@ -193,7 +193,7 @@ def test_hooks(tmp_path):
             expected += [("forward", step, epoch), ("after_forward", step, epoch)] * 2
             expected += [("before_step", step, epoch), ("after_step", step + 1, epoch)]
         expected.append(("on_epoch_end", 3 * epoch + 3, epoch))
-    # Evaluating and drawing figures asks no criterion and no hook.
+    # Evaluating asks the criterion for a held-out loss, in evaluation mode, and no hook; drawing asks neither.
     assert events == [(*event, 1.0) for event in expected]
 
 

@@ -18,7 +18,7 @@ class Gate(nn.Module):
     """Open (1) or closed (0), by a loss that is watched; its state is in the checkpoint.
 
     mode:      "latch": opens for good once the loss's running mean, over all processes, is below `threshold`;
-               "instant": open in the steps where the loss itself is; "off": always open.
+               "instant": open in the steps where the loss itself, over all processes, is; "off": always open.
     momentum:  of the running mean, which starts at the first loss.
     max_epoch: a closed gate opens at this epoch (None: it waits for the loss alone).
 
@@ -38,7 +38,11 @@ class Gate(nn.Module):
         """0 or 1, as float32; `loss` is this step's, and may be None where the gate is off."""
         if self.mode == "off" or self._late(progress):
             return torch.ones_like(self.running_mean)
-        opened = loss.detach() < self.threshold if self.mode == "instant" else self.opened_at >= 0
+        if self.mode == "instant":
+            opened = distributed.all_reduce_mean(loss.detach()) < self.threshold
+        else:
+            # Not in the rest of the step whose first micro-batches opened it.
+            opened = (self.opened_at >= 0) & (self.opened_at < progress.step)
         return opened.to(torch.float32)
 
     def update(self, loss: Tensor, progress: Progress) -> None:

@@ -61,7 +61,7 @@ class MIMAE(Criterion):
     approx_lr:      a learning rate of the network's own, or the run's.
     gate:           L_min counts once L_rec is below gate_eps: "latch": from the first time its running mean is (which
                     forgets at gate_momentum); "instant": in the steps where L_rec itself is; "off": from the start.
-    gate_max_epoch: a latch opens at this epoch at the latest (none: never by itself).
+    gate_max_epoch: a gate is open from this epoch on, whatever the loss (none: it waits for the loss alone).
 
     Watched, in nats: `nce_nats`, log(candidates) - InfoNCE; `club_nats`, the bound; `log_likelihood` of the latents.
     Further `variance_floor` (share of variances at their least value), `negative_bounds` (share of images whose bound
@@ -100,9 +100,10 @@ class MIMAE(Criterion):
         self.w_rec, self.w_max, self.w_min, self.w_approx = w_rec, w_max, w_min, w_approx
         self.temperature, self.nce_denom, self.nce_norm, self.gather = temperature, nce_denom, nce_norm, gather
         self.xj, self.club_reduce, self.club_neg, self.club_clamp0 = xj, club_reduce, club_neg, club_clamp0
-        self.approx_lr = approx_lr
+        self._approx_lr = approx_lr  # read once, so no schedule can change it
         # Fixed here, because scheduled weights may pass through 0 while what they train must stay in the graph.
-        self.reconstructs, self.bounds = bool(w_rec), bool(w_min or w_approx)
+        self.reconstructs, self.maximises, self.minimises = bool(w_rec), bool(w_max), bool(w_min)
+        self.approximates, self.bounds = bool(w_approx), bool(w_min or w_approx)
         if not (w_rec or w_max or w_min):
             raise UserError("w_rec, w_max and w_min are all 0: nothing would train the encoder")
         if w_min and not w_rec and gate != "off":
@@ -145,7 +146,7 @@ class MIMAE(Criterion):
     def param_groups(self) -> Iterable[ParamGroup]:
         """The approximation network, which does not decay, and the projection head."""
         for name, module, more in (
-            ("approximation", self.approximation, {"lr": self.approx_lr, "weight_decay": 0.0}),
+            ("approximation", self.approximation, {"lr": self._approx_lr, "weight_decay": 0.0}),
             ("projection", self.projection, {}),
         ):
             params = [] if module is None else [(n, p) for n, p in module.named_parameters() if p.requires_grad]
@@ -165,12 +166,14 @@ class MIMAE(Criterion):
             for z, visible, masks in zip(outputs["latents"], self._visible(outputs, batch), batch.masks, strict=True)
         ]
         means = {name: sum(view[name] for view in views) / len(views) for name in views[0]}
-        gate = self.gate_of_min(terms.get("reconstruction", (None,))[0], progress)
-        for name, weight in (("max", self.w_max), ("min", self.w_min * gate), ("approximation", self.w_approx)):
-            if name in means:
-                terms[name] = (means.pop(name), weight)
-        if self.w_min:
+        weights = {"max": self.w_max, "approximation": self.w_approx}
+        if self.minimises:
+            gate = self.gate_of_min(terms.get("reconstruction", (None,))[0], progress)
+            weights["min"] = self.w_min * gate
             watched |= {"gate": gate, "gate_step": self.gate_of_min.opened_at.to(torch.float32)}
+        for name in ("max", "min", "approximation"):
+            if name in means:
+                terms[name] = (means.pop(name), weights[name])
         loss = Loss.weighted(**terms)
         return replace(loss, terms=watched | means | loss.terms)
 
@@ -191,13 +194,13 @@ class MIMAE(Criterion):
     def _information(self, z: Tensor, visible: Tensor | None) -> dict[str, Tensor]:
         """The terms of one view, and what is watched of them: z [B, N, D], visible [B*N, K, Dx]."""
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        found = self._max(z if self.w_max else z.detach())
+        found = self._max(z if self.maximises else z.detach())
         if visible is None:
             return found
         mean, variance = (x.unflatten(0, z.shape[:2]).to(z.dtype) for x in self.approximation(visible))
         likelihood = log_likelihood(z.detach(), mean, variance)
         # Where L_min does not count, it is a watched number and no more.
-        bound = club(z if self.w_min else z.detach(), mean.detach(), variance.detach(), self.club_neg, self.gather)
+        bound = club(z if self.minimises else z.detach(), mean.detach(), variance.detach(), self.club_neg, self.gather)
         images = bound.detach().sum(dim=2).mean(dim=1)
         found |= {
             "club_nats": images.mean(),
@@ -205,10 +208,12 @@ class MIMAE(Criterion):
             "log_likelihood": likelihood.detach().sum(dim=2).mean(),
             "variance_floor": (variance.detach() <= FLOOR).to(z.dtype).mean(),
         }
-        if self.w_min:
+        if self.minimises:
             value = self._reduced(bound)
-            found["min"] = value.clamp(min=0) if self.club_clamp0 else value
-        if self.w_approx:
+            # The whole batch's bound decides, so that processes which share it agree.
+            counts = distributed.all_reduce_mean(value.detach()) > 0 if self.club_clamp0 else 1
+            found["min"] = value * counts
+        if self.approximates:
             found["approximation"] = -self._reduced(likelihood)
         return found
 
@@ -245,7 +250,9 @@ class MIMAE(Criterion):
         gather = distributed.gather if self.gather else lambda x: x
         others, _ = ops.info_nce_parts(rows, gather(rows), labels, gather(labels), self.temperature, drop_group=True)
         siblings = rows.unflatten(0, (-1, num_masks))
-        similarity = siblings @ siblings.mT / self.temperature
+        # Autocast would round the logits to bfloat16: an error of some hundredths at small temperatures.
+        with torch.autocast(rows.device.type, enabled=False):
+            similarity = siblings @ siblings.mT / self.temperature
         losses = F.softplus(others.unflatten(0, (-1, num_masks))[..., None] - similarity)
         pairs = ~torch.eye(num_masks, dtype=torch.bool, device=rows.device)
         return losses[:, pairs].mean()
@@ -261,7 +268,7 @@ class MIMAE(Criterion):
             self.gate_of_min.update(terms["reconstruction"], ctx.progress)
 
     def on_epoch_end(self, ctx: Context) -> None:
-        if self.w_min and self.gate_of_min.opened_in(ctx.progress):
+        if self.minimises and self.gate_of_min.opened_in(ctx.progress):
             _logger.info("mi_mae: the gate of L_min opened at step %d", int(self.gate_of_min.opened_at))
 
     @staticmethod

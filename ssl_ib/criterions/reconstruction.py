@@ -34,6 +34,16 @@ def hidden(batch: Batch) -> list[Tensor]:
     return [masks.mask.flatten(0, 1) for masks in batch.masks]
 
 
+def shown(outputs: dict[str, list[Tensor]], batch: Batch, norm_pix: bool) -> list[Tensor]:
+    """For figures, of losses on hidden patches alone: these as they are rebuilt, and the visible ones as they are."""
+    found = []
+    for pred, view, mask in zip(outputs["reconstruction"], batch.views, hidden(batch), strict=True):
+        side = math.isqrt(pred.shape[-1] // view.shape[1])
+        patches = ops.patchify(view, side).repeat_interleave(len(pred) // len(view), dim=0)
+        found.append(torch.where(mask[..., None], unstandardised(pred, view) if norm_pix else pred, patches))
+    return found
+
+
 def unstandardised(pred: Tensor, view: Tensor) -> Tensor:
     """Patches predicted in units of their own mean and deviation, in the view's: pred [B*N, L, P] -> [B*N, L, P]."""
     side = math.isqrt(pred.shape[-1] // view.shape[1])

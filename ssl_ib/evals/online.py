@@ -1,4 +1,4 @@
-"""What a run is asked while it trains: weighted kNN, representation health, and at the end a linear probe.
+"""What a run is asked while it trains: weighted kNN, representation health, held-out loss, at the end a linear probe.
 
 Nothing here moves the run: the parts are in evaluation mode and get their former modes back, and views come from
 counters of their own.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from .. import distributed
 from ..data.loader import ordered
 from ..run import Run
 from ..types import Batch, Progress, Sample
@@ -25,6 +26,8 @@ from .linear import linear_top1
 
 #: Images from which rank, spread, alignment and uniformity are estimated.
 HEALTH_IMAGES = 2048
+#: Held-out images whose loss is taken, in batches of the run's size; one whole batch at least.
+HELD_OUT_IMAGES = 512
 #: Side in pixels of the images whose raw pixels are compared.
 RAW_SIDE = 64
 
@@ -54,9 +57,12 @@ class Online:
         return torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.config.precision == "bf16")
 
     def evaluate(self, progress: Progress, final: bool = False) -> dict[str, float]:
-        """`knn/top1`, `health/*`, and where `final` asks for it `linear/top1`. Without labels only health is left."""
+        """`knn/top1`, `health/*`, `held_out/*`, and where `final` asks for it `linear/top1`.
+
+        Without labels there are no accuracies, without held-out images no `held_out/*`.
+        """
         with self.evaluating():
-            metrics = self._health(progress)
+            metrics = self._health(progress) | self._held_out(progress)
             if self._has_labels():
                 encode, device = self.run.model.encode, self.run.device
                 train, test = (
@@ -87,6 +93,25 @@ class Online:
                 outputs = self.run.model(Batch(views, [None] * len(views), sample.index, sample.label))
                 found.append(outputs[name][0])
         return torch.cat(found)
+
+    @torch.no_grad()
+    def _held_out(self, progress: Progress) -> dict[str, float]:
+        """The loss and its terms on held-out images, always the same views and masks of them, of this process alone."""
+        run, images, sums, batches = self.run, self.run.source.val(), {}, 0
+        if images is None or not len(images):
+            return {}
+        limit = min(filter(None, (self.limit, max(HELD_OUT_IMAGES, run.batch_size))))
+        with distributed.alone():
+            for sample in ordered(images, run.batch_size, limit):
+                # Losses that compare images depend on how many there are: a smaller last batch does not count.
+                if batches and len(sample) < run.batch_size:
+                    break
+                batch = run.task.prepare(sample.to(run.device), replace(progress, epoch=-1))
+                loss = run.criterion(run.model(batch), batch, progress)
+                batches += 1
+                for name, value in {"loss": loss.total, **loss.terms}.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach().double()
+        return {f"held_out/{name}": float(value) / batches for name, value in sums.items()}
 
     def _has_labels(self) -> bool:
         train, val = self.run.source.train(), self.run.source.val()

@@ -120,7 +120,7 @@ def test_views_of_one_shape_go_together():
     keeps = [torch.zeros(2, 1, 3, dtype=torch.int64), torch.zeros(2, 1, 4, dtype=torch.int64), None, None, None]
     counting = Counting(is_vit=True)
     encode_views(counting, views, keeps)
-    assert [keep for _, keep in counting.calls] == [(2, 3), (2, 4), None]
+    assert [keep for _, keep in counting.calls] == [(2, 1, 3), (2, 1, 4), None]
 
 
 def test_other_backbones_see_one_view_at_a_time():

@@ -77,7 +77,8 @@ class Recorded(Criterion):
 
     def forward(self, outputs, batch, progress):
         loss = self.inner(outputs, batch, progress)
-        self._note("forward", progress)
+        if self.training:
+            self._note("forward", progress)
         return Loss(loss.total, loss.terms | {"amount": torch.tensor(self.amount)}, loss.weights)
 
     def _note(self, what, progress):
