@@ -67,6 +67,12 @@ setup(
         "pillow",
     ],
     extras_require={"test": ["pytest"]},
-    entry_points={"console_scripts": ["ssl-ib-train = ssl_ib.cli.train:main", "ssl-ib-bench = ssl_ib.cli.bench:main"]},
+    entry_points={
+        "console_scripts": [
+            "ssl-ib-train = ssl_ib.cli.train:main",
+            "ssl-ib-bench = ssl_ib.cli.bench:main",
+            "ssl-ib-sweep = ssl_ib.cli.sweep:main",
+        ]
+    },
     **cuda_extension(),
 )

@@ -24,7 +24,7 @@ SWAPS = ("task", "model", "criterion", "masker")
 #: What a run writes; `--overwrite` removes these and nothing else.
 WRITTEN = (
     "config.yaml environment.json metrics.jsonl tensorboard figures checkpoints backbone.safetensors backbone.json "
-    "bad_images.txt bad_batch.txt"
+    "results.json bad_images.txt bad_batch.txt"
 ).split()
 #: What the machine may refuse (space, permission): no bug of ours, and its own message says it.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)

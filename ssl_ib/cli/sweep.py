@@ -1,0 +1,198 @@
+"""`ssl-ib-sweep`: train a grid of runs, one process each, and compare them. `--help` shows the usage.
+
+Exit codes: 0 done or out of budget, 1 some run failed, 2 a mistake of the user's (one message on stderr), 128 + n
+stopped by signal n after the runs have saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, UserError, nearest
+from .train import REFUSALS, _config
+from .train import parser as train_parser
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..sweep.points import Axis, Run
+    from ..sweep.report import Report
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="ssl-ib-sweep",
+        description="Train every point of a grid: RECIPE is a shipped name or a path; KEY=VALUE overrides it for all. "
+        "Called again, it continues what was stopped, and does what is new.",
+        epilog="examples: ssl-ib-sweep mrcl_digits --vary masker.ratio=0.1,0.2,0.4 --seeds 0,1,2 | ssl-ib-sweep "
+        'mrcl_digits epochs=20 --case "SimCLR: simclr_digits" --case "MRCL:" --budget-minutes 30',
+    )
+    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a path")
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, as in optim.lr=1e-3 epochs=20")
+    p.add_argument(
+        "--vary", action="append", default=[], metavar="KEY=V1,V2,...", help="an axis of the grid; values are YAML"
+    )
+    p.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar='"NAME: [RECIPE] KEY=VALUE ..."',
+        help="overrides that vary together, perhaps of another recipe; all cases are one axis",
+    )
+    p.add_argument("--seeds", metavar="S1,S2,...", help="repeat the whole grid with each (default: the recipe's own)")
+    p.add_argument(
+        "--budget-minutes", type=float, metavar="M", help="start no run that would not end in time; stop at the end"
+    )
+    p.add_argument("--jobs", type=int, default=1, metavar="J", help="so many runs at once, which share the cores")
+    p.add_argument(
+        "--metric", nargs="+", action="extend", metavar="NAME", help="what table and plot show, such as knn/top1 loss"
+    )
+    p.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE_OR_PATH", help="import your own parts first"
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder (default: sweeps/RECIPE)")
+    p.add_argument("--dry-run", action="store_true", help="check all, print the commands, run and write nothing")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        return _main(options, shlex.join(["ssl-ib-sweep", *arguments]))
+    except UserError as error:
+        print(f"ssl-ib-sweep: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        print(f"ssl-ib-sweep: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssl-ib-sweep: interrupted; runs were ended without saving", file=sys.stderr)
+        return 130
+
+
+def _main(options: argparse.Namespace, command: str) -> int:
+    from ..recipe import find_recipe, read_recipe
+    from ..sweep import folder, points
+
+    _check(options)
+    problems: list[str] = []
+    axes = points.parse_axes(options.vary, options.case, options.overrides, problems)
+    seeds = None if options.seeds is None else points.parse_seeds(options.seeds, problems)
+    if options.seeds is not None and any(text.startswith("seed=") for text in options.overrides):
+        problems.append("seed: is given as an override and by --seeds")
+    # An axis that could not be read is left out, so that what is wrong elsewhere is said too.
+    readable = [axis for axis in axes if axis.choices]
+    try:
+        runs = points.grid(options.recipe, options.overrides, readable, seeds or None, _configure(options.plugin))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    path = find_recipe(options.recipe)
+    name = str(read_recipe(path).get("recipe", path.stem))
+    out = options.out or Path("sweeps") / name
+    base = folder.base_of(name, options.overrides)
+    folder.examine(out, base, runs)
+    if options.dry_run:
+        _print_commands(runs, out, options.plugin)
+        return 0
+    with folder.locked(out) as lock:
+        folder.remember(out, base, command)
+        return _run(options, axes, runs, out, lock, command)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.recipe is None:
+        raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
+    if "=" in options.recipe:
+        raise UserError(f"expected RECIPE first, got {options.recipe!r}")
+    if options.jobs < 1:
+        raise UserError(f"--jobs: expected a number above 0, got {options.jobs}")
+    if options.budget_minutes is not None and not options.budget_minutes >= 0:
+        raise UserError(f"--budget-minutes: expected a number of at least 0, got {options.budget_minutes}")
+    for metric in options.metric or ():
+        if "=" in metric:
+            raise UserError(f"--metric: {metric!r} is no metric; overrides stand before --metric")
+
+
+def _configure(plugins: list[str]):
+    """What resolves a recipe and overrides exactly as the run itself will."""
+
+    def configure(recipe: str, overrides: list[str]) -> Config:
+        options = train_parser().parse_args([])
+        options.recipe, options.overrides, options.plugin = recipe, overrides, plugins
+        return _config(options)
+
+    return configure
+
+
+def _print_commands(runs: list[Run], out: Path, plugins: list[str]) -> None:
+    from ..sweep import runner
+
+    print(f"{_counted(runs)} in {out}")
+    for run in runs:
+        status = runner.status_of(run, out, {})
+        print(f"{_title(run)} ({status})\n  " + shlex.join(["ssl-ib-train", *runner.arguments(run, out, plugins)]))
+
+
+def _run(options: argparse.Namespace, axes: list[Axis], runs: list[Run], out: Path, lock: int, command: str) -> int:
+    from ..sweep import plot, runner
+    from ..sweep.report import DEFAULT_METRICS
+
+    todo = [run for run in runs if not runner.is_done(run, out)]
+    print(f"{_counted(runs)} in {out}; {len(runs) - len(todo)} done before", flush=True)
+
+    def ended(run: Run, outcome: runner.Outcome, outcomes: dict[Run, runner.Outcome]) -> None:
+        report = _write(out, axes, runs, outcomes, options.metric or DEFAULT_METRICS)
+        said = report.line(run) if outcome.status == runner.DONE else outcome.status
+        said += f" ({outcome.message}); see {runner.log_of(run, out)}" if outcome.message else ""
+        print(f"[{sum(s == runner.DONE for s in report.statuses.values())}/{len(runs)}] {_title(run)}: {said}")
+        sys.stdout.flush()
+
+    budget = None if options.budget_minutes is None else 60 * options.budget_minutes
+    outcomes, signum = runner.run_all(todo, out, options.plugin, options.jobs, budget, lock, ended)
+    report = _write(out, axes, runs, outcomes, options.metric or DEFAULT_METRICS)
+    print("\n" + report.table(), end="")
+    missing = [metric for metric in options.metric or () if report.numbers and metric not in report.known()]
+    for metric in missing:
+        print(f"ssl-ib-sweep: no run has the metric {metric!r}{nearest(metric, report.known())}", file=sys.stderr)
+    unseen = plot.draw(report, out / "plot.png")
+    files = f"{out}/table.md, results.csv" + ("" if unseen else ", plot.png")
+    done = sum(status == runner.DONE for status in report.statuses.values())
+    print(f"{done} of {len(runs)} runs are done | {files}" + (f" | {unseen}" if unseen else ""))
+    failed = [run for run, outcome in outcomes.items() if outcome.status == runner.FAILED]
+    if done < len(runs):
+        print(f"continue with the same command: {command}")
+    return 128 + signum if signum else 1 if failed else 0
+
+
+def _write(out: Path, axes: list[Axis], runs: list[Run], outcomes: dict, metrics) -> Report:
+    """Writes `results.csv` and `table.md` as things stand."""
+    from ..sweep import folder, runner
+    from ..sweep.report import Report
+
+    report = Report.read(out, axes, runs, {run: runner.status_of(run, out, outcomes) for run in runs}, metrics)
+    folder.write(out / "results.csv", report.csv())
+    folder.write(out / "table.md", report.table())
+    return report
+
+
+def _counted(runs: list[Run]) -> str:
+    points = len({run.point for run in runs})
+    return f"{len(runs)} run{'s' * (len(runs) != 1)} ({points} point{'s' * (points != 1)})"
+
+
+def _title(run: Run) -> str:
+    return f"{run.point.name} seed {run.seed}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The folder of a sweep: whether these runs may use it, what is remembered there, and a lock."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..cli.train import MOVABLE
+from ..config import differences
+from ..errors import UserError
+from ..recipe import YamlDumper, YamlLoader, read_recipe
+from .points import Run
+
+RECORD, LOCK = "sweep.yaml", "sweep.lock"
+
+
+def base_of(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What all points start from: the recipe's name, and the overrides that are not varied."""
+    pairs = (text.partition("=") for text in overrides)
+    return {"recipe": name, "overrides": {key: yaml.load(value, YamlLoader) for key, _, value in pairs}}
+
+
+def examine(out: Path, base: dict[str, Any], runs: Sequence[Run]) -> None:
+    """Whether a sweep of this base and these runs may use the folder, which stays as it is.
+
+    Raises UserError where it holds something else, a sweep of another base, or a run of another configuration.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file; a sweep needs a folder")
+    record = out / RECORD
+    if not record.is_file():
+        if any(path.name != LOCK for path in out.iterdir()):
+            raise UserError(f"{out} holds files but no sweep (no {RECORD}): choose --out")
+        return
+    former = read_recipe(record)
+    changed = differences({key: former.get(key) for key in base}, base)
+    if changed:
+        lines = "".join(f"\n  - {line}" for line in changed)
+        raise UserError(f"{out} holds a sweep of another base; choose another --out, or vary the key:{lines}")
+    problems = [line for run in runs for line in _differences(out / run.folder, run)]
+    if problems:
+        lines = "".join(f"\n  - {line}" for line in problems)
+        raise UserError(f"runs in {out} were configured otherwise; choose another --out, or remove them:{lines}")
+
+
+def _differences(folder: Path, run: Run) -> list[str]:
+    """How the run that lies in a folder differs from what it would be now, where that moves a loss."""
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        filled = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        return [f"{run.folder} holds files but no run (no config.yaml)"] if filled else []
+    movable = tuple(f"{key}{end}" for key in MOVABLE for end in (":", "."))
+    lines = differences(read_recipe(saved), run.config.plain())
+    return [f"{run.folder}: {line}" for line in lines if not line.startswith(movable)]
+
+
+def remember(out: Path, base: dict[str, Any], command: str) -> None:
+    """Writes `sweep.yaml`: the base, and the latest command, to continue with."""
+    text = yaml.dump({**base, "command": command}, Dumper=YamlDumper, sort_keys=False, width=1000)
+    write(out / RECORD, text)
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file whole, so that nobody reads half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[int]:
+    """Makes the folder and holds it for one sweep; yields the lock's file descriptor.
+
+    The runs inherit it: one that outlives a killed sweep keeps the folder, so that no other writes there too.
+    Raises UserError where somebody else holds it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {out}: {error.strerror}") from None
+    with (out / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another sweep, or a run that it left behind, is at work in {out}") from None
+        yield file.fileno()

@@ -1,0 +1,242 @@
+"""The grid of a sweep: what varies, and the runs that come of it, every one of them checked before any is started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..errors import ConfigError, UserError
+from ..recipe import YamlDumper, YamlLoader
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+#: The name of the axis of `--case`.
+CASE = "case"
+_KEY = re.compile(r"[A-Za-z_][\w.]*")
+#: The longest folder name of a value, and of a point, before it is cut short.
+_VALUE_LENGTH, _POINT_LENGTH = 60, 200
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value on an axis: as tables show it, as data, and the overrides (and recipe) that make it."""
+
+    label: str
+    value: Any
+    overrides: tuple[str, ...]
+    recipe: str | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What varies: a dotted key, or the cases."""
+
+    name: str
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One choice of each axis, in the axes' order; all its runs share the object."""
+
+    choices: tuple[Choice, ...]
+    name: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(choice.label for choice in self.choices)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A point with a seed: what `ssl-ib-train` is given, and the configuration that this resolves to."""
+
+    point: Point
+    seed: int
+    recipe: str
+    overrides: tuple[str, ...]
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes, inside the sweep's folder."""
+        return Path(self.point.name) / f"seed_{self.seed}"
+
+
+def split(text: str, separators: str) -> list[str]:
+    """Cuts a text at separators outside brackets, braces and quotes. Raises ValueError where one of these is odd."""
+    parts, start, opened, quote = [], 0, [], ""
+    for i, c in enumerate(text):
+        if quote:
+            if c == quote and not (c == '"' and text[i - 1] == "\\"):
+                quote = ""
+        elif c in "'\"" and not (i and text[i - 1].isalnum()):  # An apostrophe inside a word is none.
+            quote = c
+        elif c in "[{":
+            opened.append(c)
+        elif c in "]}":
+            if not opened or opened.pop() + c not in ("[]", "{}"):
+                raise ValueError(f"{c!r} closes nothing")
+        elif c in separators and not opened:
+            parts.append(text[start:i])
+            start = i + 1
+    if quote or opened:
+        raise ValueError(f"{quote or opened[-1]!r} is not closed")
+    return [part.strip() for part in [*parts, text[start:]]]
+
+
+def parse_vary(text: str, problems: list[str]) -> Axis:
+    """The axis of `KEY=V1,V2,...`; each value is YAML. What is wrong is added to `problems`."""
+    key, equals, values = text.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        problems.append(f"--vary: expected KEY=V1,V2,..., such as optim.lr=1e-3,2e-3, got {text!r}")
+        return Axis(key, ())
+    if key == "seed":
+        problems.append("--vary seed: seeds are repetitions, not an axis: give them as --seeds 0,1,2")
+    try:
+        texts = split(values, ",")
+    except ValueError as error:
+        problems.append(f"--vary {key}: {error} in {values!r}")
+        return Axis(key, ())
+    choices: dict[str, Choice] = {}
+    for value in texts:
+        if not value:
+            problems.append(f'--vary {key}: an empty value in {values!r}; write null or "" where that is meant')
+            continue
+        try:
+            data = yaml.load(value, YamlLoader)
+        except yaml.YAMLError:
+            problems.append(f"--vary {key}: expected YAML values, got {value!r}")
+            continue
+        label = shown(data)
+        if label in choices:
+            problems.append(f"--vary {key}: the value {label} is given twice in {values!r}")
+        choices[label] = Choice(label, data, (f"{key}={value}",))
+    return Axis(key, tuple(choices.values()))
+
+
+def parse_case(text: str, problems: list[str]) -> Choice | None:
+    """The case of `NAME: [RECIPE] KEY=VALUE ...`. What is wrong is added to `problems`."""
+    name, colon, rest = text.partition(":")
+    name = name.strip()
+    if not colon or not name or "=" in name:
+        problems.append(f'--case: expected "NAME: [RECIPE] KEY=VALUE ...", got {text!r}')
+        return None
+    try:
+        words = [word for word in split(rest, " \t\n") if word]
+    except ValueError as error:
+        problems.append(f"--case {name}: {error} in {rest.strip()!r}")
+        return None
+    recipe = words.pop(0) if words and "=" not in words[0] else None
+    keys = [word.partition("=")[0] for word in words]
+    problems += [f"--case {name}: expected KEY=VALUE, got {word!r}" for word in words if "=" not in word]
+    problems += [f"--case {name}: {key} is given twice" for key in sorted({k for k in keys if keys.count(k) > 1})]
+    if "seed" in keys:
+        problems.append(f"--case {name}: seeds are repetitions, not a part of a case: give them as --seeds 0,1,2")
+    return Choice(name, name, tuple(words), recipe)
+
+
+def parse_seeds(text: str, problems: list[str]) -> list[int]:
+    """The seeds of `0,1,2`. What is wrong is added to `problems`."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() for word in words):
+        problems.append(f"--seeds: expected whole numbers of at least 0, such as 0,1,2, got {text!r}")
+        return []
+    seeds = [int(word) for word in words]
+    problems += [f"--seeds: {seed} is given twice" for seed in sorted({s for s in seeds if seeds.count(s) > 1})]
+    return seeds
+
+
+def parse_axes(vary: Sequence[str], cases: Sequence[str], overrides: Sequence[str], problems: list[str]) -> list[Axis]:
+    """The axes, that of the cases first. Adds what is wrong to `problems`, among it a key that is set in two places."""
+    found = [case for text in cases if (case := parse_case(text, problems)) is not None]
+    names = [case.label for case in found]
+    problems += [f"--case {name}: the name is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    axes = [parse_vary(text, problems) for text in vary]
+    keys = [axis.name for axis in axes]
+    problems += [f"--vary {key}: is given twice" for key in sorted({k for k in keys if keys.count(k) > 1})]
+    for key in dict.fromkeys(keys):
+        if key in (text.partition("=")[0] for text in overrides):
+            problems.append(f"{key}: is both varied and given one value")
+        for case in found:
+            if key in (text.partition("=")[0] for text in case.overrides):
+                problems.append(f"{key}: is both varied and set by the case {case.label}")
+    return [*([Axis(CASE, tuple(found))] if cases else []), *axes]
+
+
+def grid(
+    recipe: str,
+    overrides: Sequence[str],
+    axes: Sequence[Axis],
+    seeds: Sequence[int] | None,
+    configure: Callable[[str, list[str]], Config],
+) -> list[Run]:
+    """All runs in the order in which they start: the whole grid with the first seed, then with the next one.
+
+    seeds: None for the seed that each point's own configuration has; configure: resolves a recipe and overrides.
+    Raises ConfigError with every problem of every point, each of them once, or where two points are the same.
+    """
+    runs: list[Run] = []
+    found: dict[str, list[str]] = {}
+    points = [Point(choices, _name(axes, choices)) for choices in product(*(axis.choices for axis in axes))]
+    for seed in [None] if seeds is None else seeds:
+        for point in points:
+            start = next((c.recipe for c in point.choices if c.recipe), recipe)
+            given = [*overrides, *(text for c in point.choices for text in c.overrides)]
+            given += [] if seed is None else [f"seed={seed}"]
+            try:
+                config = configure(start, given)
+            except UserError as error:
+                for problem in getattr(error, "problems", [str(error)]):
+                    found.setdefault(problem, []).append(point.name)
+                continue
+            runs.append(Run(point, config.seed, start, tuple(given), config))
+    problems = []
+    for problem, names in found.items():
+        names = list(dict.fromkeys(names))
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        problems.append(problem if len(names) == len(points) else f"{problem} (at {names[0]}{more})")
+    seen: dict[str, str] = {}
+    for run in runs:
+        former = seen.setdefault(json.dumps(run.config.plain()), run.point.name)
+        if former != run.point.name:
+            problems.append(f"{former} and {run.point.name} are the same configuration")
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return runs
+
+
+def shown(value: Any) -> str:
+    """A value as tables and folders show it; equal values look the same (1e-3 and 0.001, 1 and 1.0)."""
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    text = yaml.dump(value, Dumper=YamlDumper, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.strip().removesuffix("...").strip()
+
+
+def safe(text: str, length: int = _VALUE_LENGTH) -> str:
+    """A text as part of a folder's name: letters, digits, `.`, `_`, `-`; what that loses is told apart by a hash.
+
+    No `=`, which `ssl-ib-train` would take for an override where the path of a `config.yaml` is given as the recipe.
+    """
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:length]
+    if plain == text:
+        return plain
+    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _name(axes: Sequence[Axis], choices: Sequence[Choice]) -> str:
+    """The folder of a point, such as `optim.lr_0.001,masker.ratio_0.5`."""
+    name = ",".join(f"{axis.name}_{safe(choice.label)}" for axis, choice in zip(axes, choices, strict=True)) or "base"
+    if len(name) <= _POINT_LENGTH:
+        return name
+    return f"{name[:_POINT_LENGTH]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
