@@ -38,10 +38,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Axis:
-    """What varies: a dotted key, or the cases."""
+    """What varies: a dotted key (or several, joined by +, that share their value), or the cases."""
 
     name: str
     choices: tuple[Choice, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        return self.name.split("+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +99,13 @@ def split(text: str, separators: str) -> list[str]:
 
 
 def parse_vary(text: str, problems: list[str]) -> Axis:
-    """The axis of `KEY=V1,V2,...`; each value is YAML. What is wrong is added to `problems`."""
+    """The axis of `KEY=V1,V2,...` or `KEY+KEY=...`; each value is YAML. What is wrong is added to `problems`."""
     key, equals, values = text.partition("=")
-    if not equals or not _KEY.fullmatch(key):
+    keys = key.split("+")
+    if not equals or not all(map(_KEY.fullmatch, keys)):
         problems.append(f"--vary: expected KEY=V1,V2,..., such as optim.lr=1e-3,2e-3, got {text!r}")
         return Axis(key, ())
-    if key == "seed":
+    if "seed" in keys:
         problems.append("--vary seed: seeds are repetitions, not an axis: give them as --seeds 0,1,2")
     try:
         texts = split(values, ",")
@@ -120,7 +125,7 @@ def parse_vary(text: str, problems: list[str]) -> Axis:
         label = shown(data)
         if label in choices:
             problems.append(f"--vary {key}: the value {label} is given twice in {values!r}")
-        choices[label] = Choice(label, data, (f"{key}={value}",))
+        choices[label] = Choice(label, data, tuple(f"{k}={value}" for k in keys))
     return Axis(key, tuple(choices.values()))
 
 
@@ -162,7 +167,7 @@ def parse_axes(vary: Sequence[str], cases: Sequence[str], overrides: Sequence[st
     names = [case.label for case in found]
     problems += [f"--case {name}: the name is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
     axes = [parse_vary(text, problems) for text in vary]
-    keys = [axis.name for axis in axes]
+    keys = [key for axis in axes for key in axis.keys]
     problems += [f"--vary {key}: is given twice" for key in sorted({k for k in keys if keys.count(k) > 1})]
     for key in dict.fromkeys(keys):
         if key in (text.partition("=")[0] for text in overrides):

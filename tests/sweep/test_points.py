@@ -41,6 +41,17 @@ def test_values_are_yaml():
     assert axis.choices[0].overrides == ("optim.clip=1e-3",) and axis.choices[6].overrides == ("optim.clip={b: 1.5}",)
 
 
+def test_several_keys_share_a_value():
+    problems = []
+    (axis,) = points.parse_axes(["criterion.w_masked+criterion.w_unmasked=0.1,10"], [], [], problems)
+    assert problems == [] and [c.label for c in axis.choices] == ["0.1", "10"]
+    assert axis.choices[1].overrides == ("criterion.w_masked=10", "criterion.w_unmasked=10")
+    points.parse_axes(["a.b+a.c=1", "a.c=2"], [], ["a.b=3"], problems)
+    assert [p.split(":")[0] for p in problems] == ["--vary a.c", "a.b"]
+    points.parse_vary("a.b+=1", problems), points.parse_vary("a+seed=1", problems)
+    assert "expected KEY=V1" in problems[2] and "seeds are repetitions" in problems[3]
+
+
 def test_a_case():
     problems = []
     case = points.parse_case("no mask:  simclr_digits masker={name: none}  optim.lr=1", problems)
