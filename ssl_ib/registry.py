@@ -18,7 +18,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -160,15 +160,23 @@ def _validate(kind: str, name: str, plain: dict[str, Any]) -> Any:
     return _checker(kind, name).model_validate_json(json.dumps(plain, default=str))
 
 
-def problems_of(error: Any, prefix: str, known: Callable[[tuple], Iterable[str]]) -> list[str]:
+def problems_of(
+    error: Any, prefix: str, known: Callable[[tuple], Iterable[str]], hints: Mapping[str, Any] | None = None
+) -> list[str]:
     """A pydantic ValidationError as lines `path: what is wrong, got ...`.
 
     known: the keys there are at a place (the keys that lead to it), to suggest one for an unknown key.
+    hints: type hints of first-level keys, for those that take one of several types.
     """
     lines = []
     for item in error.errors():
         path = ".".join(str(p) for p in (*filter(None, [prefix]), *item["loc"]))
-        if item["type"] == "extra_forbidden":
+        hint = (hints or {}).get(item["loc"][0])
+        if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(item["loc"]) == 2:
+            # pydantic complains once for each of the types, under names of its own.
+            key = f"{prefix}.{item['loc'][0]}"
+            lines.append(f"{key}: expected {show(hint)}, got {item['input']!r}")
+        elif item["type"] == "extra_forbidden":
             *place, key = item["loc"]
             lines.append(f"{path}: unknown key{nearest(str(key), known(tuple(place)))}")
         elif item["type"] == "missing":
@@ -222,7 +230,8 @@ def check_part(kind: str, spec: Any, path: str, problems: list[str]) -> dict[str
         try:
             checked = _validate(kind, name, plain | numbers)
         except pydantic.ValidationError as error:
-            found += problems_of(error, path, lambda place: () if place else schema)
+            hints = {key: parameter.annotation for key, parameter in schema.items()}
+            found += problems_of(error, path, lambda place: () if place else schema, hints)
     # What is wrong within a schedule has been said.
     wrong = tuple(f"{path}.{key}: expected" for key, schedule in schedules.items() if schedule is None)
     problems.extend(line for line in dict.fromkeys(found) if not line.startswith(wrong))

@@ -105,11 +105,22 @@ def build_run(config: Config, dry: bool = False) -> Run:
         problems += _fit(config, len(views.shapes), model, criterion)
     if problems:
         raise ConfigError(problems)
-    model.to(device)
-    criterion.to(device)
-    built["task"].to(device)
+    for part in (model, criterion, built["task"]):
+        part.to(device)
+        if device.type == "cpu" and config.precision == "bf16":
+            _plain_attention(part)
     parts_of_run = {kind: built[kind] for kind in PARTS if kind != "masker"}
     return Run(config, device, batch_size // world, **parts_of_run, schedules=schedules)
+
+
+def _plain_attention(part: torch.nn.Module) -> None:
+    """Has timm's attention multiply, softmax and multiply, in place of torch's fused kernel.
+
+    On a CPU in bfloat16 that kernel's backward takes several times as long as the products it saves (docs/mi_mae.md).
+    """
+    for module in part.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = False
 
 
 def _masks(masker: Any, grid: tuple[int, int]) -> tuple[int, int] | None:

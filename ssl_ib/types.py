@@ -60,6 +60,12 @@ class Masks:
         mask = torch.ones(*keep.shape[:2], num_patches, dtype=torch.bool, device=keep.device)
         return cls(keep, mask.scatter_(2, keep, False))
 
+    @classmethod
+    def from_noise(cls, noise: Tensor, num_kept: int) -> Masks:
+        """MAE's masks, each row ascending: the `num_kept` smallest stay visible; noise [B, L] or [B, N, L]."""
+        keep = noise.argsort(dim=-1, stable=True)[..., :num_kept].sort(dim=-1).values
+        return cls.from_keep(keep, noise.shape[-1])
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -39,7 +39,7 @@ def test_the_plugin_is_under_30_lines_and_trains(tmp_path, monkeypatch, capsys):
     assert "loss/align" in rows and "loss/uniform" in rows
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+_(?:digits|cifar10|imagenet))`", README))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+_(?:digits|cifar10|imagenette96|imagenet))`", README))))
 def test_every_recipe_named_here_is_shipped(name):
     assert name in recipe_names()
 

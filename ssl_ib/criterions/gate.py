@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from .. import distributed
 from ..types import Progress
 
-GateMode = Literal["latch", "instant", "off"]
+GateMode = Literal["latch", "instant", "none"]
 
 
 class Gate(nn.Module):
     """Open (1) or closed (0), by a loss that is watched; its state is in the checkpoint.
 
     mode:      "latch": opens for good once the loss's running mean, over all processes, is below `threshold`;
-               "instant": open in the steps where the loss itself, over all processes, is; "off": always open.
+               "instant": open in the steps where the loss itself, over all processes, is; "none": always open (an
+               "off" would be a boolean to YAML).
     momentum:  of the running mean, which starts at the first loss.
     max_epoch: a closed gate opens at this epoch (None: it waits for the loss alone).
 
@@ -35,8 +36,8 @@ class Gate(nn.Module):
         return self.max_epoch is not None and progress.epoch >= self.max_epoch
 
     def forward(self, loss: Tensor | None, progress: Progress) -> Tensor:
-        """0 or 1, as float32; `loss` is this step's, and may be None where the gate is off."""
-        if self.mode == "off" or self._late(progress):
+        """0 or 1, as float32; `loss` is this step's, and may be None where there is no gate."""
+        if self.mode == "none" or self._late(progress):
             return torch.ones_like(self.running_mean)
         if self.mode == "instant":
             opened = distributed.all_reduce_mean(loss.detach()) < self.threshold

@@ -53,15 +53,15 @@ class MIMAE(Criterion):
     gather:         candidates of L_max, and of L_min with club_neg=batch, from all processes.
     xj:             what the network sees of the visible patches: "token_mlp", an MLP on each embedded patch; "pooled",
                     on their mean; "pixels", an MLP on each patch's pixels.
-    var:            the form of its variance (ssl_ib/info/club.py); hidden: its width (none: D).
+    var:            the form of its variance (ssl_ib/info/club.py); hidden: its width (null: D).
     club_reduce:    "mean" over D in L_min and L_approx, or the "sum", which is nats; watched values are always sums.
     club_neg:       the candidates of L_min: "siblings", or all latents of the "batch" as in CLUB.
     club_clamp0:    L_min counts for no less than 0.
     w_approx:       0 leaves the network at its random start (table 3a, row d).
     approx_lr:      a learning rate of the network's own, or the run's.
     gate:           L_min counts once L_rec is below gate_eps: "latch": from the first time its running mean is (which
-                    forgets at gate_momentum); "instant": in the steps where L_rec itself is; "off": from the start.
-    gate_max_epoch: a gate is open from this epoch on, whatever the loss (none: it waits for the loss alone).
+                    forgets at gate_momentum); "instant": in the steps where L_rec itself is; "none": from the start.
+    gate_max_epoch: a gate is open from this epoch on, whatever the loss (null: it waits for the loss alone).
 
     Watched, in nats: `nce_nats`, log(candidates) - InfoNCE; `club_nats`, the bound; `log_likelihood` of the latents.
     Further `variance_floor` (share of variances at their least value), `negative_bounds` (share of images whose bound
@@ -106,8 +106,8 @@ class MIMAE(Criterion):
         self.approximates, self.bounds = bool(w_approx), bool(w_min or w_approx)
         if not (w_rec or w_max or w_min):
             raise UserError("w_rec, w_max and w_min are all 0: nothing would train the encoder")
-        if w_min and not w_rec and gate != "off":
-            raise UserError(f"gate={gate!r} waits for the reconstruction, which w_rec=0 leaves out: use gate=off")
+        if w_min and not w_rec and gate != "none":
+            raise UserError(f"gate={gate!r} waits for the reconstruction, which w_rec=0 leaves out: use gate=none")
         self._check_masks(info)
         self.reconstruction = (MAE(info) if reconstruction is None else reconstruction) if self.reconstructs else None
         width = info.width("latents")

@@ -1,3 +1,3 @@
 """The built-in models, one a file."""
 
-from . import mae, mrcl, siamese  # noqa: F401
+from . import mae, mrcl, siamese, simmim  # noqa: F401

@@ -146,14 +146,25 @@ class Encoder(nn.Module):
             x = ops.patch_embed_gather(images, keep, embed.proj.weight, embed.proj.bias, positions, in_front)
         else:
             in_front = None
-            x = embed(images)
-            x = x.flatten(1, 2) if x.ndim == 4 else x
+            x = self.patches(images)
             x = x + positions.to(x.dtype)
             x = x if keep is None else ops.token_gather(x, keep)
         if in_front is None:
             x = x.unflatten(1, (num_masks, -1)).flatten(0, 1)
             x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         return vit.norm_pre(vit.pos_drop(x))
+
+    def patches(self, images: Tensor) -> Tensor:
+        """The patch embedding alone, of a vision transformer or a Swin: images [B, C, H, W] -> [B, L, D]."""
+        x = self.backbone.patch_embed(images)
+        return x.flatten(1, 2) if x.ndim == 4 else x
+
+    def placed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`embedded` from where `patches` ends, for all patches of a grid: [G, L, D] -> [G, P + L, D]."""
+        positions, prefix = self._embedding(grid)
+        x = patches + positions.to(patches.dtype)
+        x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        return self.backbone.norm_pre(self.backbone.pos_drop(x))
 
     def encoded(self, x: Tensor) -> Tensor:
         """The blocks of a vision transformer and its final norm: [B, P + K, D] -> [B, P + K, D]."""

@@ -53,9 +53,11 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], name: str = "sta
             model.decoder.load_state_dict(decoder)
     except RuntimeError as error:
         raise UserError(f"{name} does not fit the model: {error}") from None
-    ours = model.decoder.positions
+    ours = model.decoder.positions[None]
     # Computed in another order, sines and cosines differ in their last bits.
-    if positions is not None and not torch.allclose(positions.flatten(0, -2).to(ours), ours, atol=1e-5):
+    if positions is not None and not (
+        positions.shape == ours.shape and torch.allclose(positions.to(ours), ours, atol=1e-5)
+    ):
         raise UserError(f"{name}: its decoder's positions are not those of the model's grid")
 
 
@@ -66,9 +68,10 @@ def _read(path: str) -> dict[str, Tensor]:
         # The published files carry the arguments they were trained with.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # Unpickling a foreign file can raise anything.
-        raise UserError(f"checkpoint {path!r} cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # Unpickling a foreign file can raise anything, and without a word.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path!r} cannot be read: {reason}") from None
     state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"checkpoint {path!r}: expected a state dict, or one under 'model'")
     return state

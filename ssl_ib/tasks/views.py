@@ -21,7 +21,7 @@ class ViewsTask(Task):
     """Draws the view recipe's views of each image and masks each view independently.
 
     mask_draw: new masks in every epoch ("step"), or an image's first ones for good ("image").
-    lr_batch:  what the linear-scaling rule of the learning rate counts: "images", or an image's "masks".
+    lr_batch:  what the linear-scaling rule of the learning rate counts: every mask of an image ("masks"), or "images".
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class ViewsTask(Task):
         masker,
         info: RunInfo,
         mask_draw: Literal["step", "image"] = "step",
-        lr_batch: Literal["images", "masks"] = "images",
+        lr_batch: Literal["masks", "images"] = "masks",
     ):
         super().__init__()
         self.mask_draw = mask_draw

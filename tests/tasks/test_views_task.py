@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ssl_ib import Masks, Progress, RunInfo, Sample, UserError
+from ssl_ib.cli.train import main
 from ssl_ib.random import image_keys
 from ssl_ib.registry import MASKERS, TASKS, VIEWS
 from ssl_ib.tasks.views import ViewsTask
@@ -148,4 +149,68 @@ def test_mistakes():
 
 def test_an_image_counts_once():
     assert TASKS["views"] is ViewsTask and task().samples_per_image == 1
-    assert TASKS.schema("views") == {}
+    assert set(TASKS.schema("views")) == {"mask_draw", "lr_batch"}
+
+
+def several(masker="orthogonal", mask_draw="step", lr_batch="images", **arguments):
+    views = VIEWS["plain"](size=16, num_views=2)
+    masker = MASKERS[masker](**arguments)
+
+    def masks(grid):
+        drawn = masker(torch.zeros(1, dtype=torch.int64), grid)
+        return None if drawn is None else tuple(drawn.keep.shape[1:])
+
+    given = RunInfo(tuple(views.shapes), batch_size=8, grid=grid, masks=masks)
+    return ViewsTask(views, masker, given, mask_draw, lr_batch)
+
+
+def test_several_masks_an_image():
+    batch = several(ratio=0.75).prepare(IMAGES[list(range(6))], progress())
+    assert [view.shape for view in batch.views] == [(6, 3, 16, 16)] * 2  # an image is not repeated
+    assert [masks.keep.shape for masks in batch.masks] == [(6, 4, 4)] * 2
+    assert not (batch.masks[0].keep == batch.masks[1].keep).flatten(1).all(dim=1).any()
+
+
+def test_masks_are_drawn_anew_in_each_epoch_or_once_for_good():
+    sample, epochs = IMAGES[list(range(8))], [progress(epoch=e, step=10 * e) for e in (0, 1, 5)]
+    first, *later = (several("random", ratio=0.5).prepare(sample, p) for p in epochs)
+    for other in later:
+        assert not (other.masks[0].keep == first.masks[0].keep).flatten(1).all(dim=1).any()
+    kept = several(mask_draw="image", ratio=0.75)
+    first, *later = (kept.prepare(sample, p) for p in epochs)
+    for other in later:
+        assert all(torch.equal(a.keep, b.keep) for a, b in zip(other.masks, first.masks, strict=True))
+        assert not torch.equal(other.views[0], first.views[0])  # the views still change
+    # They are the first epoch's, they differ between images and views, and another run has others.
+    fresh = several(ratio=0.75).prepare(sample, progress())
+    assert all(torch.equal(a.keep, b.keep) for a, b in zip(fresh.masks, first.masks, strict=True))
+    assert len(first.masks[0].keep.flatten(1).unique(dim=0)) == 8
+    assert not torch.equal(first.masks[0].keep, first.masks[1].keep)
+    assert not torch.equal(kept.prepare(sample, progress(seed=1)).masks[0].keep, first.masks[0].keep)
+
+
+@pytest.mark.parametrize(
+    ("masker", "arguments", "count"),
+    [("orthogonal", {}, 4), ("orthogonal", {"ratio": 0.5}, 2), ("independent", {"n_masks": 7}, 7), ("random", {}, 1)],
+)
+def test_what_an_image_counts_for_in_the_linear_scaling_rule(masker, arguments, count):
+    arguments = {"ratio": 0.75} | arguments
+    assert several(masker, lr_batch="masks", **arguments).samples_per_image == count
+    assert several(masker, lr_batch="images", **arguments).samples_per_image == 1
+    assert several(masker, **arguments).samples_per_image == 1
+
+
+def test_without_a_masker_an_image_counts_once():
+    views = VIEWS["plain"](size=16)
+    assert ViewsTask(views, None, info(views), lr_batch="masks").samples_per_image == 1
+
+
+@pytest.mark.parametrize(("lr_batch", "samples", "rate"), [("images", 8, "3.125e-05"), ("masks", 32, "0.000125")])
+def test_the_printed_learning_rate_counts_images_or_masks(lr_batch, samples, rate, capsys):
+    """A dry run has 8 images a step: base rate x samples / 256."""
+    small = "model.backbone_args={patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}"
+    given = ["optim.lr=1e-3", "optim.linear_scaling=true", "model.decoder_dim=16", f"task.lr_batch={lr_batch}"]
+    assert main(["mi_mae_digits", "--dry-run", "--device", "cpu", small, *given]) == 0
+    printed = capsys.readouterr().out
+    assert f"batch      {samples} a step" in printed
+    assert f"learning rate {rate} (0.001 x {samples / 256:g})" in printed
