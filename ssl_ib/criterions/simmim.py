@@ -14,7 +14,7 @@ from .. import ops
 from ..part import Criterion, RunInfo
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
-from .reconstruction import check_hidden, hidden, unstandardised
+from .reconstruction import check_hidden, hidden, shown
 
 
 @register_criterion("simmim")
@@ -52,8 +52,5 @@ class SimMIM(Criterion):
         return (error * mask).sum() / mask.sum()
 
     def pixels(self, outputs: dict[str, list[Tensor]], batch: Batch) -> list[Tensor] | None:
-        """The reconstruction; with norm_pix it gets back the mean and deviation of the view's own patches."""
-        patches = outputs["reconstruction"]
-        if not self.norm_pix:
-            return patches
-        return [unstandardised(pred, view) for pred, view in zip(patches, batch.views, strict=True)]
+        """The hidden patches rebuilt (with norm_pix, in the mean and deviation of the view's own), the others given."""
+        return shown(outputs, batch, self.norm_pix)

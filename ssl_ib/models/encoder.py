@@ -63,7 +63,7 @@ class Encoder(nn.Module):
             if pool == "cls" and not self.backbone.has_class_token:
                 raise UserError(f"pool=cls needs a class token, and {name!r} has none: use pool=mean")
             if positions == "sincos":
-                self._fix_positions()
+                self.fix_positions()
         elif positions == "sincos":
             raise UserError(f"positions=sincos needs a vision transformer, and {name!r} is none")
 
@@ -91,7 +91,8 @@ class Encoder(nn.Module):
             f"a view of {height} x {width} pixels cannot be cut into patches of {patch}: change views.size"
         )
 
-    def _fix_positions(self) -> None:
+    def fix_positions(self) -> None:
+        """Replaces learned positions by fixed sines and cosines. Raises UserError where the width is not 4 x n."""
         if self.width % 4:
             raise UserError(f"positions=sincos needs a width divisible by 4, and {self.name!r} has {self.width}")
         table = self.backbone.pos_embed

@@ -106,8 +106,11 @@ def test_half_precision_is_summed_in_single():
 @pytest.mark.parametrize("masks", [1, 2])
 def test_pixels(masks):
     batch, (_, outputs) = draw_batch(masks), draw_outputs(masks)
-    assert SimMIM(INFO).pixels(outputs, batch) is outputs["reconstruction"]
     target = patchify(batch.views[0], SIDE).repeat_interleave(masks, dim=0)
+    hidden = batch.masks[0].mask.flatten(0, 1)
+    (shown,) = SimMIM(INFO).pixels(outputs, batch)
+    assert torch.equal(shown[hidden], outputs["reconstruction"][0][hidden])
+    assert torch.equal(shown[~hidden], target[~hidden])
     variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
     exact = {"reconstruction": [(target - mean) / (variance + 1e-6).sqrt()]}
     assert SimMIM(INFO, norm_pix=True)(exact, batch, PROGRESS).total.item() == pytest.approx(0, abs=1e-12)

@@ -456,7 +456,7 @@ def test_the_decoder_rests_where_nothing_is_reconstructed():
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "deit_tiny_distilled_patch16_224"])
 def test_a_backbone_that_is_no_plain_vision_transformer(name):
-    with pytest.raises(UserError, match=f"needs a vision transformer, and '{name}' is none"):
+    with pytest.raises(UserError, match=f"needs a plain vision transformer of timm's, and '{name}' is none"):
         mae((3, 32, 32), backbone=name, backbone_args={})
 
 
