@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..part import Model
+from ..types import Batch, Masks
 from .encoder import Encoder
 
 
@@ -31,6 +33,24 @@ class EncoderModel(Model):
 
     def export(self) -> tuple[str, dict[str, Any]]:
         return self.encoder.name, self.encoder.arguments
+
+
+class MaskedImageModel(EncoderModel):
+    """An encoder of masked views, and a decoder that is neither run nor trained where nobody reads what it rebuilds."""
+
+    decoder: nn.Module
+
+    def select(self, names) -> None:
+        super().select(names)
+        self.decoder.requires_grad_("reconstruction" in self.wanted)
+
+    @abstractmethod
+    def outputs_of(self, view: Tensor, masks: Masks | None) -> dict[str, Tensor]:
+        """The outputs of one view [B, C, H, W] under its masks, by name."""
+
+    def forward(self, batch: Batch) -> dict[str, list[Tensor]]:
+        views = [self.outputs_of(view, masks) for view, masks in zip(batch.views, batch.masks, strict=True)]
+        return {name: [view[name] for view in views] for name in views[0]}
 
 
 def one_shape(model: str, view_shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:

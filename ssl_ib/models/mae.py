@@ -14,15 +14,15 @@ from ..errors import UserError
 from ..hints import Count, PositiveInt
 from ..part import RunInfo
 from ..registry import register_model
-from ..types import Batch, Masks
+from ..types import Masks
 from . import official
 from .decoder import PatchDecoder
 from .encoder import Encoder, Pool
-from .encoder_model import EncoderModel, one_shape
+from .encoder_model import MaskedImageModel, one_shape
 
 
 @register_model("mae")
-class MAE(EncoderModel):
+class MAE(MaskedImageModel):
     """A vision transformer over the visible patches of each mask, and a small one that reconstructs every patch.
 
     The N masks of an image share its embedding: a patch is read and embedded once for each mask that shows it, all
@@ -79,18 +79,7 @@ class MAE(EncoderModel):
         }
         self.provides = self.wanted = frozenset(self.widths)
 
-    def select(self, names) -> None:
-        super().select(names)
-        self.decoder.requires_grad_("reconstruction" in self.wanted)
-
-    def forward(self, batch: Batch) -> dict[str, list[Tensor]]:
-        outputs: dict[str, list[Tensor]] = {name: [] for name in self.provides}
-        for view, masks in zip(batch.views, batch.masks, strict=True):
-            for name, value in self._outputs(view, masks).items():
-                outputs[name].append(value)
-        return {name: values for name, values in outputs.items() if values}
-
-    def _outputs(self, view: Tensor, masks: Masks | None) -> dict[str, Tensor]:
+    def outputs_of(self, view: Tensor, masks: Masks | None) -> dict[str, Tensor]:
         keep = None if masks is None else masks.keep
         embedded = self.encoder.embedded(view, keep)
         tokens = self.encoder.encoded(embedded)

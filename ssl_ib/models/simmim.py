@@ -21,13 +21,13 @@ from ..errors import UserError
 from ..hints import PositiveInt
 from ..part import ParamGroup, RunInfo
 from ..registry import register_model
-from ..types import Batch, Masks
+from ..types import Masks
 from .encoder import Encoder, Pool
-from .encoder_model import EncoderModel, one_shape
+from .encoder_model import MaskedImageModel, one_shape
 
 
 @register_model("simmim")
-class SimMIM(EncoderModel):
+class SimMIM(MaskedImageModel):
     """A Swin or vision transformer on all patches, the hidden ones replaced by a mask token, and a linear head.
 
     The N masks of an image share its patch embedding, and all masks are one batch of the encoder. Positions are
@@ -105,10 +105,6 @@ class SimMIM(EncoderModel):
                 raise UserError(f"a view of {height} x {width} pixels is not a multiple of {what}: change views.size")
         return height // self.mask_unit, width // self.mask_unit
 
-    def select(self, names) -> None:
-        super().select(names)
-        self.decoder.requires_grad_("reconstruction" in self.wanted)
-
     def param_groups(self) -> Iterable[ParamGroup]:
         """All but the backbone's positions and class token, and those, which do not decay, as published."""
         spared = {f"encoder.backbone.{name}" for name in self.backbone.no_weight_decay()}
@@ -116,14 +112,7 @@ class SimMIM(EncoderModel):
             yield replace(group, params=[(n, p) for n, p in group.params if n not in spared])
             yield ParamGroup("positions", [(n, p) for n, p in group.params if n in spared], weight_decay=0.0)
 
-    def forward(self, batch: Batch) -> dict[str, list[Tensor]]:
-        outputs: dict[str, list[Tensor]] = {name: [] for name in self.provides}
-        for view, masks in zip(batch.views, batch.masks, strict=True):
-            for name, value in self._outputs(view, masks).items():
-                outputs[name].append(value)
-        return {name: values for name, values in outputs.items() if values}
-
-    def _outputs(self, view: Tensor, masks: Masks | None) -> dict[str, Tensor]:
+    def outputs_of(self, view: Tensor, masks: Masks | None) -> dict[str, Tensor]:
         height, width = view.shape[2:]
         x = visible = self.encoder.patches(view)
         if masks is not None:
