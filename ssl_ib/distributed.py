@@ -166,6 +166,21 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     return all_reduce_sum(x) / world_size()
 
 
+def largest_of(x: Tensor) -> Tensor:
+    """The ranks' elementwise maximum, on each of them; not differentiable."""
+    if _several():
+        x = x.clone()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """The main process's tensor, on each rank, in place of `x`."""
+    if _several():
+        dist.broadcast(x, 0)
+    return x
+
+
 def barrier() -> None:
     """Waits until every process has come here."""
     if _several():

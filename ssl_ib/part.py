@@ -29,6 +29,7 @@ class RunInfo:
 
     view_shapes: one [C, H, W] a view (without the batch dimension).
     batch_size:  images a step and a process.
+    num_global:  how many of the views, the first ones, are global crops: those a teacher sees; None for all.
     cap:         the largest number of rows a bank of past features may have (a dry run makes it small), or None.
     images:      how many training images there are; a call, because it may have to read the source.
     grid:        patches (rows, columns) the model cuts a view of a given shape into, or None; known once the model is.
@@ -39,6 +40,7 @@ class RunInfo:
     view_shapes: tuple[tuple[int, ...], ...]
     batch_size: int
     world_size: int = 1
+    num_global: int | None = None
     cap: int | None = None
     images: Callable[[], int] = lambda: 0
     grid: Callable[[tuple[int, ...]], tuple[int, int] | None] = lambda shape: None
@@ -54,12 +56,13 @@ class RunInfo:
 class Context:
     """What a hook may use of the run; never the trainer.
 
-    collect(name, n): the model's output `name` (its first entry) for n plain training images, stacked: [n, ...].
+    collect(name, n, draw=None): the model's output `name` (its first entry) for n plain training images, stacked:
+        [n, ...]; always the same images, spread over the classes, or with a number `draw` that many random ones.
     reset_optimizer_state(param): forgets the optimiser's moments of a parameter whose value was replaced.
     """
 
     progress: Progress
-    collect: Callable[[str, int], Tensor]
+    collect: Callable[..., Tensor]
     reset_optimizer_state: Callable[[nn.Parameter], None]
 
 

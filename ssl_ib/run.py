@@ -91,6 +91,7 @@ def build_run(config: Config, dry: bool = False) -> Run:
             "view_shapes": tuple(tuple(shape) for shape in views.shapes),
             "batch_size": batch_size // world,
             "world_size": world,
+            "num_global": getattr(views, "num_global", None),
             "cap": DRY_BANK_BATCHES * batch_size if dry else None,
             "images": (lambda: len(source.train())) if source is not None else (lambda: 0),
             "masks": partial(_masks, masker),

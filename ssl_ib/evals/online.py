@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from .. import distributed
+from .. import distributed, random
 from ..data.loader import ordered
 from ..run import Run
 from ..types import Batch, Progress, Sample
@@ -83,15 +83,27 @@ class Online:
         train, test = (_labelled(features.raw_pixels(samples, self._small)) for samples in self._splits())
         return {"knn/top1": self._knn(train, test)}
 
-    def collect(self, name: str, n: int) -> Tensor:
-        """The model's output `name`, of its first view, for n plain training images (or all): [n, ...]."""
-        found = []
-        with torch.no_grad(), self.evaluating():
-            for sample in self._samples(self.run.source.train(), n):
-                sample = sample.to(self.run.device)
-                views = [self._plain(sample)] * len(self.run.views.shapes)
-                outputs = self.run.model(Batch(views, [None] * len(views), sample.index, sample.label))
-                found.append(outputs[name][0])
+    def collect(self, name: str, n: int, draw: int | None = None) -> Tensor:
+        """The model's output `name`, of its first view, for n plain training images (or all): [n, ...].
+
+        draw: a number that chooses the images at random; None for those that are always taken.
+        """
+        images, model, found = self.run.source.train(), self.run.model, []
+        if draw is None:
+            samples = self._samples(images, n)
+        else:
+            index = random.shuffled(self.run.config.seed, draw, len(images))[:n]
+            samples = map(images.gather, index.split(self.config.batch_size))
+        wanted = model.wanted
+        try:
+            model.wanted = frozenset({name})
+            with torch.no_grad(), self.evaluating():
+                for sample in samples:
+                    sample = sample.to(self.run.device)
+                    batch = Batch([self._plain(sample)], [None], sample.index, sample.label)
+                    found.append(model(batch)[name][0])
+        finally:
+            model.wanted = wanted
         return torch.cat(found)
 
     @torch.no_grad()

@@ -107,21 +107,23 @@ class Siamese(EncoderModel):
 
 
 def encode_views(
-    encoder: Encoder, views: list[Tensor], keeps: list[Tensor | None]
+    encoder: Encoder, views: list[Tensor], keeps: list[Tensor | None], jointly: bool | None = None
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Tokens and features of each view.
 
     views: [B, C, H, W] each; keeps: int64 [B, N, K] or None each. An image with N masks becomes N rows.
-    Consecutive views of one shape go through a vision transformer together. Other backbones may normalise over the
-    batch, so each of their views is a batch of its own, as in the published methods.
+    jointly: whether consecutive views of one shape go through the encoder together. Those of a vision transformer do by
+    default. Other backbones may normalise over the batch, so each of their views is a batch of its own, as in the
+    published methods of two views.
     """
     tokens, features = [], []
 
     pairs = list(zip(views, keeps, strict=True))
+    jointly = encoder.is_vit if jointly is None else jointly
 
     def sort(number: int) -> Any:
         view, keep = pairs[number]
-        return (view.shape, None if keep is None else keep.shape) if encoder.is_vit else number
+        return (view.shape, None if keep is None else keep.shape) if jointly else number
 
     for _, group in groupby(range(len(pairs)), key=sort):
         images, kept = zip(*(pairs[number] for number in group), strict=True)

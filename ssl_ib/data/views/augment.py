@@ -159,12 +159,14 @@ class Views:
 
     augments:   one distribution a view.
     crop_ratio: the evaluation view's size over the side that the shorter side of the image is resized to, in (0, 1].
+    num_global: how many of the views, the first ones, are global crops (default: all), which a teacher may see.
     """
 
     registry_kind: ClassVar[str] = "views"
 
-    def __init__(self, augments: Sequence[Augment], crop_ratio: float = 1.0):
+    def __init__(self, augments: Sequence[Augment], crop_ratio: float = 1.0, num_global: int | None = None):
         self.augments, self.crop_ratio = list(augments), crop_ratio
+        self.num_global = len(self.augments) if num_global is None else num_global
         self._mean, self._std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
 
     @property

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from ...hints import NonNegative, PositiveInt, Probability
+from ...hints import Count, NonNegative, PositiveInt, Probability
 from ...registry import register_views
 from .augment import Augment, Views
 from .resample import Interpolation
@@ -147,6 +147,41 @@ def dino(
 ) -> Views:
     """DINO's two global views: BYOL's, of larger crops (Caron et al., DINO, appendix)."""
     return byol(size, scale, strength, jitter_p, grey_p, blur_p, solarise_p, crop_ratio, interpolation)
+
+
+@register_views("multi_crop")
+def multi_crop(
+    size: PositiveInt = 224,
+    scale: Scale = (0.4, 1.0),
+    num_global: PositiveInt = 2,
+    local_size: PositiveInt = 96,
+    local_scale: Scale = (0.05, 0.4),
+    num_local: Count = 8,
+    strength: NonNegative = 1.0,
+    jitter_p: Probability = 0.8,
+    grey_p: Probability = 0.2,
+    blur_p: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5),
+    solarise_p: tuple[Probability, Probability, Probability] = (0.0, 0.2, 0.0),
+    crop_ratio: Share = 0.875,
+    interpolation: Interpolation = "bicubic",
+    flip: Probability = 0.5,
+) -> Views:
+    """Global crops, then local ones: BYOL's augmentation (Caron et al., SwAV, 2020; DINO, 2021).
+
+    A teacher sees the global crops alone. Probabilities of blur and solarisation are those of the first global crop, of
+    the other global crops, and of the local ones.
+    """
+    jitter = tuple(strength * base for base in (0.4, 0.4, 0.2, 0.1))
+
+    def augment(side: int, share: Scale, kind: int) -> Augment:
+        return Augment(
+            side, share, flip=flip, jitter=jitter, jitter_p=jitter_p, grey_p=grey_p, blur_p=blur_p[kind],
+            solarise_p=solarise_p[kind], interpolation=interpolation,
+        )  # fmt: skip
+
+    augments = [augment(size, scale, min(number, 1)) for number in range(num_global)]
+    augments += [augment(local_size, local_scale, 2) for _ in range(num_local)]
+    return Views(augments, crop_ratio, num_global)
 
 
 @register_views("plain")

@@ -1,0 +1,176 @@
+"""SVIB: student and teacher agree on the assignment of their crops to a Gaussian mixture, with a bottleneck on it.
+
+Shapes: B images, V student views of which the first G are also the teacher's, K prototypes, d embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import distributed, ops
+from ..hints import NonNegative, Positive, Probability
+from ..models.prototypes import Prototypes
+from ..part import Context, Criterion, RunInfo
+from ..registry import register_criterion
+from ..types import Batch, Loss, Progress
+from .crops import NumPrototypes, pairs, student_and_teacher
+
+_logger = logging.getLogger(__name__)
+#: A prototype is dead where it gets less than this share of an equal one.
+DEAD = 0.1
+
+
+@register_criterion("svib")
+class SVIB(Criterion):
+    """Cross-entropy of the teacher's assignment with the student's, plus beta times its divergence from a prior q.
+
+    Reads `student` and `teacher`, unit vectors [B, d]. With unit prototypes c_k, p(k|z) is the softmax of
+    z . c_k / tau; the cross-entropy is the mean over pairs of different views, the divergence that over the teacher's
+    views. No B x K tensor is formed; a teacher's view is scored once. Source: SVIB, equations 17 to 20. With q uniform
+    the loss is KL(p_t || p_s) + (1 - beta) H(p_t) + beta log K.
+
+    K:               prototypes; at most as many as there are training images.
+    sigma_s, sigma_t: widths of the mixture for student and teacher.
+    tau_from:        the temperature is sigma squared ("sigma2"), or sigma itself.
+    gauss_factor:    2 keeps the factor of (z - c)^2 = 2 - 2 z . c, which equation 20 leaves out.
+    beta:            weight of the divergence; the paper's schedule is {from: 0.5, to: 0.01, shape: exponential}.
+    kl_grad:         what the divergence moves: the "prototypes" (the teacher is a constant); the "student", whose
+                     assignment of the global views it then scores, and the prototypes; or "none".
+    ce_target_detach: the target of the cross-entropy is a constant; without it, the prototypes learn through it too.
+    q:               "uniform", or the running mean of the teacher's assignments ("ema_marginal").
+    reinit:          at the end of an epoch (but the last) the prototypes become features of random training images.
+    reinit_src:      whose features; reinit_reset_opt: the optimiser forgets the old prototypes' moments.
+    center:          subtracts the running mean of the teacher's cosines, as DINO does.
+    usage_momentum:  of the running mean assignment, which q, the warnings and `dead_prototypes` read.
+
+    Watched: `teacher_entropy`, the mean entropy of an assignment in nats; `marginal_entropy`, that of the batch's mean
+    assignment; `kl_to_prior`; `dead_prototypes`, the share that gets less than a tenth of an equal share; `agreement`,
+    the mean cosine of student and teacher over pairs.
+    """
+
+    requires = frozenset({"student", "teacher"})
+
+    def __init__(
+        self,
+        info: RunInfo,
+        K: NumPrototypes = 65536,
+        sigma_s: Positive = 0.32,
+        sigma_t: Positive = 0.2,
+        tau_from: Literal["sigma2", "sigma"] = "sigma2",
+        gauss_factor: Literal[1, 2] = 1,
+        beta: NonNegative = 0.5,
+        kl_grad: Literal["prototypes", "student", "none"] = "prototypes",
+        ce_target_detach: bool = True,
+        q: Literal["uniform", "ema_marginal"] = "uniform",
+        reinit: bool = True,
+        reinit_src: Literal["teacher", "student"] = "teacher",
+        reinit_reset_opt: bool = True,
+        center: bool = False,
+        center_momentum: Probability = 0.9,
+        usage_momentum: Probability = 0.99,
+    ):
+        super().__init__()
+        self.sigma_s, self.sigma_t, self.tau_from, self.gauss_factor = sigma_s, sigma_t, tau_from, gauss_factor
+        self.beta, self.kl_grad, self.ce_target_detach, self.q = beta, kl_grad, ce_target_detach, q
+        self.reinit, self.reinit_src, self.reinit_reset_opt = reinit, reinit_src, reinit_reset_opt
+        self.center, self.center_momentum, self.usage_momentum = center, center_momentum, usage_momentum
+        images = info.images()
+        self.num_prototypes = min(K, images) if images else K
+        width = info.width("student")
+        self.prototypes = Prototypes(self.num_prototypes, width)
+        self.register_buffer("mean_teacher", torch.zeros(width))
+        self.register_buffer("usage", torch.full((self.num_prototypes,), 1 / self.num_prototypes))
+        self.register_buffer("mean_entropy", torch.tensor(math.nan))
+        self._marginal: Tensor | None = None
+
+    def tau(self, sigma: float) -> float:
+        """The temperature of a mixture of width sigma."""
+        return (sigma**2 if self.tau_from == "sigma2" else sigma) / self.gauss_factor
+
+    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
+        student, teacher = student_and_teacher(outputs)
+        prototypes, tau_s = self.prototypes.unit(), self.tau(self.sigma_s)
+        log_prior = None if self.q == "uniform" else self.usage.clamp(min=1e-12).log()
+        z = torch.cat([t.detach() for t in teacher]).to(prototypes.dtype)
+        means, entropy, expected, marginal = self._teachers(z, prototypes, log_prior)
+        lse = ops.gmm_lse(torch.cat(student), prototypes, tau_s).chunk(len(student))
+        means = means.chunk(len(teacher))
+        found = pairs(len(student), len(teacher))
+        cross_entropy = sum((lse[s] - (student[s] * means[t]).sum(dim=1) / tau_s).mean() for t, s in found) / len(found)
+        if self.kl_grad == "student":
+            seen = torch.cat(student[: len(teacher)])
+            _, entropy_s, expected_s, _ = ops.gmm_posterior(seen, prototypes, tau_s, log_prior, marginal=False)
+            divergence = self._divergence(entropy_s, expected_s)
+        else:
+            divergence = self._divergence(entropy, expected)
+        divergence = divergence.detach() if self.kl_grad == "none" else divergence
+        loss = Loss.weighted(cross_entropy=(cross_entropy, 1.0), kl_to_prior=(divergence, self.beta))
+        self._marginal = marginal.detach()
+        agreement = sum((student[s] * teacher[t]).sum(dim=1).mean() for t, s in found) / len(found)
+        loss.terms.update(
+            teacher_entropy=entropy.detach().mean(),
+            marginal_entropy=torch.special.entr(self._marginal).sum(),
+            dead_prototypes=(self.usage < DEAD / self.num_prototypes).to(entropy.dtype).mean(),
+            agreement=agreement.detach(),
+        )
+        return loss
+
+    def _teachers(self, z: Tensor, prototypes: Tensor, log_prior: Tensor | None) -> tuple[Tensor, ...]:
+        """Mean prototype, entropy, expected log prior and marginal of the teacher's assignments: z [G*B, d]."""
+        if not self.center:
+            return ops.gmm_posterior(z, prototypes, self.tau(self.sigma_t), log_prior, self.ce_target_detach)
+        # A bias of each prototype is one more dimension of it, which every z has at 1.
+        bias = -(prototypes @ self.mean_teacher)
+        extended = torch.cat([prototypes, bias[:, None]], dim=1), torch.cat([z, z.new_ones(len(z), 1)], dim=1)
+        means, *others = ops.gmm_posterior(
+            extended[1], extended[0], self.tau(self.sigma_t), log_prior, self.ce_target_detach
+        )
+        return means[:, :-1], *others
+
+    def _divergence(self, entropy: Tensor, expected_log_prior: Tensor) -> Tensor:
+        """Mean KL divergence of assignments from q."""
+        if self.q == "uniform":
+            return math.log(self.num_prototypes) - entropy.mean()
+        return -(entropy + expected_log_prior).mean()
+
+    def after_forward(
+        self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
+    ) -> None:
+        self.usage.lerp_(distributed.all_reduce_mean(self._marginal).to(self.usage.dtype), 1 - self.usage_momentum)
+        self.mean_entropy.copy_(distributed.all_reduce_mean(terms["teacher_entropy"]))
+        if self.center:
+            mean = torch.cat(outputs["teacher"]).mean(dim=0).to(self.mean_teacher.dtype)
+            self.mean_teacher.lerp_(distributed.all_reduce_mean(mean), 1 - self.center_momentum)
+
+    def on_epoch_end(self, ctx: Context) -> None:
+        """Says where the assignment has collapsed, and makes new prototypes."""
+        collapse = self.collapse()
+        if collapse is not None and distributed.is_main():
+            _logger.warning("svib: %s", collapse)
+        if self.reinit and ctx.progress.epoch + 1 < ctx.progress.total_epochs:
+            self._reinitialise(ctx)
+
+    def collapse(self) -> str | None:
+        """Which collapse the running statistics show, or None."""
+        most = math.log(self.num_prototypes)
+        if float(self.mean_entropy) > 0.99 * most:
+            return f"collapse to the uniform assignment: entropy {float(self.mean_entropy):.3f} of {most:.3f} nats"
+        marginal = float(torch.special.entr(self.usage).sum())
+        if marginal < 0.05 * most:
+            return f"collapse to few prototypes: entropy of the mean assignment {marginal:.3f} of {most:.3f} nats"
+        return None
+
+    def _reinitialise(self, ctx: Context) -> None:
+        weight = self.prototypes.weight
+        fresh = torch.empty_like(weight)
+        if distributed.is_main():
+            fresh.copy_(ctx.collect(self.reinit_src, self.num_prototypes, ctx.progress.epoch))
+        weight.copy_(distributed.broadcast(fresh))
+        self.usage.fill_(1 / self.num_prototypes)
+        if self.reinit_reset_opt:
+            ctx.reset_optimizer_state(weight)

@@ -1,0 +1,107 @@
+"""SwAV: each view predicts the balanced assignment of another (Caron et al., NeurIPS 2020).
+
+Shapes: B images of this process, V views of which the first G are global crops, N rows, K prototypes, d embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import distributed
+from ..hints import Count, Positive, PositiveInt
+from ..models.prototypes import Prototypes
+from ..part import Context, Criterion, RunInfo
+from ..registry import register_criterion
+from ..types import Batch, Loss, Progress
+from .crops import NumPrototypes, pairs
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assignments that use every prototype alike: scores [N, K] -> [N, K], whose rows are distributions.
+
+    Over the rows of all processes. Source: SwAV, section 3.1 and appendix A (Cuturi, 2013).
+    """
+    # In logarithms, because exp(1 / 0.05) squared is near float32's end.
+    log_q = scores.double() / epsilon
+    for _ in range(iterations):
+        top = distributed.largest_of(log_q.amax(dim=0))
+        columns = distributed.all_reduce_sum((log_q - top).exp().sum(dim=0)).log() + top
+        log_q = log_q - columns
+        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)
+    return log_q.exp().to(scores.dtype)
+
+
+@register_criterion("swav")
+class SwAV(Criterion):
+    """Cross-entropy of a global view's Sinkhorn assignment with the softmax of every other view, mean over pairs.
+
+    Reads `student`, unit vectors [B, d] of every view.
+
+    K:             prototypes.   temperature: of the prediction.
+    epsilon, iterations: of Sinkhorn's algorithm.
+    queue:         rows of past embeddings a global view that help to balance the assignment (0: none), used from
+                   `queue_epoch` on.
+    freeze_epochs: the prototypes do not learn before this epoch (SwAV: 1).
+    """
+
+    requires = frozenset({"student"})
+
+    def __init__(
+        self,
+        info: RunInfo,
+        K: NumPrototypes = 3000,
+        temperature: Positive = 0.1,
+        epsilon: Positive = 0.05,
+        iterations: PositiveInt = 3,
+        queue: Count = 0,
+        queue_epoch: Count = 15,
+        freeze_epochs: Count = 1,
+    ):
+        super().__init__()
+        self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
+        self.queue_epoch, self.freeze_epochs = queue_epoch, freeze_epochs
+        width = info.width("student")
+        self.num_global = len(info.view_shapes) if info.num_global is None else info.num_global
+        self.prototypes = Prototypes(K, width)
+        rows = info.capped(queue)
+        self.register_buffer("queue", torch.zeros(self.num_global, rows, width))
+        self.register_buffer("filled", torch.tensor(0))
+
+    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
+        student = outputs["student"]
+        cosines = [self.prototypes(z) for z in student]
+        past = min(int(self.filled), self.queue.shape[1]) if progress.epoch >= self.queue_epoch else 0
+        targets = []
+        for number in range(self.num_global):
+            scores = cosines[number].detach()
+            if past:
+                scores = torch.cat([scores, self.prototypes(self.queue[number, :past]).detach()])
+            targets.append(sinkhorn(scores, self.epsilon, self.iterations)[: len(student[number])])
+        log_p = [F.log_softmax(c.float() / self.temperature, dim=1) for c in cosines]
+        found = pairs(len(student), self.num_global)
+        value = sum(-(targets[t] * log_p[s]).sum(dim=1).mean() for t, s in found) / len(found)
+        loss = Loss.weighted(swav=(value, 1.0))
+        p = torch.cat(targets)
+        loss.terms.update(
+            assignment_entropy=torch.special.entr(p).sum(dim=1).mean(),
+            marginal_entropy=torch.special.entr(p.mean(dim=0)).sum(),
+        )
+        return loss
+
+    def after_forward(
+        self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
+    ) -> None:
+        rows = self.queue.shape[1]
+        if not rows:
+            return
+        for queue, z in zip(self.queue, outputs["student"], strict=False):
+            # The newest first; the oldest fall off the end.
+            queue.copy_(torch.cat([z.to(queue.dtype), queue])[:rows])
+        self.filled.add_(len(outputs["student"][0])).clamp_(max=rows)
+
+    def before_step(self, ctx: Context) -> None:
+        if ctx.progress.epoch < self.freeze_epochs:
+            self.prototypes.weight.grad = None

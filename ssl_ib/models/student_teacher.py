@@ -1,0 +1,136 @@
+"""A student that sees every crop, and its moving average that sees the global ones: what DINO and SVIB train.
+
+Shapes: B images, V views of which the first G are global crops, D encoder width, d embedding, K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..hints import Count, PositiveInt, Probability
+from ..part import Context, RunInfo
+from ..registry import register_model
+from ..types import Batch
+from .encoder import Encoder, Pool
+from .encoder_model import EncoderModel
+from .momentum import MomentumCopy
+from .prototypes import Prototypes
+from .siamese import encode_views
+
+
+class ProjectionHead(nn.Module):
+    """An MLP whose output is scaled to length 1, and where asked a last layer of prototypes (DINO, appendix B).
+
+    layers >= 1 linear ones with GELU between them, and batch norm before it where `norm`; `prototypes` 0 leaves the
+    last layer out. [N, in_width] -> [N, width] of length 1, or cosines [N, prototypes].
+    """
+
+    def __init__(self, in_width: int, hidden: int, width: int, layers: int, norm: bool, prototypes: int):
+        super().__init__()
+        widths = [in_width, *[hidden] * (layers - 1)]
+        modules: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            modules += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), nn.GELU()]
+        self.mlp = nn.Sequential(*modules, nn.Linear(widths[-1], width))
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last = Prototypes(prototypes, width) if prototypes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.mlp(x)
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        return z if self.last is None else self.last(z)
+
+
+@register_model("student_teacher")
+class StudentTeacher(EncoderModel):
+    """An encoder with a head, and a momentum copy of both.
+
+    Gives `features` [B, D] and `student` of all V views, and `teacher` of the G global ones, without gradient: unit
+    vectors [B, head_dim], or with `prototypes` their cosines with these [B, prototypes] (DINO's last layer, which the
+    teacher has a copy of). Consecutive views of one size are one pass of the encoder.
+
+    backbone, backbone_args: a timm model. Its drop path is the student's alone.
+    pool, positions:  of a vision transformer. Views of other sizes than the first get resampled positions.
+    head_*:           layers (with GELU), their width, the width of the embedding, batch norm between them.
+    prototypes:       0 for a head that ends in unit vectors.
+    freeze_last_epochs: the prototypes do not learn before this epoch (DINO: 1).
+    momentum:         of the teacher (DINO: .996 to 1, cosine); none leaves the teacher out.
+    eval_net:         which of them is evaluated and kept.
+    """
+
+    def __init__(
+        self,
+        info: RunInfo,
+        backbone: str = "vit_small_patch16_224",
+        backbone_args: dict[str, Any] | None = None,
+        pool: Pool = "cls",
+        positions: Literal["learned", "sincos"] = "learned",
+        head_layers: PositiveInt = 3,
+        head_hidden: PositiveInt = 2048,
+        head_dim: PositiveInt = 256,
+        head_norm: bool = False,
+        prototypes: Count = 0,
+        freeze_last_epochs: Count = 0,
+        momentum: Probability | None = 0.996,
+        eval_net: Literal["teacher", "student"] = "teacher",
+    ):
+        super().__init__()
+        self.momentum, self.freeze_last_epochs = momentum, freeze_last_epochs
+        self.num_global = len(info.view_shapes) if info.num_global is None else info.num_global
+        self.student = Encoder(backbone, backbone_args or {}, info.view_shapes[0], pool, positions)
+        for shape in info.view_shapes:
+            self.student.grid(shape)
+        self.head = ProjectionHead(self.student.width, head_hidden, head_dim, head_layers, head_norm, prototypes)
+        self.teacher = None if momentum is None else MomentumCopy(self.student, self.head)
+        if self.teacher is None and eval_net == "teacher":
+            raise UserError(
+                "eval_net=teacher, but momentum is null, which leaves the teacher out: use eval_net=student"
+            )
+        for module in self.teacher.modules() if self.teacher is not None else ():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+        self.eval_net = eval_net
+        width = prototypes or head_dim
+        self.widths = {"features": self.student.width, "student": width, "teacher": width}
+        provides = {"features", "student"} | ({"teacher"} if self.teacher is not None else set())
+        self.provides = self.wanted = frozenset(provides)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The evaluated network."""
+        return self.teacher.networks[0] if self.eval_net == "teacher" else self.student
+
+    def forward(self, batch: Batch) -> dict[str, list[Tensor]]:
+        keeps = [None if masks is None else masks.keep for masks in batch.masks]
+        outputs = {}
+        if self.wanted & {"features", "student"}:
+            _, features = encode_views(self.student, batch.views, keeps, jointly=True)
+            outputs |= {"features": features, "student": self._projected(self.head, features)}
+        if self.teacher is not None and "teacher" in self.wanted:
+            encoder, head = self.teacher.networks
+            with torch.no_grad():
+                _, seen = encode_views(encoder, batch.views[: self.num_global], keeps[: self.num_global], jointly=True)
+                outputs["teacher"] = self._projected(head, seen)
+        return outputs
+
+    @staticmethod
+    def _projected(head: nn.Module, features: list[Tensor]) -> list[Tensor]:
+        """One pass of the head for all views."""
+        return list(head(torch.cat(features)).split([len(f) for f in features]))
+
+    def before_step(self, ctx: Context) -> None:
+        if self.head.last is not None and ctx.progress.epoch < self.freeze_last_epochs:
+            self.head.last.weight.grad = None
+
+    def after_step(self, ctx: Context) -> None:
+        if self.teacher is not None:
+            self.teacher.update(self.student, self.head, momentum=self.momentum)
