@@ -14,7 +14,7 @@ from ..hints import Positive, Probability
 from ..part import Context, Criterion, RunInfo
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
-from .crops import pairs, student_and_teacher
+from .crops import check_views, pairs
 
 
 @register_criterion("dino")
@@ -36,11 +36,12 @@ class DINO(Criterion):
         self, info: RunInfo, tau_s: Positive = 0.1, tau_t: Positive = 0.04, center_momentum: Probability = 0.9
     ):
         super().__init__()
+        check_views(info)
         self.tau_s, self.tau_t, self.center_momentum = tau_s, tau_t, center_momentum
         self.register_buffer("center", torch.zeros(info.width("teacher")))
 
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
-        student, teacher = student_and_teacher(outputs)
+        student, teacher = outputs["student"], outputs["teacher"]
         targets = [((t.detach().float() - self.center) / self.tau_t).softmax(dim=1) for t in teacher]
         log_p = [F.log_softmax(s.float() / self.tau_s, dim=1) for s in student]
         found = pairs(len(student), len(teacher))
@@ -52,7 +53,7 @@ class DINO(Criterion):
     def after_forward(
         self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
     ) -> None:
-        mean = torch.cat(outputs["teacher"]).float().mean(dim=0)
+        mean = torch.cat(outputs["teacher"]).to(self.center.dtype).mean(dim=0)
         self.center.lerp_(distributed.all_reduce_mean(mean), 1 - self.center_momentum)
 
 

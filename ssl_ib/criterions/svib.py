@@ -18,7 +18,7 @@ from ..models.prototypes import Prototypes
 from ..part import Context, Criterion, RunInfo
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
-from .crops import NumPrototypes, pairs, student_and_teacher
+from .crops import NumPrototypes, check_views, pairs
 
 _logger = logging.getLogger(__name__)
 #: A prototype is dead where it gets less than this share of an equal one.
@@ -75,16 +75,19 @@ class SVIB(Criterion):
         usage_momentum: Probability = 0.99,
     ):
         super().__init__()
+        check_views(info)
         self.sigma_s, self.sigma_t, self.tau_from, self.gauss_factor = sigma_s, sigma_t, tau_from, gauss_factor
         self.beta, self.kl_grad, self.ce_target_detach, self.q = beta, kl_grad, ce_target_detach, q
         self.reinit, self.reinit_src, self.reinit_reset_opt = reinit, reinit_src, reinit_reset_opt
         self.center, self.center_momentum, self.usage_momentum = center, center_momentum, usage_momentum
         images = info.images()
-        self.num_prototypes = min(K, images) if images else K
+        # A dry run does not embed an image for each of the paper's 65536.
+        self.num_prototypes = info.capped(min(K, images) if images else K)
         width = info.width("student")
         self.prototypes = Prototypes(self.num_prototypes, width)
         self.register_buffer("mean_teacher", torch.zeros(width))
         self.register_buffer("usage", torch.full((self.num_prototypes,), 1 / self.num_prototypes))
+        self.register_buffer("seen", torch.tensor(0.0))
         self.register_buffer("mean_entropy", torch.tensor(math.nan))
         self._marginal: Tensor | None = None
 
@@ -93,7 +96,7 @@ class SVIB(Criterion):
         return (sigma**2 if self.tau_from == "sigma2" else sigma) / self.gauss_factor
 
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
-        student, teacher = student_and_teacher(outputs)
+        student, teacher = outputs["student"], outputs["teacher"]
         prototypes, tau_s = self.prototypes.unit(), self.tau(self.sigma_s)
         log_prior = None if self.q == "uniform" else self.usage.clamp(min=1e-12).log()
         z = torch.cat([t.detach() for t in teacher]).to(prototypes.dtype)
@@ -115,22 +118,16 @@ class SVIB(Criterion):
         loss.terms.update(
             teacher_entropy=entropy.detach().mean(),
             marginal_entropy=torch.special.entr(self._marginal).sum(),
-            dead_prototypes=(self.usage < DEAD / self.num_prototypes).to(entropy.dtype).mean(),
+            dead_prototypes=(self._used() < DEAD / self.num_prototypes).to(entropy.dtype).mean(),
             agreement=agreement.detach(),
         )
         return loss
 
     def _teachers(self, z: Tensor, prototypes: Tensor, log_prior: Tensor | None) -> tuple[Tensor, ...]:
         """Mean prototype, entropy, expected log prior and marginal of the teacher's assignments: z [G*B, d]."""
-        if not self.center:
-            return ops.gmm_posterior(z, prototypes, self.tau(self.sigma_t), log_prior, self.ce_target_detach)
-        # A bias of each prototype is one more dimension of it, which every z has at 1.
-        bias = -(prototypes @ self.mean_teacher)
-        extended = torch.cat([prototypes, bias[:, None]], dim=1), torch.cat([z, z.new_ones(len(z), 1)], dim=1)
-        means, *others = ops.gmm_posterior(
-            extended[1], extended[0], self.tau(self.sigma_t), log_prior, self.ce_target_detach
-        )
-        return means[:, :-1], *others
+        # (z - m) . c is the cosine less its running mean.
+        z = z - self.mean_teacher if self.center else z
+        return ops.gmm_posterior(z, prototypes, self.tau(self.sigma_t), log_prior, self.ce_target_detach)
 
     def _divergence(self, entropy: Tensor, expected_log_prior: Tensor) -> Tensor:
         """Mean KL divergence of assignments from q."""
@@ -138,10 +135,17 @@ class SVIB(Criterion):
             return math.log(self.num_prototypes) - entropy.mean()
         return -(entropy + expected_log_prior).mean()
 
+    def _used(self) -> Tensor:
+        """The running mean assignment without the uniform one that `usage` began with: [K]."""
+        # Else an epoch of few steps would end before a collapse could show.
+        started = (1 - self.seen) / self.num_prototypes
+        return torch.where(self.seen > 0, (self.usage - started) / self.seen, self.usage).clamp(min=0)
+
     def after_forward(
         self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
     ) -> None:
         self.usage.lerp_(distributed.all_reduce_mean(self._marginal).to(self.usage.dtype), 1 - self.usage_momentum)
+        self.seen.lerp_(torch.ones_like(self.seen), 1 - self.usage_momentum)
         self.mean_entropy.copy_(distributed.all_reduce_mean(terms["teacher_entropy"]))
         if self.center:
             mean = torch.cat(outputs["teacher"]).mean(dim=0).to(self.mean_teacher.dtype)
@@ -160,7 +164,7 @@ class SVIB(Criterion):
         most = math.log(self.num_prototypes)
         if float(self.mean_entropy) > 0.99 * most:
             return f"collapse to the uniform assignment: entropy {float(self.mean_entropy):.3f} of {most:.3f} nats"
-        marginal = float(torch.special.entr(self.usage).sum())
+        marginal = float(torch.special.entr(self._used()).sum())
         if marginal < 0.05 * most:
             return f"collapse to few prototypes: entropy of the mean assignment {marginal:.3f} of {most:.3f} nats"
         return None
@@ -172,5 +176,6 @@ class SVIB(Criterion):
             fresh.copy_(ctx.collect(self.reinit_src, self.num_prototypes, ctx.progress.epoch))
         weight.copy_(distributed.broadcast(fresh))
         self.usage.fill_(1 / self.num_prototypes)
+        self.seen.zero_()
         if self.reinit_reset_opt:
             ctx.reset_optimizer_state(weight)

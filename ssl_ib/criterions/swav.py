@@ -15,7 +15,7 @@ from ..models.prototypes import Prototypes
 from ..part import Context, Criterion, RunInfo
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
-from .crops import NumPrototypes, pairs
+from .crops import NumPrototypes, check_views, pairs
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
         columns = distributed.all_reduce_sum((log_q - top).exp().sum(dim=0)).log() + top
         log_q = log_q - columns
         log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)
-    return log_q.exp().to(scores.dtype)
+    return log_q.exp().to(torch.promote_types(scores.dtype, torch.float32))
 
 
 @register_criterion("swav")
@@ -42,8 +42,8 @@ class SwAV(Criterion):
 
     K:             prototypes.   temperature: of the prediction.
     epsilon, iterations: of Sinkhorn's algorithm.
-    queue:         rows of past embeddings a global view that help to balance the assignment (0: none), used from
-                   `queue_epoch` on.
+    queue:         rows of past embeddings a global view, over all processes, that help to balance the assignment (0:
+                   none), used from `queue_epoch` on.
     freeze_epochs: the prototypes do not learn before this epoch (SwAV: 1).
     """
 
@@ -61,6 +61,7 @@ class SwAV(Criterion):
         freeze_epochs: Count = 1,
     ):
         super().__init__()
+        check_views(info)
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.queue_epoch, self.freeze_epochs = queue_epoch, freeze_epochs
         width = info.width("student")
@@ -73,12 +74,12 @@ class SwAV(Criterion):
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
         student = outputs["student"]
         cosines = [self.prototypes(z) for z in student]
-        past = min(int(self.filled), self.queue.shape[1]) if progress.epoch >= self.queue_epoch else 0
+        past = self._past() if progress.epoch >= self.queue_epoch else None
         targets = []
         for number in range(self.num_global):
             scores = cosines[number].detach()
-            if past:
-                scores = torch.cat([scores, self.prototypes(self.queue[number, :past]).detach()])
+            if past is not None:
+                scores = torch.cat([scores, self.prototypes(past[number]).detach()])
             targets.append(sinkhorn(scores, self.epsilon, self.iterations)[: len(student[number])])
         log_p = [F.log_softmax(c.float() / self.temperature, dim=1) for c in cosines]
         found = pairs(len(student), self.num_global)
@@ -91,16 +92,24 @@ class SwAV(Criterion):
         )
         return loss
 
+    def _past(self) -> Tensor | None:
+        """This process's share of the queue, [G, rows, d], or None where there is none."""
+        if not self.queue.shape[1]:
+            return None
+        return self.queue[:, distributed.rank() : int(self.filled) : distributed.world_size()]
+
     def after_forward(
         self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
     ) -> None:
         rows = self.queue.shape[1]
         if not rows:
             return
-        for queue, z in zip(self.queue, outputs["student"], strict=False):
+        # Every process keeps the rows of all, so that the main one's checkpoint has them.
+        fresh = distributed.gather(torch.stack(outputs["student"][: self.num_global], dim=1)).unbind(dim=1)
+        for queue, z in zip(self.queue, fresh, strict=True):
             # The newest first; the oldest fall off the end.
             queue.copy_(torch.cat([z.to(queue.dtype), queue])[:rows])
-        self.filled.add_(len(outputs["student"][0])).clamp_(max=rows)
+        self.filled.add_(len(fresh[0])).clamp_(max=rows)
 
     def before_step(self, ctx: Context) -> None:
         if ctx.progress.epoch < self.freeze_epochs:

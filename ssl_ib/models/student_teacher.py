@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
+from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -89,6 +90,9 @@ class StudentTeacher(EncoderModel):
         self.student = Encoder(backbone, backbone_args or {}, info.view_shapes[0], pool, positions)
         for shape in info.view_shapes:
             self.student.grid(shape)
+        if not self.student.is_vit and get_pretrained_cfg_value(backbone, "fixed_input_size"):
+            if len(set(info.view_shapes)) > 1:
+                raise UserError(f"backbone {backbone!r} takes views of one size, got {sorted(set(info.view_shapes))}")
         self.head = ProjectionHead(self.student.width, head_hidden, head_dim, head_layers, head_norm, prototypes)
         self.teacher = None if momentum is None else MomentumCopy(self.student, self.head)
         if self.teacher is None and eval_net == "teacher":

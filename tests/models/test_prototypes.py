@@ -1,0 +1,80 @@
+"""Prototypes: vectors whose length does not count, and the head that ends in them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssl_ib.models.prototypes import Prototypes
+from ssl_ib.models.student_teacher import ProjectionHead
+
+N, K, D = 4, 6, 5
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_cosines():
+    prototypes, x = Prototypes(K, D).double(), F.normalize(draw(N, D), dim=1)
+    assert torch.allclose(prototypes.weight.norm(dim=1), torch.ones(K, dtype=torch.float64))
+    with torch.no_grad():
+        prototypes.weight.copy_(draw(K, D, seed=1) * torch.arange(1, K + 1)[:, None])
+    found = prototypes(x)
+    for n in range(N):
+        for k in range(K):
+            expected = F.cosine_similarity(x[n], prototypes.weight[k], dim=0)
+            assert found[n, k].item() == pytest.approx(expected.item())
+
+
+def test_length_is_no_degree_of_freedom():
+    prototypes, x = Prototypes(K, D).double(), F.normalize(draw(N, D), dim=1)
+    before = prototypes(x).detach()
+    prototypes(x).square().sum().backward()
+    across = (prototypes.weight * prototypes.weight.grad).sum(dim=1)
+    assert prototypes.weight.grad.norm() > 0.1 and across.abs().max() < 1e-12
+    with torch.no_grad():
+        prototypes.weight *= 3.0
+    torch.testing.assert_close(prototypes(x), before)
+
+
+def test_they_start_in_all_directions():
+    torch.manual_seed(0)
+    weight = Prototypes(4000, 16).weight
+    assert weight.mean(dim=0).norm() < 0.05
+    assert torch.allclose(weight.T @ weight / 4000, torch.eye(16) / 16, atol=0.01)
+
+
+def test_unit_vectors_are_float32_for_half_weights():
+    assert Prototypes(K, D).bfloat16().unit().dtype == torch.float32
+    assert Prototypes(K, D).double().unit().dtype == torch.float64
+
+
+@pytest.mark.parametrize("layers, linear", [(1, [(7, 5)]), (2, [(7, 9), (9, 5)]), (3, [(7, 9), (9, 9), (9, 5)])])
+@pytest.mark.parametrize("norm", [False, True])
+def test_head(layers, linear, norm):
+    head = ProjectionHead(7, 9, 5, layers, norm, 0).double()
+    assert [(m.in_features, m.out_features) for m in head.modules() if isinstance(m, nn.Linear)] == linear
+    assert sum(isinstance(m, nn.GELU) for m in head.modules()) == layers - 1
+    assert sum(isinstance(m, nn.BatchNorm1d) for m in head.modules()) == (layers - 1 if norm else 0)
+    assert head.last is None
+    z = head(draw(N, 7))
+    assert z.shape == (N, 5)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(N, dtype=torch.float64))
+
+
+def test_head_is_a_plain_mlp():
+    head, x = ProjectionHead(7, 9, 5, 3, False, K).double(), draw(N, 7)
+    first, second, third = (m for m in head.mlp if isinstance(m, nn.Linear))
+    hidden = F.gelu(F.gelu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias)
+    z = hidden @ third.weight.T + third.bias
+    cosines = (z / z.norm(dim=1, keepdim=True)) @ (head.last.weight / head.last.weight.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(head(x), cosines)
+
+
+def test_unit_vectors_are_of_length_1_under_autocast():
+    head = ProjectionHead(7, 9, 5, 2, False, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = head(draw(N, 7).float())
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(N))
