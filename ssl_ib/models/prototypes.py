@@ -25,5 +25,8 @@ class Prototypes(nn.Module):
         return F.normalize(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cosines of unit rows with every prototype: [N, d] -> [N, K]."""
-        return F.linear(x, self.unit().to(x.dtype))
+        """Cosines of unit rows with every prototype, in float32 at least: [N, d] -> [N, K]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # Autocast would round them to bfloat16, and a temperature of 0.04 makes errors of some hundredths of that.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.unit().to(dtype))

@@ -38,6 +38,14 @@ def test_length_is_no_degree_of_freedom():
     torch.testing.assert_close(prototypes(x), before)
 
 
+def test_cosines_are_not_rounded_under_autocast():
+    prototypes, x = Prototypes(K, D), F.normalize(draw(N, D), dim=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prototypes(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, prototypes(x), rtol=1e-6, atol=1e-6)
+
+
 def test_they_start_in_all_directions():
     torch.manual_seed(0)
     weight = Prototypes(4000, 16).weight
