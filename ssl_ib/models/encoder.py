@@ -15,6 +15,7 @@ from timm.models import VisionTransformer, get_pretrained_cfg_value
 from torch import Tensor, nn
 
 from .. import ops
+from ..backbone import create
 from ..errors import UserError, nearest
 from .positions import sincos_positions
 
@@ -24,7 +25,8 @@ Pool = Literal["cls", "mean"]
 class Encoder(nn.Module):
     """A timm backbone without its classifier.
 
-    name, arguments: as for `timm.create_model`; the image size is set from `shape` where the model takes one.
+    name, arguments: as for `timm.create_model`, and `stem: cifar` for a ResNet of small images (ssl_ib/backbone.py);
+                     the image size is set from `shape` where the model takes one.
     shape:           [C, H, W] of a view.
     pool:            what stands for the image in a vision transformer: the class token or the mean of the patches.
     positions:       "learned" (timm's) or "sincos" (fixed, in MAE's layout).
@@ -75,7 +77,7 @@ class Encoder(nn.Module):
         if get_pretrained_cfg_value(self.name, "fixed_input_size"):
             arguments.setdefault("img_size", (height, width) if height != width else height)
         try:
-            backbone = timm.create_model(self.name, **arguments)
+            backbone = create(self.name, arguments)
         except (TypeError, AssertionError, ValueError, RuntimeError) as error:
             patch = arguments.get("patch_size")
             if isinstance(patch, int) and (height % patch or width % patch):
