@@ -414,14 +414,18 @@ def test_collapse_to_the_uniform_assignment_is_named():
 
 def test_collapse_to_one_prototype_is_named_within_a_short_epoch(caplog):
     """The running mean starts at the uniform assignment, which at a momentum of .99 takes hundreds of steps to fade."""
-    criterion, outputs = build(kl_grad="none", reinit=False), draw_outputs(images=B)
-    outputs["teacher"] = [F.normalize(torch.ones(B, D, dtype=torch.float64), dim=1)] * 2
+    criterion, outputs = build(kl_grad="none"), draw_outputs()
+    one = torch.cat([torch.ones(1, D), -torch.eye(D), -torch.ones(1, D)])
+    for _ in range(20):
+        step(criterion, outputs)
     with torch.no_grad():
-        criterion.prototypes.weight[:] = torch.cat([torch.ones(1, D), -torch.eye(D), -torch.ones(1, D)])
+        criterion.on_epoch_end(Context(PROGRESS, lambda *asked: one, lambda p: None))
+    assert not caplog.text
+    outputs["teacher"] = [F.normalize(torch.ones(B, D, dtype=torch.float64), dim=1)] * 2
     for _ in range(3):
         step(criterion, outputs)
     assert "few prototypes" in criterion.collapse()
-    criterion.on_epoch_end(CONTEXT)
+    criterion.on_epoch_end(Context(replace(PROGRESS, epoch=9), lambda *asked: one, lambda p: None))
     assert "collapse to few prototypes" in caplog.text
 
 
