@@ -24,8 +24,8 @@ from torch import Tensor
 from .errors import UserError
 
 _DPI = 120
-_INK, _MUTED, _FAINT = "#222222", "#6b6b6b", "#d9d9d9"
-_BLUE, _TEAL = "#2a5f9e", "#3b8686"
+INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
+BLUE, TEAL = "#2a5f9e", "#3b8686"
 _GREY = 0.55  # of a hidden patch, in [0, 1]
 
 
@@ -42,15 +42,15 @@ def loss_curves(rows: Sequence[dict[str, Any]], path: Path | str) -> None:
     columns = min(max(len(terms), 1), 3)
     small_rows = math.ceil(len(terms) / columns)
 
-    figure = _chart(8, 3.4 + 1.9 * small_rows)
+    figure = chart(8, 3.4 + 1.9 * small_rows)
     grid = figure.add_gridspec(1 + small_rows, columns, height_ratios=[1.7] + [1] * small_rows)
     total = figure.add_subplot(grid[0, :])
-    _curve(total, x, _numbers(rows, "loss"), _BLUE)
-    _tidy(total, "Training loss", unit)
+    _curve(total, x, _numbers(rows, "loss"), BLUE)
+    tidy(total, "Training loss", unit)
     for place, term in enumerate(terms):
         panel = figure.add_subplot(grid[1 + place // columns, place % columns], sharex=total)
-        _curve(panel, x, _numbers(rows, term), _TEAL)
-        _tidy(panel, term.removeprefix("loss/"), unit, small=True)
+        _curve(panel, x, _numbers(rows, term), TEAL)
+        tidy(panel, term.removeprefix("loss/"), unit, small=True)
     figure.savefig(path)
 
 
@@ -68,17 +68,17 @@ def knn_curve(
     x, unit = _clock(rows)
     accuracy = 100 * _numbers(rows, "knn/top1")
 
-    figure = _chart(8, 4)
+    figure = chart(8, 4)
     axes = figure.add_subplot()
-    axes.plot(x, accuracy, color=_BLUE, linewidth=2, marker="o", markersize=4.5, zorder=3)
-    lines = [("this run", accuracy[-1], _BLUE)]
+    axes.plot(x, accuracy, color=BLUE, linewidth=2, marker="o", markersize=4.5, zorder=3)
+    lines = [("this run", accuracy[-1], BLUE)]
     for name, value in (("raw pixels", raw_pixels), ("untrained encoder", untrained)):
         if value is not None:
-            axes.axhline(100 * value, color=_MUTED, linewidth=1, linestyle=(0, (5, 3)))
-            lines.append((name, 100 * value, _MUTED))
+            axes.axhline(100 * value, color=MUTED, linewidth=1, linestyle=(0, (5, 3)))
+            lines.append((name, 100 * value, MUTED))
     axes.margins(y=0.1)
     _label_lines(axes, [line for line in lines if np.isfinite(line[1])])
-    _tidy(axes, "kNN top-1 accuracy on frozen features (%)", unit)
+    tidy(axes, "kNN top-1 accuracy on frozen features (%)", unit)
     figure.savefig(path)
 
 
@@ -146,7 +146,7 @@ def unpatchify(pred: Tensor, grid: tuple[int, int]) -> Tensor:
     return pred.view(batch, rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, rows * p, columns * p)
 
 
-def _chart(width: float, height: float) -> Figure:
+def chart(width: float, height: float) -> Figure:
     """An empty figure of so many inches, whose axes will fill it."""
     figure = Figure(figsize=(width, height), dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
@@ -184,14 +184,14 @@ def _smooth(y: np.ndarray, width: int) -> np.ndarray:
     return np.where(finite, mean, np.nan)
 
 
-def _tidy(axes: Axes, title: str, unit: str, small: bool = False) -> None:
+def tidy(axes: Axes, title: str, unit: str, small: bool = False) -> None:
     size = 9 if small else 10
-    axes.set_title(title, loc="left", fontsize=size + 1, color=_INK)
-    axes.set_xlabel(unit, fontsize=size - 1, color=_MUTED)
-    axes.tick_params(colors=_MUTED, labelsize=size - 1, length=3)
+    axes.set_title(title, loc="left", fontsize=size + 1, color=INK)
+    axes.set_xlabel(unit, fontsize=size - 1, color=MUTED)
+    axes.tick_params(colors=MUTED, labelsize=size - 1, length=3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     # Whole epochs or steps, as long as that leaves two of them to mark; a single point has only one.
     ticks = 2 if axes.dataLim.width else 1
@@ -228,7 +228,7 @@ def _contact_sheet(groups: Sequence[Sequence[tuple[str, Tensor]]], title: str, p
     sheet = np.ones((height, width, 3), dtype=np.float32)
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)
-    figure.text(left / width, 1 - head / 2 / height, title, color=_INK, fontsize=11, va="center")
+    figure.text(left / width, 1 - head / 2 / height, title, color=INK, fontsize=11, va="center")
     y = head
     for group in tiles:
         for name, row in group:
@@ -237,7 +237,7 @@ def _contact_sheet(groups: Sequence[Sequence[tuple[str, Tensor]]], title: str, p
                 x = left + column * cell + (cell - gap - w) // 2
                 sheet[y : y + h, x : x + w] = tile
             where = (left - 10) / width, 1 - (y + h / 2) / height
-            figure.text(*where, name, color=_MUTED, fontsize=9, ha="right", va="center")
+            figure.text(*where, name, color=MUTED, fontsize=9, ha="right", va="center")
             y += h + gap
         y += between
     figure.figimage(sheet, zorder=-1)

@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import UserError
 
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class RunLog:
@@ -68,7 +68,7 @@ class RunLog:
                 if number == len(lines):
                     break
                 raise UserError(f"{self._path}, line {number}: expected a JSON object, got {line[:80]!r}") from None
-            rows.append({k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()})
+            rows.append({k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()})
         return rows
 
     def truncate(self, step: int) -> None:

@@ -181,7 +181,11 @@ class Criterion(Part):
 
     @abstractmethod
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
-        """The loss of one batch; reads the outputs it `requires`."""
+        """The loss of one batch; reads the outputs it `requires`.
+
+        It is asked for the held-out loss too, by the main process alone and in evaluation mode: its collectives must be
+        those of `ssl_ib.distributed`, which then know of no other process.
+        """
 
     def pixels(self, outputs: dict[str, list[Tensor]], batch: Batch) -> list[Tensor] | None:
         """For figures: the reconstructed patches [B*N, L, p*p*C] in the views' units, one a view, or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from .part import Criterion, Model, RunInfo, Task, parts
 from .recipe import PARTS
 from .registry import build_part
 from .schedule import Schedule
+
+_logger = logging.getLogger(__name__)
 
 #: What a dry run is cut down to, so that every recipe passes it on a small machine.
 DRY_BATCH, DRY_BANK_BATCHES, DRY_IMAGES = 8, 4, 64
@@ -108,20 +111,21 @@ def build_run(config: Config, dry: bool = False) -> Run:
         raise ConfigError(problems)
     for part in (model, criterion, built["task"]):
         part.to(device)
-        if device.type == "cpu" and config.precision == "bf16":
-            _plain_attention(part)
+    if device.type == "cpu" and config.precision == "bf16" and plain_attention(model):
+        _logger.info("attention: plain products, because torch's fused kernel is slow on a CPU in bfloat16")
     parts_of_run = {kind: built[kind] for kind in PARTS if kind != "masker"}
     return Run(config, device, batch_size // world, **parts_of_run, schedules=schedules)
 
 
-def _plain_attention(part: torch.nn.Module) -> None:
-    """Has timm's attention multiply, softmax and multiply, in place of torch's fused kernel.
+def plain_attention(model: torch.nn.Module) -> bool:
+    """Has timm's attention multiply, softmax and multiply, in place of torch's fused kernel; whether there was any.
 
-    On a CPU in bfloat16 that kernel's backward takes several times as long as the products it saves (docs/mi_mae.md).
+    On a CPU in bfloat16 that kernel's backward takes longer than the products it saves (docs/mi_mae.md has figures).
     """
-    for module in part.modules():
-        if isinstance(getattr(module, "fused_attn", None), bool):
-            module.fused_attn = False
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
+    for module in fused:
+        module.fused_attn = False
+    return bool(fused)
 
 
 def _masks(masker: Any, grid: tuple[int, int]) -> tuple[int, int] | None:

@@ -81,7 +81,7 @@ def test_nothing_to_draw_is_a_mistake(tmp_path):
 
 
 def test_line_names_do_not_overlap():
-    axes = figures._chart(8, 4).add_subplot()
+    axes = figures.chart(8, 4).add_subplot()
     axes.set_ylim(0, 100)
     figures._label_lines(axes, [("a", 50.0, "k"), ("b", 50.1, "k"), ("c", 49.9, "k"), ("d", 90.0, "k")])
     heights = sorted(text.get_position()[1] for text in axes.texts)

@@ -131,7 +131,11 @@ class Peer:
         return [torch.stack([view[v] for view in views]).to(self.device) for v in range(self.views)]
 
     def _our_views(self, sample) -> list[Tensor]:
-        batch = self.trainer.run.task.prepare(sample, self.trainer.progress())
+        task = self.trainer.run.task
+        # lightly draws its own masks, in its forward.
+        masker, task.masker = task.masker, None
+        batch = task.prepare(sample, self.trainer.progress())
+        task.masker = masker
         self.drawing.take()
         return batch.views
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, UserError, nearest
-from .train import REFUSALS, _config
+from .train import REFUSALS, configuration
 from .train import parser as train_parser
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def _main(options: argparse.Namespace, command: str) -> int:
     out = options.out or Path("sweeps") / name
     base = folder.base_of(name, options.overrides)
     folder.examine(out, base, runs)
+    _check_builds(runs)
     if options.dry_run:
         _print_commands(runs, out, options.plugin)
         return 0
@@ -110,6 +111,8 @@ def _main(options: argparse.Namespace, command: str) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from ..recipe import recipe_names
+
     if options.recipe is None:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
     if "=" in options.recipe:
@@ -119,8 +122,28 @@ def _check(options: argparse.Namespace) -> None:
     if options.budget_minutes is not None and not options.budget_minutes >= 0:
         raise UserError(f"--budget-minutes: expected a number of at least 0, got {options.budget_minutes}")
     for metric in options.metric or ():
-        if "=" in metric:
-            raise UserError(f"--metric: {metric!r} is no metric; overrides stand before --metric")
+        if "=" in metric or metric in recipe_names():
+            raise UserError(f"--metric: {metric!r} is no metric; recipe and overrides stand before --metric")
+
+
+def _check_builds(runs: list[Run]) -> None:
+    """Builds every point once, as a dry run does. Raises ConfigError with all that does not fit."""
+    from ..run import build_run
+    from ..sweep.points import told_once
+
+    found: dict[str, list[str]] = {}
+    points = {run.point.name: run for run in reversed(runs)}
+    for name, run in reversed(points.items()):
+        if run.config.parallel != "none":
+            found.setdefault("parallel: a sweep gives each run one process; use parallel=none", []).append(name)
+            continue
+        try:
+            build_run(run.config, dry=True)
+        except UserError as error:
+            for problem in getattr(error, "problems", [str(error)]):
+                found.setdefault(problem, []).append(name)
+    if found:
+        raise ConfigError(told_once(found, len(points)))
 
 
 def _configure(plugins: list[str]):
@@ -129,7 +152,7 @@ def _configure(plugins: list[str]):
     def configure(recipe: str, overrides: list[str]) -> Config:
         options = train_parser().parse_args([])
         options.recipe, options.overrides, options.plugin = recipe, overrides, plugins
-        return _config(options)
+        return configuration(options)
 
     return configure
 

@@ -90,14 +90,14 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
     if "=" in options.recipe:
         raise UserError(f"expected RECIPE first, got {options.recipe!r}")
-    config = _config(options)
+    config = configuration(options)
     if options.print_config:
         print(config.yaml(), end="")
         return 0
     return _train(config, options)
 
 
-def _config(options: argparse.Namespace) -> Config:
+def configuration(options: argparse.Namespace) -> Config:
     from ..config import resolve
     from ..plugins import load_plugins
     from ..recipe import find_recipe, read_recipe
@@ -129,6 +129,9 @@ def _train(config: Config, options: argparse.Namespace) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     distributed.initialise(device)
+    if not distributed.is_main():
+        # Every process finds the same; one says it.
+        logging.getLogger("ssl_ib").setLevel(logging.ERROR)
     try:
         out = None if options.dry_run else options.out or Path("runs") / config.recipe
         state = _examine(out, config, options) if out else None
@@ -166,8 +169,6 @@ def _train(config: Config, options: argparse.Namespace) -> int:
 def _examine(out: Path, config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
     """Whether the run may use its folder, which stays as it is; returns the checkpoint to continue from, or None."""
     from ..checkpoint import load
-    from ..config import differences
-    from ..recipe import read_recipe
 
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; a run needs a folder")
@@ -175,11 +176,7 @@ def _examine(out: Path, config: Config, options: argparse.Namespace) -> dict[str
     if options.resume:
         if not saved.is_file():
             raise UserError(f"nothing to resume: {out} holds no run (no config.yaml)")
-        changed = [
-            line
-            for line in differences(read_recipe(saved), config.plain())
-            if not line.startswith(tuple(f"{key}{end}" for key in MOVABLE for end in (":", ".")))
-        ]
+        changed = changes(saved, config)
         if changed:
             raise ConfigError([f"--resume cannot change {line}" for line in changed])
         if not any((out / "checkpoints").glob("*.pt")):
@@ -196,6 +193,15 @@ def _examine(out: Path, config: Config, options: argparse.Namespace) -> dict[str
     if not saved.is_file():
         raise UserError(f"{out} holds files but no run (no config.yaml), so --overwrite leaves it alone: choose --out")
     return None
+
+
+def changes(saved: Path, config: Config) -> list[str]:
+    """In what a run's saved configuration differs from `config`, but for keys that move no loss: `key: old -> new`."""
+    from ..config import differences
+    from ..recipe import read_recipe
+
+    movable = tuple(f"{key}{end}" for key in MOVABLE for end in (":", "."))
+    return [line for line in differences(read_recipe(saved), config.plain()) if not line.startswith(movable)]
 
 
 def _claim(out: Path, config: Config) -> None:
@@ -235,7 +241,7 @@ def _heading(trainer, out: Path | None) -> str:
     lines += [
         f"  data       {len(trainer.images):,} training images ({place}), {held}",
         f"  parameters {counts['all']:,}, of which {counts['trained']:,} are trained",
-        f"  batch      {run.samples_per_step} a step, {config.epochs} epochs, {steps:,} steps",
+        f"  batch      {_batch(run)} a step, {config.epochs} epochs, {steps:,} steps",
         f"  optimiser  {config.optim.name}, learning rate {lr}{scaled}",
         f"  device     {device}{threads}, {config.precision}{', compiled' * config.compile}, seed {config.seed}",
         f"  ops        {ops.wanted()}",
@@ -248,6 +254,12 @@ def _heading(trainer, out: Path | None) -> str:
             f"evaluation on at most {DRY_IMAGES} images"
         )
     return "\n".join(lines)
+
+
+def _batch(run) -> str:
+    """The images of a step, and what they count for in the learning rate where that is more."""
+    images = run.samples_per_step // run.task.samples_per_image
+    return f"{images} images ({run.samples_per_step} masks)" if run.task.samples_per_image > 1 else str(images)
 
 
 def _shown(kind: str, spec: dict) -> str:

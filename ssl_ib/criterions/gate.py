@@ -20,7 +20,7 @@ class Gate(nn.Module):
     mode:      "latch": opens for good once the loss's running mean, over all processes, is below `threshold`;
                "instant": open in the steps where the loss itself, over all processes, is; "none": always open (an
                "off" would be a boolean to YAML).
-    momentum:  of the running mean, which starts at the first loss.
+    momentum:  of the running mean, which starts at the first loss and moves once a micro-batch.
     max_epoch: a closed gate opens at this epoch (None: it waits for the loss alone).
 
     opened_at: the step at which a latch opened, or -1.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import distributed, ops
 from ..errors import UserError
 from ..hints import Count, NonNegative, Positive, PositiveInt, Probability
-from ..info.club import FLOOR, ConditionalGaussian, Variance, club, log_likelihood
+from ..info.club import ConditionalGaussian, Variance, club, log_likelihood
 from ..ops.distributed import info_nce
 from ..part import Context, Criterion, ParamGroup, RunInfo
 from ..registry import register_criterion
@@ -53,7 +53,7 @@ class MIMAE(Criterion):
     gather:         candidates of L_max, and of L_min with club_neg=batch, from all processes.
     xj:             what the network sees of the visible patches: "token_mlp", an MLP on each embedded patch; "pooled",
                     on their mean; "pixels", an MLP on each patch's pixels.
-    var:            the form of its variance (ssl_ib/info/club.py); hidden: its width (null: D).
+    var:            the form of its variance (ssl_ib/info/club.py); hidden: its width (null: that of what it reads).
     club_reduce:    "mean" over D in L_min and L_approx, or the "sum", which is nats; watched values are always sums.
     club_neg:       the candidates of L_min: "siblings", or all latents of the "batch" as in CLUB.
     club_clamp0:    L_min counts for no less than 0.
@@ -100,7 +100,7 @@ class MIMAE(Criterion):
         self.w_rec, self.w_max, self.w_min, self.w_approx = w_rec, w_max, w_min, w_approx
         self.temperature, self.nce_denom, self.nce_norm, self.gather = temperature, nce_denom, nce_norm, gather
         self.xj, self.club_reduce, self.club_neg, self.club_clamp0 = xj, club_reduce, club_neg, club_clamp0
-        self._approx_lr = approx_lr  # read once, so no schedule can change it
+        self._approx_lr = approx_lr  # not under its own name, so a schedule of it is refused: it is read once
         # Fixed here, because scheduled weights may pass through 0 while what they train must stay in the graph.
         self.reconstructs, self.maximises, self.minimises = bool(w_rec), bool(w_max), bool(w_min)
         self.approximates, self.bounds = bool(w_approx), bool(w_min or w_approx)
@@ -109,6 +109,13 @@ class MIMAE(Criterion):
         if w_min and not w_rec and gate != "none":
             raise UserError(f"gate={gate!r} waits for the reconstruction, which w_rec=0 leaves out: use gate=none")
         self._check_masks(info)
+        if reconstruction is not None and (
+            isinstance(reconstruction, MIMAE) or "reconstruction" not in reconstruction.requires
+        ):
+            raise UserError(
+                "reconstruction: expected a criterion that scores reconstructions, such as mae or simmim, got a "
+                f"{type(reconstruction).__name__}"
+            )
         self.reconstruction = (MAE(info) if reconstruction is None else reconstruction) if self.reconstructs else None
         width = info.width("latents")
         self.projection = (
@@ -118,7 +125,7 @@ class MIMAE(Criterion):
         )
         in_width = self._pixels_a_patch(info) if xj == "pixels" else info.width("visible")
         self.approximation = (
-            ConditionalGaussian(in_width, width, hidden or width, var, xj == "pooled") if self.bounds else None
+            ConditionalGaussian(in_width, width, hidden or in_width, var, xj == "pooled") if self.bounds else None
         )
         if self.approximation is not None and not w_approx:
             self.approximation.requires_grad_(False)
@@ -206,7 +213,7 @@ class MIMAE(Criterion):
             "club_nats": images.mean(),
             "negative_bounds": (images < 0).to(z.dtype).mean(),
             "log_likelihood": likelihood.detach().sum(dim=2).mean(),
-            "variance_floor": (variance.detach() <= FLOOR).to(z.dtype).mean(),
+            "variance_floor": (variance.detach() <= 1.01 * self.approximation.least).to(z.dtype).mean(),
         }
         if self.minimises:
             value = self._reduced(bound)
@@ -268,8 +275,17 @@ class MIMAE(Criterion):
             self.gate_of_min.update(terms["reconstruction"], ctx.progress)
 
     def on_epoch_end(self, ctx: Context) -> None:
-        if self.minimises and self.gate_of_min.opened_in(ctx.progress):
-            _logger.info("mi_mae: the gate of L_min opened at step %d", int(self.gate_of_min.opened_at))
+        gate, progress = self.gate_of_min, ctx.progress
+        if not self.minimises or gate.mode != "latch":
+            return
+        if gate.opened_in(progress):
+            _logger.info("mi_mae: the gate of L_min opened at step %d", int(gate.opened_at))
+        elif int(gate.opened_at) < 0 and progress.epoch + 1 == progress.total_epochs:
+            _logger.warning(
+                "mi_mae: the gate never opened, so L_min never counted: the running mean of L_rec ended at %.3f, and "
+                "gate_eps is %g; gate_max_epoch opens it in any case",
+                float(gate.running_mean), gate.threshold,
+            )  # fmt: skip
 
     @staticmethod
     def _mask_statistics(mask: Tensor) -> dict[str, Tensor]:

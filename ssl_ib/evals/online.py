@@ -112,14 +112,17 @@ class Online:
         run, images, sums, batches = self.run, self.run.source.val(), {}, 0
         if images is None or not len(images):
             return {}
-        limit = min(filter(None, (self.limit, max(HELD_OUT_IMAGES, run.batch_size))))
+        # What a criterion gets at once in training.
+        size = run.batch_size // run.config.accumulate
+        limit = min(filter(None, (self.limit, max(HELD_OUT_IMAGES, size))))
         with distributed.alone():
-            for sample in ordered(images, run.batch_size, limit):
+            for sample in ordered(images, size, limit):
                 # Losses that compare images depend on how many there are: a smaller last batch does not count.
-                if batches and len(sample) < run.batch_size:
+                if batches and len(sample) < size:
                     break
                 batch = run.task.prepare(sample.to(run.device), replace(progress, epoch=-1))
-                loss = run.criterion(run.model(batch), batch, progress)
+                # Not through a compiled __call__, which would compile the model a second time for evaluation.
+                loss = run.criterion(run.model.forward(batch), batch, progress)
                 batches += 1
                 for name, value in {"loss": loss.total, **loss.terms}.items():
                     sums[name] = sums.get(name, 0.0) + value.detach().double()

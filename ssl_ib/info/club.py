@@ -77,6 +77,8 @@ class ConditionalGaussian(nn.Module):
             nn.ModuleList([nn.Linear(in_width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out_width)])
             for _ in range(2)
         )
+        #: The least variance that the form can reach.
+        self.least = math.exp(-1) if variance == "tanh_logvar" else FLOOR
         start = {"relu_floor": 1.0, "softplus": math.log(math.e - 1), "tanh_logvar": 0.0}[variance]
         nn.init.constant_(self.variance[-1].bias, start)
 

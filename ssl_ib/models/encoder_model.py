@@ -53,6 +53,16 @@ class MaskedImageModel(EncoderModel):
         return {name: [view[name] for view in views] for name in views[0]}
 
 
+def check_final_norm(model: str, encoder: Encoder) -> None:
+    """Raises UserError where a vision transformer norms its pooled features in place of its tokens."""
+    vit = encoder.backbone
+    if encoder.is_vit and (list(vit.fc_norm.parameters()) or getattr(vit, "attn_pool", None) is not None):
+        raise UserError(
+            f"model {model!r} needs a vision transformer that norms its tokens, and {encoder.name!r} norms or pools "
+            "what comes after: set backbone_args.fc_norm=false, and no global_pool=map"
+        )
+
+
 def one_shape(model: str, view_shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     """The shape [C, H, W] of every view. Raises UserError where they differ."""
     if len(set(view_shapes)) > 1:

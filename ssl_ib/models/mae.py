@@ -18,7 +18,7 @@ from ..types import Masks
 from . import official
 from .decoder import PatchDecoder
 from .encoder import Encoder, Pool
-from .encoder_model import MaskedImageModel, one_shape
+from .encoder_model import MaskedImageModel, check_final_norm, one_shape
 
 
 @register_model("mae")
@@ -62,6 +62,7 @@ class MAE(MaskedImageModel):
         self.encoder.fix_positions()
         if z == "cls" and not self.encoder.backbone.has_class_token:
             raise UserError(f"z=cls needs a class token, and {backbone!r} has none: use z=mean")
+        check_final_norm("mae", self.encoder)
         initialise(self.encoder.backbone)
         grid, width = self.encoder.grid(shape), self.encoder.width
         patch_dim = self.encoder.patch_size**2 * shape[0]

@@ -23,7 +23,7 @@ from ..part import ParamGroup, RunInfo
 from ..registry import register_model
 from ..types import Masks
 from .encoder import Encoder, Pool
-from .encoder_model import MaskedImageModel, one_shape
+from .encoder_model import MaskedImageModel, check_final_norm, one_shape
 
 
 @register_model("simmim")
@@ -70,6 +70,7 @@ class SimMIM(MaskedImageModel):
         if "cls" in (z, pool) and not (self.encoder.is_vit and timms.has_class_token):
             which = "z" if z == "cls" else "pool"
             raise UserError(f"{which}=cls needs a class token, and {backbone!r} has none: use {which}=mean")
+        check_final_norm("simmim", self.encoder)
         self.patch_size: int = timms.patch_embed.patch_size[0]
         self.stride: int = self.patch_size if self.encoder.is_vit else timms.feature_info[-1]["reduction"]
         self.grid(shape)

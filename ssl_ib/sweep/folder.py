@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..cli.train import MOVABLE
+from ..cli.train import changes
 from ..config import differences
 from ..errors import UserError
 from ..recipe import YamlDumper, YamlLoader, read_recipe
@@ -57,9 +57,7 @@ def _differences(folder: Path, run: Run) -> list[str]:
     if not saved.is_file():
         filled = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         return [f"{run.folder} holds files but no run (no config.yaml)"] if filled else []
-    movable = tuple(f"{key}{end}" for key in MOVABLE for end in (":", "."))
-    lines = differences(read_recipe(saved), run.config.plain())
-    return [f"{run.folder}: {line}" for line in lines if not line.startswith(movable)]
+    return [f"{run.folder}: {line}" for line in changes(saved, run.config)]
 
 
 def remember(out: Path, base: dict[str, Any], command: str) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..figures import _BLUE, _FAINT, _INK, _MUTED, _chart, _tidy
+from ..figures import BLUE, FAINT, INK, MUTED, chart, tidy
 from .points import Axis
 from .report import Cell, Report, digits
 
 #: Rows of dots that still make a picture.
 MOST_ROWS = 40
 #: How a single run and a mean with its deviation are drawn.
-_SINGLE = {"color": _BLUE, "linestyle": "none", "marker": "o", "alpha": 0.35, "markersize": 6, "markeredgewidth": 0}
-_MEAN = {"color": _BLUE, "marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 3}
+_SINGLE = {"color": BLUE, "linestyle": "none", "marker": "o", "alpha": 0.35, "markersize": 6, "markeredgewidth": 0}
+_MEAN = {"color": BLUE, "marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 3}
 _REFERENCES = (("untrained", "untrained", (0, (5, 3))), ("raw_pixels", "raw pixels", (0, (1, 2))))
 
 
@@ -39,7 +39,7 @@ def draw(report: Report, path: Path) -> str | None:
     columns = min(len(metrics), 3)
     lines = math.ceil(len(metrics) / columns)
     height = 0.9 + 0.62 * len(axes[0].choices) if len(axes) == 2 else 3.2 if flat else 1.2 + 0.32 * rows
-    figure = _chart(4.6 * columns, max(height, 2.4) * lines)
+    figure = chart(4.6 * columns, max(height, 2.4) * lines)
     for place, metric in enumerate(metrics):
         panel = figure.add_subplot(lines, columns, place + 1)
         if len(axes) == 2:
@@ -82,7 +82,7 @@ def _curve(panel: Axes, report: Report, axis: Axis, metric: str) -> None:
     means, bars = [cell.mean for _, cell in found], [_bar(cell) for _, cell in found]
     panel.errorbar([x for x, _ in found], means, yerr=bars, linewidth=1.6, **_MEAN)
     _references(panel, report, metric, panel.axhline)
-    _tidy(panel, metric, axis.name, small=True)
+    tidy(panel, metric, axis.name, small=True)
     values = sorted(choice.value for choice in axis.choices)
     if is_log_spaced(values):
         panel.set_xscale("log")
@@ -100,17 +100,17 @@ def _heat_map(panel: Axes, report: Report, axes: list[Axis], metric: str) -> Non
     for point in report.points:
         i, j = ([choice.label for choice in axis.choices].index(point.labels[names.index(axis.name)]) for axis in axes)
         means[i, j] = Cell.of(report.values(point, metric)).mean
-    _tidy(panel, metric, axes[1].name, small=True)
+    tidy(panel, metric, axes[1].name, small=True)
     panel.imshow(np.ma.masked_invalid(means), cmap="Blues", aspect="auto")
     panel.grid(False)
-    panel.set_ylabel(axes[0].name, fontsize=8, color=_MUTED)
+    panel.set_ylabel(axes[0].name, fontsize=8, color=MUTED)
     for axis, ticks in ((axes[1], panel.set_xticks), (axes[0], panel.set_yticks)):
         ticks(range(len(axis.choices)), [choice.label for choice in axis.choices])
     finite = means[np.isfinite(means)]
     middle = (finite.min() + finite.max()) / 2 if finite.size else 0
     for (i, j), mean in np.ndenumerate(means):
         if np.isfinite(mean):
-            color = "white" if mean > middle else _INK
+            color = "white" if mean > middle else INK
             panel.text(j, i, digits(mean), ha="center", va="center", color=color, fontsize=8)
 
 
@@ -125,13 +125,13 @@ def _dots(panel: Axes, report: Report, axes: list[Axis], metric: str) -> None:
             cell = Cell.of(values)
             panel.plot(values, [row] * len(values), **_SINGLE)
             panel.errorbar(
-                [cell.mean], [row], xerr=[_bar(cell)], color=_BLUE, elinewidth=1, marker="o", markersize=4, capsize=3
+                [cell.mean], [row], xerr=[_bar(cell)], color=BLUE, elinewidth=1, marker="o", markersize=4, capsize=3
             )
     _references(panel, report, metric, panel.axvline)
-    _tidy(panel, metric, ", ".join(axis.name for axis in axes), small=True)
+    tidy(panel, metric, ", ".join(axis.name for axis in axes), small=True)
     panel.set_xlabel("")
     panel.xaxis.get_major_locator().set_params(integer=False)
-    panel.grid(axis="x", color=_FAINT, linewidth=0.6)
+    panel.grid(axis="x", color=FAINT, linewidth=0.6)
     panel.set_yticks(range(len(labels)), labels)
     panel.set_ylim(len(labels) - 0.5, -0.5)
 
@@ -145,7 +145,7 @@ def _references(panel: Axes, report: Report, metric: str, line) -> None:
     for name, label, style in _REFERENCES:
         value = report.reference(name, metric)
         if value is not None and math.isfinite(value):
-            line(value, color=_MUTED, linewidth=1, linestyle=style, label=label, zorder=1)
+            line(value, color=MUTED, linewidth=1, linestyle=style, label=label, zorder=1)
             drawn = True
     if drawn:
-        panel.legend(fontsize=7, frameon=False, labelcolor=_MUTED)
+        panel.legend(fontsize=7, frameon=False, labelcolor=MUTED)

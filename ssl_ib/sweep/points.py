@@ -175,6 +175,15 @@ def parse_axes(vary: Sequence[str], cases: Sequence[str], overrides: Sequence[st
         for case in found:
             if key in (text.partition("=")[0] for text in case.overrides):
                 problems.append(f"{key}: is both varied and set by the case {case.label}")
+    elsewhere = [text.partition("=")[0] for text in (*overrides, *(text for case in found for text in case.overrides))]
+    for axis in axes:
+        for key in axis.keys if any(isinstance(choice.value, dict) for choice in axis.choices) else ():
+            # A dotted key is laid over a whole part, whatever their order: the values would not be what they say.
+            problems += [
+                f"{inner}: is part of {key}, which is varied as a whole"
+                for inner in dict.fromkeys([*elsewhere, *keys])
+                if inner.startswith(f"{key}.")
+            ]
     return [*([Axis(CASE, tuple(found))] if cases else []), *axes]
 
 
@@ -205,11 +214,7 @@ def grid(
                     found.setdefault(problem, []).append(point.name)
                 continue
             runs.append(Run(point, config.seed, start, tuple(given), config))
-    problems = []
-    for problem, names in found.items():
-        names = list(dict.fromkeys(names))
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        problems.append(problem if len(names) == len(points) else f"{problem} (at {names[0]}{more})")
+    problems = told_once(found, len(points))
     seen: dict[str, str] = {}
     for run in runs:
         former = seen.setdefault(json.dumps(run.config.plain()), run.point.name)
@@ -218,6 +223,16 @@ def grid(
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return runs
+
+
+def told_once(found: dict[str, list[str]], num_points: int) -> list[str]:
+    """Problems with the names of the points that have them, which are left out where these are all."""
+    problems = []
+    for problem, names in found.items():
+        names = list(dict.fromkeys(names))
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        problems.append(problem if len(names) == num_points else f"{problem} (at {names[0]}{more})")
+    return problems
 
 
 def shown(value: Any) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..log import _NON_FINITE
-from .points import Axis, Point, Run
+from ..log import NON_FINITE
+from .points import CASE, Axis, Point, Run
 
 DEFAULT_METRICS = ("knn/top1", "linear/top1", "health/rankme", "minutes")
 #: Bytes at the end of metrics.jsonl that surely hold the last training step and the last evaluation.
@@ -69,7 +69,7 @@ def read_metrics(folder: Path) -> tuple[dict[str, float], list[str]]:
 
 def _numbers(data: dict) -> dict:
     """The strings that stand for numbers that are not finite, as these."""
-    return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in data.items()}
+    return {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in data.items()}
 
 
 def _last_rows(path: Path) -> dict[str, float]:
@@ -129,7 +129,9 @@ class Report:
         return [value for value in found if value is not None]
 
     def reference(self, name: str, metric: str) -> float | None:
-        """The mean over all runs of a metric of `untrained` or `raw_pixels`."""
+        """The mean over all runs of a metric of `untrained` or `raw_pixels`; None where cases may differ in it."""
+        if any(axis.name == CASE for axis in self.axes):
+            return None
         found = [n[f"{name}/{metric}"] for n in self.numbers.values() if f"{name}/{metric}" in n]
         return float(np.mean(found)) if found else None
 

@@ -38,7 +38,7 @@ class ViewsTask(Task):
         self.grids = [info.grid(shape) for shape in views.shapes]
         if masker is None:
             return
-        for shape, grid in zip(views.shapes, self.grids, strict=True):
+        for shape, grid in dict(zip(views.shapes, self.grids, strict=True)).items():
             if grid is None:
                 raise UserError(f"masker {type(masker).__name__} needs a model that cuts views of {shape} into patches")
             if hasattr(masker, "check"):

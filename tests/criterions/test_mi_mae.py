@@ -243,7 +243,8 @@ def test_xj_is_what_the_network_sees():
 
 
 def test_hidden_and_form_of_the_network():
-    assert build().approximation.mean[0].out_features == D and build(hidden=9).approximation.mean[1].out_features == 9
+    assert build().approximation.mean[0].out_features == build().approximation.mean[0].in_features
+    assert build(hidden=9).approximation.mean[1].out_features == 9
     values = {form: terms(build(var=form)) for form in ("relu_floor", "softplus", "tanh_logvar")}
     assert len({v["approximation"].item() for v in values.values()}) == 3
     assert len({v["min"].item() for v in values.values()}) == 3

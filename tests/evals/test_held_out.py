@@ -45,6 +45,18 @@ def test_a_batch_larger_than_the_held_out_images_is_cut():
     assert held_out(instance)["held_out/loss"] == pytest.approx(by_hand(instance, 1)["held_out/loss"], rel=1e-5)
 
 
+def test_it_is_of_a_micro_batchs_size():
+    """A criterion that compares images gets as many of them as in training."""
+    instance = trainer("batch_size=96", "accumulate=4")
+    sizes = []
+    forward = instance.run.criterion.forward
+    instance.run.criterion.forward = lambda outputs, batch, progress: (
+        sizes.append(len(batch.index)) or forward(outputs, batch, progress)
+    )
+    held_out(instance)
+    assert set(sizes) == {24}
+
+
 def test_it_moves_nothing_and_repeats_itself():
     instance = trainer()
     state = {k: v.clone() for k, v in instance.state.state_dict().items()}
@@ -69,6 +81,6 @@ def test_alone_is_for_the_moment(monkeypatch):
     with pytest.raises(ZeroDivisionError), distributed.alone():
         assert (distributed.world_size(), distributed.rank()) == (1, 0)
         x = torch.ones(3)
-        assert distributed.gather(x) is x and distributed.all_reduce_mean(x) is not None
+        assert distributed.gather(x) is x and torch.equal(distributed.all_reduce_mean(x), x)
         _ = 1 / 0
     assert (distributed.world_size(), distributed.rank()) == (4, 2)

@@ -461,7 +461,7 @@ def test_a_backbone_that_is_no_plain_vision_transformer(name):
 
 
 def test_a_backbone_without_a_class_token():
-    bare = BACKBONE | {"class_token": False, "global_pool": "avg"}
+    bare = BACKBONE | {"class_token": False, "global_pool": "avg", "fc_norm": False}
     with pytest.raises(UserError, match="z=cls needs a class token, .* use z=mean"):
         mae(backbone_args=bare, pool="mean")
     net = mae(backbone_args=bare, pool="mean", z="mean")

@@ -169,3 +169,13 @@ def test_seeds_that_are_none(text):
 def test_a_seed_twice():
     problems = []
     assert points.parse_seeds("0, 1,0", problems) == [0, 1, 0] and problems == ["--seeds: 0 is given twice"]
+
+
+def test_a_part_varied_as_a_whole_and_a_key_of_it():
+    problems = []
+    points.parse_axes(["optim={lr: 5e-3},{lr: 2e-3}"], [], ["optim.lr=1e-3"], problems)
+    assert problems == ["optim.lr: is part of optim, which is varied as a whole"]
+    problems.clear()
+    # Another part by its name alone, with a key of its own: that is how one swaps parts.
+    points.parse_axes(["masker=random,block"], [], ["masker.ratio=0.5"], problems)
+    assert problems == []

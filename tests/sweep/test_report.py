@@ -120,7 +120,7 @@ def test_numeric():
 def drawn(made, tmp_path, monkeypatch):
     """The picture's axes, after it was saved and looked at."""
     figures = []
-    monkeypatch.setattr(plot, "_chart", lambda *size: figures.append(CHART(*size)) or figures[0])
+    monkeypatch.setattr(plot, "chart", lambda *size: figures.append(CHART(*size)) or figures[0])
     path = tmp_path / "plot.png"
     assert plot.draw(made, path) is None
     with Image.open(path) as image:
@@ -128,7 +128,7 @@ def drawn(made, tmp_path, monkeypatch):
     return figures[0].axes
 
 
-CHART = plot._chart
+CHART = plot.chart
 
 
 def test_a_curve(tmp_path, monkeypatch):

@@ -180,6 +180,10 @@ def test_all_mistakes_at_once_and_nothing_written(tmp_path, capsys, started):
         ([TINY, "--metric", "loss", "epochs=3"], "--metric: 'epochs=3' is no metric"),
         ([TINY, "seed=1", "--seeds", "0,1"], "seed: is given as an override and by --seeds"),
         ([TINY, "--plugin", "absent_plugin"], "plugin 'absent_plugin' is neither"),
+        ([TINY, "--metric", "loss", "mrcl_digits"], "--metric: 'mrcl_digits' is no metric"),
+        # What only shows when the parts are built is found before anything runs, too.
+        ([TINY, "--plugin", PARTS, "--vary", "views.size=16,15"], "cannot be cut into patches of 8: change views.size"),
+        ([TINY, "--plugin", PARTS, "--vary", "parallel=none,ddp"], "a sweep gives each run one process"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, capsys, arguments, expected):
