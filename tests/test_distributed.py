@@ -1,10 +1,8 @@
 """Two processes must learn what one process learns from the whole batch: same loss, same gradients."""
 
-import os
-import socket
-
 import pytest
 import torch
+from ranks import answers_of, join
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,9 +105,7 @@ def check_collectives() -> None:
 
 
 def work(rank: int, port: int, path: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    distributed.initialise("cpu")
+    join(rank, RANKS, port)
     assert (distributed.rank(), distributed.world_size()) == (rank, RANKS) and distributed.is_main() == (rank == 0)
     check_collectives()
     batch = share(whole_batch(), slice(ROWS * rank, ROWS * (rank + 1)))
@@ -124,12 +120,7 @@ def work(rank: int, port: int, path: str) -> None:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> list[dict]:
-    path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(path)), nprocs=RANKS)
-    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return answers_of(work, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CRITERIONS)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, UserError, nearest
-from .train import REFUSALS, configuration
+from .exits import exit_code
+from .train import configuration
 from .train import parser as train_parser
 
 if TYPE_CHECKING:
@@ -63,19 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_intermixed_args(arguments)
-    try:
-        return _main(options, shlex.join(["ssl-ib-sweep", *arguments]))
-    except UserError as error:
-        print(f"ssl-ib-sweep: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        print(f"ssl-ib-sweep: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ssl-ib-sweep: interrupted; runs were ended without saving", file=sys.stderr)
-        return 130
+    command = shlex.join(["ssl-ib-sweep", *arguments])
+    return exit_code("ssl-ib-sweep", lambda: _main(options, command), "interrupted; runs were ended without saving")
 
 
 def _main(options: argparse.Namespace, command: str) -> int:

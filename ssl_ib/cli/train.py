@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 a mistake of the user's (one message on stderr), 128 + n s
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, UserError, nearest
+from .exits import exit_code
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -26,8 +26,6 @@ WRITTEN = (
     "config.yaml environment.json metrics.jsonl tensorboard figures checkpoints backbone.safetensors backbone.json "
     "results.json bad_images.txt bad_batch.txt"
 ).split()
-#: What the machine may refuse (space, permission): no bug of ours, and its own message says it.
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 #: Keys that may change when a run resumes: they move no loss.
 MOVABLE = ("device", "workers", "log_every", "checkpoint")
 
@@ -64,19 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Deterministic matrix products on CUDA need this before the first of them (cuBLAS, "Results reproducibility").
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     options = parser().parse_intermixed_args(arguments)
-    try:
-        return _main(options)
-    except UserError as error:
-        print(f"ssl-ib-train: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        print(f"ssl-ib-train: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ssl-ib-train: interrupted", file=sys.stderr)
-        return 130
+    return exit_code("ssl-ib-train", lambda: _main(options))
 
 
 def _main(options: argparse.Namespace) -> int:

@@ -3,11 +3,9 @@
 Shapes: B images, N masks an image, K visible patches of L, Dx width of a visible token, D width of a latent.
 """
 
-import os
-import socket
-
 import pytest
 import torch
+from ranks import answers_of, join
 from test_mi_mae import (
     ALONE,
     DX,
@@ -244,21 +242,14 @@ def one_step(name: str, batch: Batch, parallel: bool = False) -> dict[str, torch
 
 
 def work(rank: int, port: int, path: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    distributed.initialise("cpu")
+    join(rank, RANKS, port)
     torch.save({name: one_step(name, share(rank), parallel=True) for name in VARIANTS}, f"{path}/{rank}.pt")
     distributed.shutdown()
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> list[dict]:
-    path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(path)), nprocs=RANKS)
-    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return answers_of(work, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
