@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ssl_ib.errors import UserError
+from ssl_ib.run import plain_attention
 from ssl_ib.trainer import Trainer
 
 
@@ -83,11 +84,13 @@ class Peer:
 
     def __init__(self, trainer: Trainer, batches: Iterator, clock: Clock, own_transforms: bool):
         run = trainer.run
-        self.name = "lightly, its transforms" if own_transforms else "lightly, our views"
+        self.name = "lightly as it comes" if own_transforms else "lightly, our views and attention"
         self.trainer, self.batches, self.drawing, self.own = trainer, batches, clock, own_transforms
         self.batch_size, self.device, self.rows = run.batch_size, run.device, self.views * run.batch_size
         self.config, self.size = run.config, run.views.shapes[0][-1]
         self.model = self.build(*run.model.export()).to(self.device)
+        if not own_transforms and self.device.type == "cpu" and run.config.precision == "bf16":
+            plain_attention(self.model)
         if run.config.compile:
             self.model.compile()
         trained = [p for p in self.model.parameters() if p.requires_grad]
