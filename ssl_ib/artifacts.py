@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import __version__, figures
+from .attention import class_attention, has_class_attention
 from .backbone import save_backbone, snippet
 from .data.loader import ordered
 from .trainer import Trainer
@@ -70,6 +71,9 @@ def finish(trainer: Trainer) -> list[str]:
     if any("knn/top1" in row for row in rows):
         figures.knn_curve(rows, folder / "knn_curve.png", raw, untrained)
     draw_views(trainer, folder / "reconstructions.png")
+    draw_attention(trainer, folder / "attention.png")
+    for part in trainer.parts:
+        part.draw(folder)
     lines = []
     exported = run.model.export()
     if exported is not None:
@@ -118,6 +122,19 @@ def draw_views(trainer: Trainer, path: Path) -> None:
         path=path,
         num=SHOWN,
     )
+
+
+@torch.no_grad()
+def draw_attention(trainer: Trainer, path: Path) -> None:
+    """Figure of where the class token of the evaluated encoder looks; none where there is no class token."""
+    run = trainer.run
+    if not has_class_attention(run.model.backbone):
+        return
+    sample = next(islice(ordered(run.source.val() or run.source.train(), SHOWN), 1)).to(run.device)
+    images = run.views.center(sample.images, sample.extra.get("size"))
+    with trainer.online.evaluating():
+        maps = class_attention(run.model.backbone, images)
+    figures.attention(run.views.denormalize(images).cpu(), maps.cpu(), path, SHOWN)
 
 
 def summary(trainer: Trainer) -> list[str]:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -116,6 +118,41 @@ def reconstructions(
     if any(image is not None for image in reconstructions):
         title += ", and what it reconstructs"
     _contact_sheet(groups, title, path)
+
+
+def attention(images: Tensor, maps: Tensor, path: Path | str, num: int = 8) -> None:
+    """Draws the first `num` images as columns, and below each its attention: the heads' mean, then each of up to 6.
+
+    images [B, 3, H, W] in [0, 1]; maps [B, h, rows, columns] of at least 0, each drawn up to its own largest.
+    """
+
+    def heat(weights: Tensor) -> Tensor:
+        weights = weights / weights.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+        weights = F.interpolate(weights[:, None], images.shape[2:])[:, 0]
+        return torch.from_numpy(colormaps["magma"](weights.numpy())[..., :3]).permute(0, 3, 1, 2)
+
+    images, maps = images[:num], maps[:num].float()
+    rows = [("image", images), ("mean attention", heat(maps.mean(dim=1)))]
+    rows += [(f"head {head + 1}", heat(maps[:, head])) for head in range(min(maps.shape[1], 6))]
+    _contact_sheet([rows], "What the class token attends to, in the last block", path)
+
+
+def occupancy(shares: Tensor, limit: float, path: Path | str) -> None:
+    """Draws how prototypes are used over time: shares [T, bins], each row a histogram that adds up to 1.
+
+    The bins divide log2(share of the assignment / an equal share) from -limit to limit.
+    """
+    figure = chart(7, 3.6)
+    axes = figure.add_subplot()
+    extent = (0, max(len(shares), 1), -limit, limit)
+    shown = axes.imshow(shares.T.cpu().numpy(), origin="lower", aspect="auto", cmap="magma", extent=extent, vmin=0)
+    axes.set_title("Prototypes by their share of the assignment", loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("time (ends of epochs)", fontsize=9, color=MUTED)
+    axes.set_ylabel("log2(share x K)", fontsize=9, color=MUTED)
+    axes.tick_params(colors=MUTED, labelsize=9, length=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(shown, ax=axes, label="share of prototypes")
+    figure.savefig(path)
 
 
 def hide(images: Tensor, mask: Tensor, patch: int) -> Tensor:

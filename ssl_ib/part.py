@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -109,6 +110,9 @@ class Part(nn.Module, ABC):
 
     def after_step(self, ctx: Context) -> None:
         """Once an optimiser step: move an EMA teacher."""
+
+    def draw(self, folder: Path) -> None:
+        """At the end of a run, in the main process: figures that only this part can draw."""
 
 
 def parts(*roots: nn.Module) -> list[Part]:

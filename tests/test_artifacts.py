@@ -169,7 +169,11 @@ def test_images_without_labels(tmp_path, capsys):
     found = rows(out)
     assert sum("loss" in row for row in found) == 2
     assert not any("knn/top1" in row for row in found) and all("health/rankme" in found[i] for i in (0, -1))
-    assert {path.name for path in (out / "figures").iterdir()} == {"loss_curves.png", "reconstructions.png"}
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        "loss_curves.png",
+        "reconstructions.png",
+        "attention.png",
+    }
     assert (out / "backbone.safetensors").exists()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,6 +22,8 @@ from ..types import Batch, Loss, Progress
 from .crops import NumPrototypes, check_views, pairs
 
 _logger = logging.getLogger(__name__)
+#: What the occupancy figure keeps: that many points in time, and bins of log2(share / equal share) from -8 to 8.
+OCCUPANCY_EPOCHS, OCCUPANCY_BINS = 64, 16
 #: A prototype is dead where it gets less than this share of an equal one.
 DEAD = 0.1
 
@@ -89,6 +92,7 @@ class SVIB(Criterion):
         self.register_buffer("usage", torch.full((self.num_prototypes,), 1 / self.num_prototypes))
         self.register_buffer("seen", torch.tensor(0.0))
         self.register_buffer("mean_entropy", torch.tensor(math.nan))
+        self.register_buffer("occupancy", torch.full((OCCUPANCY_EPOCHS, OCCUPANCY_BINS), -1.0))
         self._marginal: Tensor | None = None
 
     def tau(self, sigma: float) -> float:
@@ -152,7 +156,10 @@ class SVIB(Criterion):
             self.mean_teacher.lerp_(distributed.all_reduce_mean(mean), 1 - self.center_momentum)
 
     def on_epoch_end(self, ctx: Context) -> None:
-        """Says where the assignment has collapsed, and makes new prototypes."""
+        """Says where the assignment has collapsed, keeps how it was spread, and makes new prototypes."""
+        slot = ctx.progress.epoch * OCCUPANCY_EPOCHS // max(ctx.progress.total_epochs, OCCUPANCY_EPOCHS)
+        shares = (self._used() * self.num_prototypes).clamp(min=1e-30).log2().clamp(-7.99, 7.99)
+        self.occupancy[slot] = shares.float().cpu().histc(OCCUPANCY_BINS, -8, 8).to(shares) / self.num_prototypes
         collapse = self.collapse()
         if collapse is not None and distributed.is_main():
             _logger.warning("svib: %s", collapse)
@@ -168,6 +175,13 @@ class SVIB(Criterion):
         if marginal < 0.05 * most:
             return f"collapse to few prototypes: entropy of the mean assignment {marginal:.3f} of {most:.3f} nats"
         return None
+
+    def draw(self, folder: Path) -> None:
+        """How many prototypes had which share of the assignment, over the epochs."""
+        # Here, because a criterion that is not drawn needs no matplotlib.
+        from ..figures import occupancy
+
+        occupancy(self.occupancy[self.occupancy[:, 0] >= 0], 8.0, folder / "occupancy.png")
 
     def _reinitialise(self, ctx: Context) -> None:
         weight = self.prototypes.weight

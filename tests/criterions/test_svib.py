@@ -617,3 +617,21 @@ def test_two_processes_get_the_same_new_prototypes(ranks):
     torch.testing.assert_close(first["prototypes"], first["features"])
     for answer in ranks:
         assert torch.equal(answer["usage_of_run"], torch.full((20,), 0.05)) and not answer["state"]
+
+
+def test_the_occupancy_is_kept_and_drawn(tmp_path):
+    """A prototype that has 4 equal shares is in bin log2(4), those that have none are in the last one."""
+    criterion = SVIB(RunInfo(((3, 16, 16),) * 2, batch_size=4, width=lambda name: 8), K=8, reinit=False)
+    criterion.draw(tmp_path)
+    criterion.usage.copy_(torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]))
+    criterion.seen.fill_(1.0)
+    for epoch in (0, 3):
+        progress = Progress(epoch, epoch, 5, 5)
+        criterion.on_epoch_end(Context(progress, lambda *given: None, lambda param: None))
+    filled = criterion.occupancy[:, 0] >= 0
+    assert filled.nonzero().flatten().tolist() == [0, 3]
+    expected = torch.zeros(16)
+    expected[0], expected[10] = 6 / 8, 2 / 8
+    assert torch.equal(criterion.occupancy[3], expected)
+    criterion.draw(tmp_path)
+    assert (tmp_path / "occupancy.png").stat().st_size > 1000
