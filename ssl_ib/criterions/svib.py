@@ -189,6 +189,7 @@ class SVIB(Criterion):
         if distributed.is_main():
             fresh.copy_(ctx.collect(self.reinit_src, self.num_prototypes, ctx.progress.epoch))
         weight.copy_(distributed.broadcast(fresh))
+        self.prototypes.rescale()
         self.usage.fill_(1 / self.num_prototypes)
         self.seen.zero_()
         if self.reinit_reset_opt:

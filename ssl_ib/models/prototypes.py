@@ -9,20 +9,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..part import Context, Part
 
-class Prototypes(nn.Module):
-    """K vectors that are learned and used at length 1 (weight normalisation with a fixed gain of 1): weight [K, d]."""
+
+class Prototypes(Part):
+    """K vectors that are learned and used at length 1 (weight normalisation with a fixed gain of 1): weight [K, d].
+
+    With 65,536 of them, normalising in the forward would copy the largest tensor of the loss, and again for its
+    gradient. So a run keeps them at length 1: the gradient loses what points along a vector before the step, and the
+    vectors are scaled back after it, both in place. Weights that anything else has set are normalised when used.
+    """
 
     def __init__(self, num: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num, width))
         nn.init.normal_(self.weight)
-        with torch.no_grad():
-            self.weight.copy_(self.unit())
+        self.rescale()
+        self.register_load_state_dict_post_hook(lambda module, keys: module._trust())
+
+    def _trust(self) -> None:
+        """Takes the weights for vectors of length 1, as long as nobody changes them."""
+        # What a checkpoint holds has been scaled: scaling it again would change last bits.
+        self._version = self.weight._version
+
+    @torch.no_grad()
+    def rescale(self) -> None:
+        """Scales the vectors to length 1, in place."""
+        self.weight.div_(torch.linalg.vector_norm(self.weight, dim=1, keepdim=True).clamp_(min=1e-12))
+        self._trust()
 
     def unit(self) -> Tensor:
         """The vectors at length 1, in float32 at least: [K, d]."""
-        return F.normalize(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)), dim=1)
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return weight if self.weight._version == self._version else F.normalize(weight, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Cosines of unit rows with every prototype, in float32 at least: [N, d] -> [N, K]."""
@@ -30,3 +49,12 @@ class Prototypes(nn.Module):
         # Autocast would round them to bfloat16, and a temperature of 0.04 makes errors of some hundredths of that.
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.unit().to(dtype))
+
+    def before_step(self, ctx: Context) -> None:
+        gradient = self.weight.grad
+        if gradient is not None:
+            along = torch.linalg.vecdot(self.weight, gradient)
+            gradient.addcmul_(self.weight, along[:, None], value=-1)
+
+    def after_step(self, ctx: Context) -> None:
+        self.rescale()

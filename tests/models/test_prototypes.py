@@ -27,10 +27,37 @@ def test_cosines():
             assert found[n, k].item() == pytest.approx(expected.item())
 
 
+def test_a_run_keeps_them_at_length_1():
+    """One step with the hooks around it is one step of SGD on vectors that are normalised in the forward."""
+    prototypes, x = Prototypes(K, D), F.normalize(draw(N, D), dim=1).float()
+    prototypes.rescale()
+    assert prototypes.unit() is prototypes.weight
+    free = prototypes.weight.detach().clone().requires_grad_()
+    F.linear(x, F.normalize(free, dim=1)).square().sum().backward()
+    prototypes(x).square().sum().backward()
+    prototypes.before_step(None)
+    torch.testing.assert_close(prototypes.weight.grad, free.grad, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        prototypes.weight -= 0.1 * prototypes.weight.grad
+        free -= 0.1 * free.grad
+    # Changed by hand, they are normalised when used; after the hook they are so in place.
+    torch.testing.assert_close(prototypes.unit(), F.normalize(free, dim=1))
+    assert prototypes.unit() is not prototypes.weight
+    prototypes.after_step(None)
+    assert prototypes.unit() is prototypes.weight
+    torch.testing.assert_close(prototypes.weight.detach(), F.normalize(free.detach(), dim=1))
+    # And what was saved is used as it is.
+    again = Prototypes(K, D)
+    again.load_state_dict(prototypes.state_dict())
+    assert again.unit() is again.weight and torch.equal(again.weight, prototypes.weight)
+
+
 def test_length_is_no_degree_of_freedom():
     prototypes, x = Prototypes(K, D).double(), F.normalize(draw(N, D), dim=1)
+    prototypes.rescale()
     before = prototypes(x).detach()
     prototypes(x).square().sum().backward()
+    prototypes.before_step(None)
     across = (prototypes.weight * prototypes.weight.grad).sum(dim=1)
     assert prototypes.weight.grad.norm() > 0.1 and across.abs().max() < 1e-12
     with torch.no_grad():

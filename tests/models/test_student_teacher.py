@@ -15,6 +15,7 @@ from ssl_ib import Batch, ConfigError, Context, Progress, RunInfo, UserError, ra
 from ssl_ib.config import resolve
 from ssl_ib.models.momentum import MomentumCopy
 from ssl_ib.models.student_teacher import StudentTeacher
+from ssl_ib.part import parts
 from ssl_ib.plugins import load_plugins
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
@@ -141,7 +142,7 @@ def test_the_teacher_gets_no_gradient():
     sum(z.square().sum() for name in outputs for z in outputs[name]).backward()
     assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
     assert all(p.grad is not None for p in (*model.student.parameters(), *model.head.parameters()))
-    trained = {id(p) for group in model.param_groups() for _, p in group.params}
+    trained = {id(p) for part in parts(model) for group in part.param_groups() for _, p in group.params}
     assert trained == {id(p) for p in (*model.student.parameters(), *model.head.parameters())}
 
 
