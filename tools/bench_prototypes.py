@@ -117,7 +117,7 @@ def main() -> None:
     times = [statistics.median(row[n] for row in rounds[1:]) for n in range(len(found))]
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, K={options.prototypes}, "
-        f"batch {options.batch}, {GLOBAL} global, {options.local} local crops, d={options.width}, {options.rounds} rounds"
+        f"batch {options.batch}, {GLOBAL} + {options.local} crops, d={options.width}, {options.rounds} rounds"
     )
     for number, contender in enumerate(found):
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", str(number)]
