@@ -128,12 +128,14 @@ def draw_views(trainer: Trainer, path: Path) -> None:
 def draw_attention(trainer: Trainer, path: Path) -> None:
     """Figure of where the class token of the evaluated encoder looks; none where there is no class token."""
     run = trainer.run
-    if not has_class_attention(run.model.backbone):
+    # A plugin's model may have none.
+    backbone = getattr(run.model, "backbone", None)
+    if not has_class_attention(backbone):
         return
     sample = next(islice(ordered(run.source.val() or run.source.train(), SHOWN), 1)).to(run.device)
     images = run.views.center(sample.images, sample.extra.get("size"))
     with trainer.online.evaluating():
-        maps = class_attention(run.model.backbone, images)
+        maps = class_attention(backbone, images)
     figures.attention(run.views.denormalize(images).cpu(), maps.cpu(), path, SHOWN)
 
 
