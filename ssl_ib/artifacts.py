@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from datetime import datetime, timezone
@@ -18,8 +17,10 @@ from . import __version__, figures
 from .attention import class_attention, has_class_attention
 from .backbone import save_backbone, snippet
 from .data.loader import ordered
+from .files import replace
+from .run import Run
 from .trainer import Trainer
-from .types import Progress
+from .types import Progress, Sample
 
 #: Images shown as original, masked and reconstructed.
 SHOWN = 8
@@ -91,17 +92,19 @@ def write_results(trainer: Trainer) -> None:
     """
     results = {**trainer.results, "seconds": trainer.seconds, "step": trainer.step}
     plain = json.loads(json.dumps(results), parse_constant=str)
-    path = trainer.out / "results.json"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace(trainer.out / "results.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
+
+
+def _shown(run: Run) -> Sample:
+    """The images that the figures show."""
+    return next(islice(ordered(run.source.val() or run.source.train(), SHOWN), 1)).to(run.device)
 
 
 @torch.no_grad()
 def draw_views(trainer: Trainer, path: Path) -> None:
     """Figure of some images: each view, the view under each mask, and its reconstruction where the model has one."""
     run = trainer.run
-    sample = next(islice(ordered(run.source.val() or run.source.train(), SHOWN), 1)).to(run.device)
+    sample = _shown(run)
     with trainer.online.evaluating():
         batch = run.task.prepare(sample, Progress(0, -1, 1, 1, run.config.seed))
         if any(view.ndim != 4 or view.shape[1] != 3 for view in batch.views):
@@ -132,7 +135,7 @@ def draw_attention(trainer: Trainer, path: Path) -> None:
     backbone = getattr(run.model, "backbone", None)
     if not has_class_attention(backbone):
         return
-    sample = next(islice(ordered(run.source.val() or run.source.train(), SHOWN), 1)).to(run.device)
+    sample = _shown(run)
     images = run.views.center(sample.images, sample.extra.get("size"))
     with trainer.online.evaluating():
         maps = class_attention(backbone, images)

@@ -8,7 +8,6 @@ and "stem": "cifar" where the stem of a ResNet was exchanged (see `create`), whi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 
 from . import __version__
 from .errors import UserError
+from .files import replace
 
 _WEIGHTS, _DESCRIPTION = "backbone.safetensors", "backbone.json"
 
@@ -86,8 +86,8 @@ def save_backbone(
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in module.state_dict().items()
     }
-    _replace(folder / _WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    _replace(folder / _DESCRIPTION, text.encode())
+    replace(folder / _WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    replace(folder / _DESCRIPTION, text)
     return folder / _WEIGHTS
 
 
@@ -120,10 +120,3 @@ def load_backbone(folder: Path | str) -> nn.Module:
     model = create(saved["model"], {**saved["arguments"], "stem": saved["stem"]})
     model.load_state_dict(safetensors.torch.load_file(folder / _WEIGHTS))
     return model.eval()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file at once: whoever reads it sees the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import replace
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -91,9 +91,7 @@ class RunLog:
             self._board.close()
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
-        os.replace(temporary, self._path)
+        replace(self._path, "".join(map(_line, rows)))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -48,6 +48,11 @@ class RunInfo:
     width: Callable[[str], int] = lambda name: 1
     masks: Callable[[tuple[int, int]], tuple[int, int] | None] = lambda grid: None
 
+    @property
+    def global_views(self) -> int:
+        """How many views are global crops."""
+        return len(self.view_shapes) if self.num_global is None else self.num_global
+
     def capped(self, rows: int) -> int:
         """`rows`, or the cap where that is smaller."""
         return rows if self.cap is None else min(rows, self.cap)

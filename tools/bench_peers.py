@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ class Clock:
         return seconds
 
 
-class Peer:
+class Peer(ABC):
     """A method of lightly's, stepped as its examples do.
 
     trainer: of our recipe, which gives images and settings; clock: what counts its phases (`draw` clears it).
@@ -98,17 +99,17 @@ class Peer:
         self.transform, self.clock = self.transforms(), Clock(self.device)
         self.amp = run.config.precision == "bf16"
 
+    @abstractmethod
     def build(self, name: str, arguments: dict[str, Any]) -> nn.Module:
         """The model around timm's encoder of that name and those arguments."""
-        raise NotImplementedError
 
+    @abstractmethod
     def transforms(self) -> Callable:
         """lightly's own transforms: an image -> one tensor a view."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, views: list[Tensor]) -> Tensor:
         """The loss of a batch's views."""
-        raise NotImplementedError
 
     def step(self) -> dict[str, float]:
         clock = self.clock

@@ -189,12 +189,13 @@ def _run(options: argparse.Namespace, axes: list[Axis], runs: list[Run], out: Pa
 
 def _write(out: Path, axes: list[Axis], runs: list[Run], outcomes: dict, metrics) -> Report:
     """Writes `results.csv` and `table.md` as things stand."""
-    from ..sweep import folder, runner
+    from ..files import replace
+    from ..sweep import runner
     from ..sweep.report import Report
 
     report = Report.read(out, axes, runs, {run: runner.status_of(run, out, outcomes) for run in runs}, metrics)
-    folder.write(out / "results.csv", report.csv())
-    folder.write(out / "table.md", report.table())
+    replace(out / "results.csv", report.csv())
+    replace(out / "table.md", report.table())
     return report
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
-from ..part import Criterion, RunInfo
+from ..part import RunInfo
 from ..registry import register_criterion
-from ..types import Batch, Loss, Progress
-from .reconstruction import check_hidden, hidden, shown
+from .reconstruction import HiddenPatches
 
 
 @register_criterion("mae")
-class MAE(Criterion):
+class MAE(HiddenPatches):
     """Squared error, mean over a patch's pixels, then over the hidden patches of all masks and views.
 
     Reads `reconstruction` [B*N, L, P]. Every mask hides as many patches, so this is also the mean of N MAE losses.
@@ -23,20 +22,8 @@ class MAE(Criterion):
     norm_pix: reconstruct pixels standardised within their patch, MAE's better setting (its table 1d).
     """
 
-    requires = frozenset({"reconstruction"})
-
     def __init__(self, info: RunInfo, norm_pix: bool = True):
-        super().__init__()
-        check_hidden("criterion 'mae'", info)
-        self.norm_pix = norm_pix
+        super().__init__("mae", info, norm_pix)
 
-    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
-        errors = [
-            ops.masked_patch_mse(pred, view, mask, self.norm_pix)[0]
-            for pred, view, mask in zip(outputs["reconstruction"], batch.views, hidden(batch), strict=True)
-        ]
-        return Loss.weighted(reconstruction=(sum(errors) / len(errors), 1.0))
-
-    def pixels(self, outputs: dict[str, list[Tensor]], batch: Batch) -> list[Tensor] | None:
-        """The hidden patches rebuilt (with norm_pix, in the mean and deviation of the view's own), the others given."""
-        return shown(outputs, batch, self.norm_pix)
+    def error(self, pred: Tensor, view: Tensor, mask: Tensor) -> Tensor:
+        return ops.masked_patch_mse(pred, view, mask, self.norm_pix)[0]

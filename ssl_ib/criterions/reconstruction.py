@@ -6,14 +6,15 @@ Shapes: B images, N masks an image, L patches, P = p*p*C pixels a patch.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..errors import UserError
-from ..part import RunInfo
-from ..types import Batch
+from ..part import Criterion, RunInfo
+from ..types import Batch, Loss, Progress
 
 
 def check_hidden(name: str, info: RunInfo) -> None:
@@ -34,19 +35,46 @@ def hidden(batch: Batch) -> list[Tensor]:
     return [masks.mask.flatten(0, 1) for masks in batch.masks]
 
 
-def shown(outputs: dict[str, list[Tensor]], batch: Batch, norm_pix: bool) -> list[Tensor]:
-    """For figures, of losses on hidden patches alone: these as they are rebuilt, and the visible ones as they are."""
-    found = []
-    for pred, view, mask in zip(outputs["reconstruction"], batch.views, hidden(batch), strict=True):
-        side = math.isqrt(pred.shape[-1] // view.shape[1])
-        patches = ops.patchify(view, side).repeat_interleave(len(pred) // len(view), dim=0)
-        found.append(torch.where(mask[..., None], unstandardised(pred, view) if norm_pix else pred, patches))
-    return found
+def own_patches(pred: Tensor, view: Tensor) -> Tensor:
+    """The view's patches, once for each mask that was reconstructed: as pred [B*N, L, P]."""
+    side = math.isqrt(pred.shape[-1] // view.shape[1])
+    return ops.patchify(view, side).repeat_interleave(len(pred) // len(view), dim=0)
 
 
 def unstandardised(pred: Tensor, view: Tensor) -> Tensor:
     """Patches predicted in units of their own mean and deviation, in the view's: pred [B*N, L, P] -> [B*N, L, P]."""
-    side = math.isqrt(pred.shape[-1] // view.shape[1])
-    target = ops.patchify(view, side).repeat_interleave(len(pred) // len(view), dim=0)
-    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    variance, mean = torch.var_mean(own_patches(pred, view), dim=-1, keepdim=True)
     return pred * (variance + 1e-6).sqrt() + mean
+
+
+class HiddenPatches(Criterion):
+    """A loss on the hidden patches alone, the mean of its views'. A subclass says how a view's are scored.
+
+    name:     what a message calls it.
+    norm_pix: reconstruct pixels standardised within their patch.
+    """
+
+    requires = frozenset({"reconstruction"})
+
+    def __init__(self, name: str, info: RunInfo, norm_pix: bool):
+        super().__init__()
+        check_hidden(f"criterion {name!r}", info)
+        self.norm_pix = norm_pix
+
+    @abstractmethod
+    def error(self, pred: Tensor, view: Tensor, mask: Tensor) -> Tensor:
+        """One view's: pred [B*N, L, P], view [B, C, H, W], mask bool [B*N, L] -> scalar, in float32 at least."""
+
+    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
+        errors = [
+            self.error(pred, view, mask)
+            for pred, view, mask in zip(outputs["reconstruction"], batch.views, hidden(batch), strict=True)
+        ]
+        return Loss.weighted(reconstruction=(sum(errors) / len(errors), 1.0))
+
+    def pixels(self, outputs: dict[str, list[Tensor]], batch: Batch) -> list[Tensor] | None:
+        """The hidden patches rebuilt (with norm_pix, in the mean and deviation of the view's own), the others given."""
+        return [
+            torch.where(mask[..., None], unstandardised(pred, view) if self.norm_pix else pred, own_patches(pred, view))
+            for pred, view, mask in zip(outputs["reconstruction"], batch.views, hidden(batch), strict=True)
+        ]

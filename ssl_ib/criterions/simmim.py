@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..part import Criterion, RunInfo
+from ..part import RunInfo
 from ..registry import register_criterion
-from ..types import Batch, Loss, Progress
-from .reconstruction import check_hidden, hidden, shown
+from .reconstruction import HiddenPatches
 
 
 @register_criterion("simmim")
-class SimMIM(Criterion):
+class SimMIM(HiddenPatches):
     """Absolute error, mean over the hidden pixels and their channels, of all masks and views (its equation 1).
 
     Reads `reconstruction` [B*N, L, P]. Every mask hides as many patches, so this is also the mean of N SimMIM losses.
@@ -26,22 +25,10 @@ class SimMIM(Criterion):
     norm_pix: reconstruct pixels standardised within their patch, as MAE does.
     """
 
-    requires = frozenset({"reconstruction"})
-
     def __init__(self, info: RunInfo, norm_pix: bool = False):
-        super().__init__()
-        check_hidden("criterion 'simmim'", info)
-        self.norm_pix = norm_pix
+        super().__init__("simmim", info, norm_pix)
 
-    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
-        errors = [
-            self._error(pred, view, mask)
-            for pred, view, mask in zip(outputs["reconstruction"], batch.views, hidden(batch), strict=True)
-        ]
-        return Loss.weighted(reconstruction=(sum(errors) / len(errors), 1.0))
-
-    def _error(self, pred: Tensor, view: Tensor, mask: Tensor) -> Tensor:
-        """One view's: pred [B*N, L, P], view [B, C, H, W], mask bool [B*N, L] -> scalar, in float32 at least."""
+    def error(self, pred: Tensor, view: Tensor, mask: Tensor) -> Tensor:
         pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
         target = ops.patchify(view.to(pred.dtype), math.isqrt(pred.shape[-1] // view.shape[1]))
         if self.norm_pix:
@@ -50,7 +37,3 @@ class SimMIM(Criterion):
         # One target an image, broadcast over its masks, never repeated.
         error = (pred.unflatten(0, (len(view), -1)) - target[:, None]).abs().mean(dim=-1).flatten(0, 1)
         return (error * mask).sum() / mask.sum()
-
-    def pixels(self, outputs: dict[str, list[Tensor]], batch: Batch) -> list[Tensor] | None:
-        """The hidden patches rebuilt (with norm_pix, in the mean and deviation of the view's own), the others given."""
-        return shown(outputs, batch, self.norm_pix)

@@ -65,7 +65,7 @@ class SwAV(Criterion):
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.queue_epoch, self.freeze_epochs = queue_epoch, freeze_epochs
         width = info.width("student")
-        self.num_global = len(info.view_shapes) if info.num_global is None else info.num_global
+        self.num_global = info.global_views
         self.prototypes = Prototypes(K, width)
         rows = info.capped(queue)
         self.register_buffer("queue", torch.zeros(self.num_global, rows, width))

@@ -86,7 +86,7 @@ class StudentTeacher(EncoderModel):
     ):
         super().__init__()
         self.momentum, self.freeze_last_epochs = momentum, freeze_last_epochs
-        self.num_global = len(info.view_shapes) if info.num_global is None else info.num_global
+        self.num_global = info.global_views
         self.student = Encoder(backbone, backbone_args or {}, info.view_shapes[0], pool, positions)
         for shape in info.view_shapes:
             self.student.grid(shape)

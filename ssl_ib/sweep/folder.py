@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from ..cli.train import changes
 from ..config import differences
 from ..errors import UserError
+from ..files import replace
 from ..recipe import YamlDumper, YamlLoader, read_recipe
 from .points import Run
 
@@ -63,14 +63,7 @@ def _differences(folder: Path, run: Run) -> list[str]:
 def remember(out: Path, base: dict[str, Any], command: str) -> None:
     """Writes `sweep.yaml`: the base, and the latest command, to continue with."""
     text = yaml.dump({**base, "command": command}, Dumper=YamlDumper, sort_keys=False, width=1000)
-    write(out / RECORD, text)
-
-
-def write(path: Path, text: str) -> None:
-    """Replaces a file whole, so that nobody reads half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace(out / RECORD, text)
 
 
 @contextmanager
