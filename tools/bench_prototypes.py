@@ -1,6 +1,6 @@
 """Time and memory of SVIB's criterion on many prototypes, beside a last layer with lightly's DINO loss.
 
-    python tools/bench_prototypes.py [--prototypes 65536] [--batch 32] [--width 256] [--local 4] [--rounds 5]
+    python tools/bench_train.py prototypes [--prototypes 65536] [--batch 32] [--width 256] [--local 4] [--rounds 5]
 
 Both go from projections to gradients of the student's projections and of the prototypes, in float32: SVIB's criterion
 on unit vectors; a weight-normalised linear layer to K outputs for student and teacher, and DINOLoss. They take turns on
@@ -19,14 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_peers import memory_status
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
-
-from bench_train import _status  # noqa: E402
-
-from ssl_ib import Batch, Progress, RunInfo  # noqa: E402
-from ssl_ib.criterions.svib import SVIB  # noqa: E402
+from ssl_ib import Batch, Progress, RunInfo
+from ssl_ib.criterions.svib import SVIB
 
 GLOBAL = 2
 
@@ -84,29 +80,30 @@ def step(contender, student: list[torch.Tensor], teacher: list[torch.Tensor]) ->
 
 
 def memory(number: int, options: argparse.Namespace) -> float:
-    """MB of the peak beyond inputs, parameters and gradients."""
+    """MB of the peak beyond inputs, parameters and the gradients that are left in the end."""
     contender = CONTENDERS[number](options)
-    for parameter in contender.parameters:
-        parameter.grad = torch.zeros_like(parameter)
     # Threads' buffers and code are there after a small one.
     small = argparse.Namespace(**{**vars(options), "prototypes": 512})
     step(CONTENDERS[number](small), *inputs(small, 0))
     student, teacher = inputs(options, 1)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = memory_status("VmRSS")
     step(contender, student, teacher)
-    return _status("VmHWM") - before
+    left = [p.grad for p in (*contender.parameters, *student)]
+    return memory_status("VmHWM") - before - sum(g.numel() * g.element_size() for g in left) / 2**20
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> None:
+    p = argparse.ArgumentParser(
+        prog="bench_train.py prototypes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--prototypes", type=int, default=65536)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--width", type=int, default=256)
     p.add_argument("--local", type=int, default=4)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
-    options = p.parse_args()
+    options = p.parse_args(arguments)
     if options.memory_of is not None:
         print(memory(options.memory_of, options))
         return
@@ -120,11 +117,7 @@ def main() -> None:
         f"batch {options.batch}, {GLOBAL} + {options.local} crops, d={options.width}, {options.rounds} rounds"
     )
     for number, contender in enumerate(found):
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", str(number)]
+        command = [sys.executable, sys.argv[0], "prototypes", *arguments, "--memory-of", str(number)]
         extra = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
         ratio = statistics.median(row[number] / row[0] for row in rounds[1:])
         print(f"{1e3 * times[number]:>9.1f} ms  {ratio:>6.2f}x  {extra:>8.1f} MB  {contender.name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@
         --also "mrcl_simclr_cifar10 masker.ratio=0.5 criterion.w_masked=0 criterion.w_unmasked=0"
     python tools/bench_train.py mi_mae_cifar10 source.path=cifar10.tar.xz batch_size=256 \
         --also "mae_cifar10 batch_size=1024"
+    python tools/bench_train.py prototypes --help
 
 Every contender takes one step a round, in turn, so that a busy machine disturbs all alike; medians over the rounds are
 printed. rows/s counts what the encoder gets, images times views times masks; the ratio is that of rows/s to the first
@@ -15,6 +16,9 @@ recipe. --lightly adds its counterpart of the first recipe, SimCLR or MAE by wha
 "outside" is the share of a step that no transformer block is at work in, of encoder or decoder: data, views,
 embedding, loss, optimiser and all else. It comes from further rounds with hooks on the blocks, which a compiled model
 would not call, so that there it is not known; on a GPU the hooks wait for the device.
+
+`prototypes` in place of a recipe: SVIB's criterion alone, beside a last layer with lightly's DINO loss
+(tools/bench_prototypes.py).
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from bench_peers import Clock, peers  # noqa: E402
+import bench_prototypes  # noqa: E402
+from bench_peers import Clock, memory_status, peers  # noqa: E402
 
 from ssl_ib.config import resolve  # noqa: E402
 from ssl_ib.errors import UserError  # noqa: E402
@@ -111,16 +116,10 @@ def measure_memory(contender, device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     # Resets the process's peak to what it holds now: what loading the data took does not count.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = memory_status("VmRSS")
     for _ in range(3):
         contender.step()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> float:
-    """A memory figure of this process in MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 2**10
+    return memory_status("VmHWM") - before
 
 
 def summary(found: list, rows: list[list[dict[str, float]]], number: int) -> dict[str, float | str]:
@@ -151,6 +150,9 @@ def outside(found: list, rounds: int, compiled: bool) -> list[float | None]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["prototypes"]:
+        bench_prototypes.main(sys.argv[2:])
+        return
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("recipe")
     p.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

@@ -104,9 +104,13 @@ class SVIB(Criterion):
         prototypes, tau_s = self.prototypes.unit(), self.tau(self.sigma_s)
         log_prior = None if self.q == "uniform" else self.usage.clamp(min=1e-12).log()
         z = torch.cat([t.detach() for t in teacher]).to(prototypes.dtype)
-        means, entropy, expected, marginal = self._teachers(z, prototypes, log_prior)
-        lse = ops.gmm_lse(torch.cat(student), prototypes, tau_s).chunk(len(student))
-        means = means.chunk(len(teacher))
+        # (z - m) . c is the cosine less its running mean.
+        z = z - self.mean_teacher if self.center else z
+        taus = tau_s, self.tau(self.sigma_t)
+        lse, means, entropy, expected, marginal = ops.gmm_crops(
+            torch.cat(student), z, prototypes, *taus, log_prior, self.ce_target_detach
+        )
+        lse, means = lse.chunk(len(student)), means.chunk(len(teacher))
         found = pairs(len(student), len(teacher))
         cross_entropy = sum((lse[s] - (student[s] * means[t]).sum(dim=1) / tau_s).mean() for t, s in found) / len(found)
         if self.kl_grad == "student":
@@ -126,12 +130,6 @@ class SVIB(Criterion):
             agreement=agreement.detach(),
         )
         return loss
-
-    def _teachers(self, z: Tensor, prototypes: Tensor, log_prior: Tensor | None) -> tuple[Tensor, ...]:
-        """Mean prototype, entropy, expected log prior and marginal of the teacher's assignments: z [G*B, d]."""
-        # (z - m) . c is the cosine less its running mean.
-        z = z - self.mean_teacher if self.center else z
-        return ops.gmm_posterior(z, prototypes, self.tau(self.sigma_t), log_prior, self.ce_target_detach)
 
     def _divergence(self, entropy: Tensor, expected_log_prior: Tensor) -> Tensor:
         """Mean KL divergence of assignments from q."""

@@ -5,13 +5,14 @@ Needs torch alone. Legend of the shape letters at the head of each module.
 
 from .backend import BACKENDS, record, use_backend, wanted, why_not
 from .contrastive import info_nce, info_nce_parts
-from .mixture import gmm_assign, gmm_lse, gmm_posterior
+from .mixture import gmm_assign, gmm_crops, gmm_lse, gmm_posterior
 from .patches import masked_patch_mse, patch_embed_gather, patchify
 from .tokens import token_gather, token_scatter
 
 __all__ = [
     "BACKENDS",
     "gmm_assign",
+    "gmm_crops",
     "gmm_lse",
     "gmm_posterior",
     "info_nce",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import softmax_operators as operators
+from . import mixture_operators as operators
+from . import softmax_operators
 from .backend import ran
 from .products import operands
 
@@ -29,7 +30,7 @@ def gmm_lse(x: Tensor, prototypes: Tensor, tau: float) -> Tensor:
     if backend == "reference":
         return _logits("gmm_lse", x, prototypes, tau).logsumexp(dim=1)
     with_mean = x.requires_grad and torch.is_grad_enabled()
-    return operators.lse(x, prototypes, tau, None, None, None, with_mean, backend)[0]
+    return softmax_operators.lse(x, prototypes, tau, None, None, None, with_mean, backend)[0]
 
 
 def gmm_posterior(
@@ -52,11 +53,38 @@ def gmm_posterior(
     Source: SVIB, equations 17 to 20.
     """
     _check("gmm_posterior", t, prototypes, tau)
-    if log_prior is not None:
-        if log_prior.shape != (len(prototypes),):
-            raise UserError(f"gmm_posterior: expected log_prior [{len(prototypes)}], got {list(log_prior.shape)}")
-        log_prior = log_prior.detach()
+    log_prior = _constant("gmm_posterior", log_prior, prototypes)
     return posterior(t, prototypes, tau, log_prior, detach_p, marginal)[1:]
+
+
+def gmm_crops(
+    student: Tensor,
+    teacher: Tensor,
+    prototypes: Tensor,
+    tau_s: float,
+    tau_t: float,
+    log_prior: Tensor | None = None,
+    detach_p: bool = False,
+    marginal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`gmm_lse` of the student's rows and `gmm_posterior` of the teacher's: (lse, mean, entropy, expected, marginal).
+
+    student [S, d] and teacher [T, d]: crops of any number, in any order. The answers and gradients are those of the two
+    ops, but the gradient to the prototypes, which may be larger than all else, is made once and not once a reading.
+    Raises UserError for arguments that do not fit. Source: SVIB, equations 17 to 20.
+    """
+    _check("gmm_crops", student, prototypes, tau_s)
+    _check("gmm_crops", teacher, prototypes, tau_t)
+    log_prior = _constant("gmm_crops", log_prior, prototypes)
+    backend, s, c = operands("gmm_lse", student, prototypes)
+    backend_t, t, c_t = operands("gmm_posterior", teacher, prototypes)
+    if "reference" in (backend, backend_t) or backend != backend_t or c.dtype != c_t.dtype:
+        read = posterior(teacher, prototypes, tau_t, log_prior, detach_p, marginal)[1:]
+        return gmm_lse(student, prototypes, tau_s), *read
+    del c_t
+    with_mean = student.requires_grad and torch.is_grad_enabled()
+    answers = operators.crops(s, t, c, tau_s, tau_t, log_prior, detach_p, marginal, with_mean, backend)
+    return answers[0], *answers[3:]
 
 
 def gmm_assign(
@@ -65,12 +93,12 @@ def gmm_assign(
     """Cross-entropy of the teacher's assignment with the student's, and the teacher's entropy: both [N], in nats.
 
     student, teacher [N, d], row by row a pair; prototypes [K, d]; detach_p: the teacher's assignment is a constant in
-    the cross-entropy. For more than one student a teacher, use `gmm_posterior` once and `gmm_lse` for each student.
+    the cross-entropy. For more than one student a teacher, use `gmm_crops`.
     Raises UserError for arguments that do not fit. Source: SVIB, equation 17.
     """
     check_pairs("gmm_assign", student, teacher)
-    mean, entropy, _, _ = gmm_posterior(teacher, prototypes, tau_t, detach_p=detach_p, marginal=False)
-    return gmm_lse(student, prototypes, tau_s) - (student * mean).sum(dim=1) / tau_s, entropy
+    lse, mean, entropy, _, _ = gmm_crops(student, teacher, prototypes, tau_s, tau_t, None, detach_p, marginal=False)
+    return lse - (student * mean).sum(dim=1) / tau_s, entropy
 
 
 def check_pairs(op: str, student: Tensor, teacher: Tensor) -> None:
@@ -89,6 +117,12 @@ def _check(op: str, x: Tensor, prototypes: Tensor, tau: float) -> None:
         )
     if tau <= 0:
         raise UserError(f"{op}: expected a temperature above 0, got {tau}")
+
+
+def _constant(op: str, log_prior: Tensor | None, prototypes: Tensor) -> Tensor | None:
+    if log_prior is not None and log_prior.shape != (len(prototypes),):
+        raise UserError(f"{op}: expected log_prior [{len(prototypes)}], got {list(log_prior.shape)}")
+    return None if log_prior is None else log_prior.detach()
 
 
 def _logits(op: str, x: Tensor, prototypes: Tensor, tau: float) -> Tensor:

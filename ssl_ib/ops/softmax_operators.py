@@ -1,9 +1,9 @@
 """The softmax kernels as torch operators: fake tensors and gradients for every backend but the reference.
 
-`lse` serves InfoNCE and the Gaussian mixture's log-normaliser alike; `posterior` is attention over prototypes. The
-mean logit of the positives, which needs no softmax, is an operator of plain torch, the same for every backend.
+`lse` serves InfoNCE and the Gaussian mixture's log-normaliser alike. The mean logit of the positives, which needs no
+softmax, is an operator of plain torch, the same for every backend.
 
-Shapes: N rows, M columns, d embedding, K prototypes.
+Shapes: N rows, M columns, d embedding.
 """
 
 from __future__ import annotations
@@ -104,78 +104,6 @@ def lse_strip_backward(
 def _(rows, cols, grad_rows, lse_rows, grad_cols, lse_cols, temperature, self_rows, self_cols, row_group, col_group,
       first, backend):  # fmt: skip
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
-
-
-@custom_op(
-    "ssl_ib::posterior",
-    mutates_args=(),
-    schema="(Tensor t, Tensor c, float temperature, Tensor? log_prior, bool detach_p, bool want_marginal, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def posterior(t, c, temperature, log_prior, detach_p, want_marginal, backend):
-    """Logsumexp [N], mean prototype [N, d], entropy [N], mean log prior [N], mean posterior [K] (empty if unwanted)."""
-    kernel = function("posterior", "posterior", backend, t)
-    lse, mean, expected, marginal = kernel(t, c, temperature, log_prior, want_marginal)
-    # The mean logit is the row's product with the mean prototype; rounding must not make an entropy negative.
-    entropy = (lse - (t * mean).sum(dim=1) / temperature).clamp_(min=0)
-    return lse, mean, entropy, expected, marginal / max(len(t), 1)
-
-
-@posterior.register_fake
-def _(t, c, temperature, log_prior, detach_p, want_marginal, backend):
-    dtype, rows = accumulator(t.dtype), t.shape[0]
-    shapes = (rows,), t.shape, (rows,), (rows,), (c.shape[0] if want_marginal else 0,)
-    return tuple(t.new_empty(shape, dtype=dtype) for shape in shapes)
-
-
-@custom_op(
-    "ssl_ib::posterior_backward",
-    mutates_args=(),
-    schema="(Tensor t, Tensor c, float temperature, Tensor lse, Tensor? r, Tensor? h, Tensor? a, Tensor? v, Tensor? e, "
-    "Tensor? u, Tensor? w, bool want_t, bool want_c, str backend) -> (Tensor, Tensor)",
-)
-def posterior_backward(t, c, temperature, lse, r, h, a, v, e, u, w, want_t, want_c, backend):
-    """Gradients for a posterior p whose logits l receive p (a.c + e u + w + h l - r), and whose mean receives v."""
-    kernel = function("posterior", "posterior_backward", backend, t)
-    return apart(kernel(t, c, temperature, lse, r, h, a, v, e, u, w, want_t, want_c), (want_t, want_c))
-
-
-@posterior_backward.register_fake
-def _(t, c, temperature, lse, r, h, a, v, e, u, w, want_t, want_c, backend):
-    return t.new_empty(t.shape if want_t else (0,)), c.new_empty(c.shape if want_c else (0,))
-
-
-def _save_posterior(ctx, inputs, output):
-    t, c, ctx.temperature, log_prior, ctx.detach_p, _, ctx.backend = inputs
-    ctx.save_for_backward(t, c, log_prior, *output[:4])
-    ctx.set_materialize_grads(False)
-
-
-def _posterior_gradient(ctx, d_lse, d_mean, d_entropy, d_expected, d_marginal):
-    t, c, log_prior, lse, mean, entropy, expected = ctx.saved_tensors
-    want_t, want_c = ctx.needs_input_grad[:2]
-    a = None if ctx.detach_p else d_mean
-    h = None if d_entropy is None else -d_entropy
-    u = None if d_expected is None else log_prior
-    e = None if u is None else d_expected
-    w = None if d_marginal is None or d_marginal.numel() == 0 else d_marginal / max(len(t), 1)
-    # r is the mean of all that, under p: the gradient of a softmax's logits adds up to 0 but for that of lse.
-    parts = [] if d_lse is None else [-d_lse]
-    parts += [] if a is None else [(a * mean).sum(dim=1)]
-    parts += [] if h is None else [h * (lse - entropy)]
-    parts += [] if e is None else [e * expected]
-    if w is not None:
-        parts.append(posterior(t, c, ctx.temperature, w, False, False, ctx.backend)[3])
-    r = sum(parts[1:], parts[0]) if parts else None
-    d_t, d_c = posterior_backward(
-        t, c, ctx.temperature, lse, r, h, a, d_mean, e, u, w, want_t and r is not None, want_c, ctx.backend
-    )
-    if want_t and r is None:
-        d_t = torch.zeros_like(t)
-    return (d_t if want_t else None, d_c if want_c else None, *[None] * 5)
-
-
-posterior.register_autograd(_posterior_gradient, setup_context=_save_posterior)
 
 
 @custom_op(

@@ -232,6 +232,62 @@ def test_gmm_posterior_whose_mean_alone_is_used(device, name, dtype, pieces):
 
 
 @every_run
+@pytest.mark.parametrize(
+    ("s", "t", "k", "d"), [(9, 5, 23, 6), (1, 1, 1, 1), (3, 0, 4, 3), (0, 3, 4, 3), (5, 7, 40, 17)]
+)
+@pytest.mark.parametrize(
+    ("with_prior", "detach_p", "marginal"), [(False, False, True), (True, True, True), (True, False, False)]
+)
+def test_gmm_crops(device, name, dtype, s, t, k, d, with_prior, detach_p, marginal, pieces):
+    log_prior = draw(k, seed=5).log_softmax(dim=0).to(device) if with_prior else None
+
+    def op(student, teacher, c):
+        return ops.gmm_crops(student, teacher, c, 0.1, 0.04, log_prior, detach_p, marginal)
+
+    leaves = [unit(s, d), unit(t, d, seed=1), unit(k, d, seed=2)]
+    compare(op, leaves, device, name, dtype, {"posterior", "posterior_backward", *ONE_WAY}, 25.0)
+
+
+@every_run
+@pytest.mark.parametrize("used", ["lse", "posterior", "constant teacher", "constant prototypes"])
+def test_gmm_crops_of_which_a_part_is_used(device, name, dtype, used, pieces):
+    fixed = [unit(n, 6, seed=seed).to(device=device, dtype=dtype) for seed, n in enumerate((9, 5, 23))]
+    moving = {"constant teacher": (0, 2), "constant prototypes": (0, 1)}.get(used, (0, 1, 2))
+
+    def op(*leaves):
+        rows = [x.to(leaves[0].dtype) for x in fixed]
+        for place, x in zip(moving, leaves, strict=True):
+            rows[place] = x
+        lse, *read = ops.gmm_crops(*rows, 0.1, 0.04)
+        return lse if used == "lse" else tuple(read) if used == "posterior" else (lse, *read)
+
+    parts = {"lse": {"lse_backward"}, "posterior": {"posterior_backward"}}
+    expected = {"lse", "posterior"} | parts.get(used, {"lse_backward", "posterior_backward"})
+    compare(op, [unit(len(fixed[i]), 6, seed=i) for i in moving], device, name, dtype, expected, 25.0)
+
+
+def test_gmm_crops_makes_one_gradient_to_the_prototypes(monkeypatch):
+    """The second reading's is added to the first's a few prototypes at a time."""
+    from ssl_ib.ops import chunked
+    from ssl_ib.ops.chunked import gather
+
+    monkeypatch.setattr(gather, "CPU_PIECE", 64)
+    seen = []
+
+    def spy(t, c, *rest):
+        seen.append(len(c))
+        return original(t, c, *rest)
+
+    original = chunked.posterior_backward
+    monkeypatch.setattr(chunked, "posterior_backward", spy)
+    with ops.use_backend("chunked"):
+        student, teacher, c = (unit(n, 6, seed=n).requires_grad_() for n in (9, 5, 23))
+        lse, mean, *_ = ops.gmm_crops(student, teacher.detach(), c, 0.1, 0.04, detach_p=True)
+        torch.autograd.backward(lse.sum() + mean.square().sum())
+    assert seen == [2] * 11 + [1]
+
+
+@every_run
 @pytest.mark.parametrize("detach_p", [False, True])
 def test_gmm_assign(device, name, dtype, detach_p, pieces):
     leaves = [unit(9, 6), unit(9, 6, seed=1), unit(23, 6, seed=2)]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from closeness import assert_close
 
 from ssl_ib import UserError, ops
-from ssl_ib.ops import backend, crossover, gather_operators, products, softmax_operators
+from ssl_ib.ops import backend, crossover, gather_operators, mixture_operators, products, softmax_operators
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,7 +41,15 @@ OPERATORS = {
     ),
     "lse_symmetric": (softmax_operators.lse, lambda: (leaf(6, 3), None, 0.5, torch.arange(6), None, None, False)),
     "lse": (softmax_operators.lse, lambda: (leaf(6, 3), leaf(5, 3), 0.5, None, LABELS, LABELS[:5], True)),
-    "posterior": (softmax_operators.posterior, lambda: (leaf(6, 3), leaf(5, 3), 0.5, draw(5), False, True)),
+    "posterior": (mixture_operators.posterior, lambda: (leaf(6, 3), leaf(5, 3), 0.5, draw(5), False, True)),
+    "crops": (
+        mixture_operators.crops,
+        lambda: (leaf(6, 3), leaf(4, 3), leaf(5, 3), 0.5, 0.2, draw(5), False, True, True),
+    ),
+    "crops_teacher_constant": (
+        mixture_operators.crops,
+        lambda: (leaf(6, 3), draw(4, 3), leaf(5, 3), 0.5, 0.2, None, True, False, True),
+    ),
 }
 
 

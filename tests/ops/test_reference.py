@@ -351,6 +351,14 @@ def test_gmm_assign_is_the_cross_entropy_of_the_assignments():
     assert_differentiable(lambda s, t, c: ops.gmm_assign(s, t, c, 0.6, 0.3), student, teacher, c)
 
 
+def test_gmm_crops_is_lse_and_posterior():
+    student, teacher, c, log_prior = draw(6, 3), draw(5, 3, seed=1), draw(4, 3, seed=2), draw(4, seed=3)
+    expected = ops.gmm_lse(student, c, 0.6), *ops.gmm_posterior(teacher, c, 0.3, log_prior)
+    for a, b in zip(ops.gmm_crops(student, teacher, c, 0.6, 0.3, log_prior), expected, strict=True):
+        assert torch.equal(a, b)
+    assert_differentiable(lambda s, t, c: ops.gmm_crops(s, t, c, 0.6, 0.3, log_prior), student, teacher, c)
+
+
 def test_a_detached_posterior_moves_the_prototypes_as_values_alone():
     """dL/dc = p^T dL/dmean, and the rows get nothing from the mean; the other answers keep their gradients."""
     t, c = draw(5, 3).requires_grad_(), draw(4, 3, seed=1).requires_grad_()
@@ -372,6 +380,9 @@ def test_a_detached_posterior_moves_the_prototypes_as_values_alone():
         (lambda x, c: ops.gmm_lse(x, c[:0], 0.1), "K of 1 or more"),
         (lambda x, c: ops.gmm_posterior(x, c, 0.0), "temperature above 0, got 0.0"),
         (lambda x, c: ops.gmm_posterior(x, c, 0.1, c[0]), r"expected log_prior \[4\]"),
+        (lambda x, c: ops.gmm_crops(x, x[0], c, 0.1, 0.1), r"gmm_crops: expected rows \[N, d\]"),
+        (lambda x, c: ops.gmm_crops(x, x, c, 0.1, 0.0), "gmm_crops: expected a temperature above 0, got 0.0"),
+        (lambda x, c: ops.gmm_crops(x, x, c, 0.1, 0.1, c[0]), r"gmm_crops: expected log_prior \[4\]"),
         (lambda x, c: ops.gmm_assign(x, x[:1], c, 0.1, 0.1), "student and teacher of one shape"),
     ],
 )
