@@ -157,7 +157,10 @@ def _fit(config: Config, num_views: int, model: Model, criterion: Criterion) -> 
             f"but views {config.views['name']!r} draws {num_views}"
         )
     if not problems:
-        model.select(criterion.requires)
+        try:
+            model.select(criterion.requires)
+        except UserError as error:
+            problems.append(f"model: {error}")
     return problems
 
 

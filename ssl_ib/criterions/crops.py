@@ -1,13 +1,15 @@
 """What the criterions of a student and a teacher over many crops share.
 
-Shapes: B images, V student views of which the first G are also the teacher's.
+Shapes: B images, V student views of which the first G are also the teacher's, K prototypes.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from annotated_types import Ge
+from torch import Tensor
 
 from ..errors import UserError
 from ..part import RunInfo
@@ -25,3 +27,10 @@ def check_views(info: RunInfo) -> None:
 def pairs(num_student: int, num_teacher: int) -> list[tuple[int, int]]:
     """(teacher's view, student's view) of every pair but those of one view with itself."""
     return [(t, s) for t in range(num_teacher) for s in range(num_student) if s != t]
+
+
+def same_top(targets: list[Tensor], predictions: list[Tensor], found: list[tuple[int, int]]) -> Tensor:
+    """The share of images, over pairs of views, whose target and prediction [B, K] are largest at one prototype."""
+    with torch.no_grad():
+        tops, guesses = ([x.argmax(dim=1) for x in views] for views in (targets, predictions))
+        return torch.stack([(tops[t] == guesses[s]).to(predictions[s].dtype).mean() for t, s in found]).mean()

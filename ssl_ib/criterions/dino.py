@@ -5,6 +5,8 @@ Shapes: B images, V student views of which the first G are also the teacher's, K
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,23 +16,25 @@ from ..hints import Positive, Probability
 from ..part import Context, Criterion, RunInfo
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
-from .crops import check_views, pairs
+from .assignments import Assignments
+from .crops import check_views, pairs, same_top
 
 
 @register_criterion("dino")
 class DINO(Criterion):
     """Cross-entropy of softmax((teacher - centre) / tau_t) with softmax(student / tau_s), mean over pairs of views.
 
-    Reads `student` and `teacher`, cosines with prototypes [B, K]. A view is not compared with itself.
+    Reads `student_logits` and `teacher_logits`, cosines with prototypes [B, K], which `model.prototypes=K` gives. A
+    view is not compared with itself.
 
     tau_s, tau_t:    temperatures of student and teacher (DINO: 0.1; 0.04, or 0.04 rising to 0.07 over 30 epochs).
     center_momentum: of the running mean of the teacher's outputs, over all processes.
 
-    Watched: `teacher_entropy`, the mean entropy of an image's assignment in nats, and `marginal_entropy`, that of the
-    batch's mean assignment: the first near log K is collapse to the uniform, the second near 0 to one prototype.
+    Watched: the teacher's assignments (`Assignments.watch`), and `top_agreement`, the share of pairs of views whose
+    likeliest prototype is the same.
     """
 
-    requires = frozenset({"student", "teacher"})
+    requires = frozenset({"student_logits", "teacher_logits"})
 
     def __init__(
         self, info: RunInfo, tau_s: Positive = 0.1, tau_t: Positive = 0.04, center_momentum: Probability = 0.9
@@ -38,29 +42,32 @@ class DINO(Criterion):
         super().__init__()
         check_views(info)
         self.tau_s, self.tau_t, self.center_momentum = tau_s, tau_t, center_momentum
-        self.register_buffer("center", torch.zeros(info.width("teacher")))
+        width = info.width("teacher_logits")
+        self.register_buffer("center", torch.zeros(width))
+        self.assignments = Assignments(width)
 
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
-        student, teacher = outputs["student"], outputs["teacher"]
+        student, teacher = outputs["student_logits"], outputs["teacher_logits"]
         targets = [((t.detach().float() - self.center) / self.tau_t).softmax(dim=1) for t in teacher]
         log_p = [F.log_softmax(s.float() / self.tau_s, dim=1) for s in student]
         found = pairs(len(student), len(teacher))
         value = sum(-(targets[t] * log_p[s]).sum(dim=1).mean() for t, s in found) / len(found)
         loss = Loss.weighted(dino=(value, 1.0))
-        loss.terms.update(_entropies(torch.cat(targets)))
+        p = torch.cat(targets)
+        watched = self.assignments.watch(torch.special.entr(p).sum(dim=1), p.mean(dim=0))
+        loss.terms.update(watched, top_agreement=same_top(targets, log_p, found))
         return loss
 
     def after_forward(
         self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
     ) -> None:
-        mean = torch.cat(outputs["teacher"]).to(self.center.dtype).mean(dim=0)
+        mean = torch.cat(outputs["teacher_logits"]).to(self.center.dtype).mean(dim=0)
         self.center.lerp_(distributed.all_reduce_mean(mean), 1 - self.center_momentum)
+        self.assignments.update()
 
+    def on_epoch_end(self, ctx: Context) -> None:
+        self.assignments.end_epoch("dino", ctx.progress)
 
-def _entropies(p: Tensor) -> dict[str, Tensor]:
-    """Mean entropy of the rows, and the entropy of their mean, in nats: p [N, K]."""
-    mean = p.mean(dim=0)
-    return {
-        "teacher_entropy": torch.special.entr(p).sum(dim=1).mean(),
-        "marginal_entropy": torch.special.entr(mean).sum(),
-    }
+    def draw(self, folder: Path) -> None:
+        """The prototypes' occupancy over the epochs."""
+        self.assignments.draw(folder)

@@ -5,7 +5,6 @@ Shapes: B images, V student views of which the first G are also the teacher's, K
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Literal
@@ -19,13 +18,8 @@ from ..models.prototypes import Prototypes
 from ..part import Context, Criterion, RunInfo
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
+from .assignments import Assignments
 from .crops import NumPrototypes, check_views, pairs
-
-_logger = logging.getLogger(__name__)
-#: What the occupancy figure keeps: that many points in time, and bins of log2(share / equal share) from -8 to 8.
-OCCUPANCY_EPOCHS, OCCUPANCY_BINS = 64, 16
-#: A prototype is dead where it gets less than this share of an equal one.
-DEAD = 0.1
 
 
 @register_criterion("svib")
@@ -51,9 +45,8 @@ class SVIB(Criterion):
     center:          subtracts the running mean of the teacher's cosines, as DINO does.
     usage_momentum:  of the running mean assignment, which q, the warnings and `dead_prototypes` read.
 
-    Watched: `teacher_entropy`, the mean entropy of an assignment in nats; `marginal_entropy`, that of the batch's mean
-    assignment; `kl_to_prior`; `dead_prototypes`, the share that gets less than a tenth of an equal share; `agreement`,
-    the mean cosine of student and teacher over pairs.
+    Watched: the teacher's assignments (`Assignments.watch`), and `agreement`, the mean cosine of student and teacher
+    over pairs.
     """
 
     requires = frozenset({"student", "teacher"})
@@ -89,11 +82,7 @@ class SVIB(Criterion):
         width = info.width("student")
         self.prototypes = Prototypes(self.num_prototypes, width)
         self.register_buffer("mean_teacher", torch.zeros(width))
-        self.register_buffer("usage", torch.full((self.num_prototypes,), 1 / self.num_prototypes))
-        self.register_buffer("seen", torch.tensor(0.0))
-        self.register_buffer("mean_entropy", torch.tensor(math.nan))
-        self.register_buffer("occupancy", torch.full((OCCUPANCY_EPOCHS, OCCUPANCY_BINS), -1.0))
-        self._marginal: Tensor | None = None
+        self.assignments = Assignments(self.num_prototypes)
 
     def tau(self, sigma: float) -> float:
         """The temperature of a mixture of width sigma."""
@@ -102,7 +91,7 @@ class SVIB(Criterion):
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
         student, teacher = outputs["student"], outputs["teacher"]
         prototypes, tau_s = self.prototypes.unit(), self.tau(self.sigma_s)
-        log_prior = None if self.q == "uniform" else self.usage.clamp(min=1e-12).log()
+        log_prior = None if self.q == "uniform" else self.assignments.usage.clamp(min=1e-12).log()
         z = torch.cat([t.detach() for t in teacher]).to(prototypes.dtype)
         # (z - m) . c is the cosine less its running mean.
         z = z - self.mean_teacher if self.center else z
@@ -121,14 +110,8 @@ class SVIB(Criterion):
             divergence = self._divergence(entropy, expected)
         divergence = divergence.detach() if self.kl_grad == "none" else divergence
         loss = Loss.weighted(cross_entropy=(cross_entropy, 1.0), kl_to_prior=(divergence, self.beta))
-        self._marginal = marginal.detach()
         agreement = sum((student[s] * teacher[t]).sum(dim=1).mean() for t, s in found) / len(found)
-        loss.terms.update(
-            teacher_entropy=entropy.detach().mean(),
-            marginal_entropy=torch.special.entr(self._marginal).sum(),
-            dead_prototypes=(self._used() < DEAD / self.num_prototypes).to(entropy.dtype).mean(),
-            agreement=agreement.detach(),
-        )
+        loss.terms.update(self.assignments.watch(entropy, marginal), agreement=agreement.detach())
         return loss
 
     def _divergence(self, entropy: Tensor, expected_log_prior: Tensor) -> Tensor:
@@ -137,49 +120,23 @@ class SVIB(Criterion):
             return math.log(self.num_prototypes) - entropy.mean()
         return -(entropy + expected_log_prior).mean()
 
-    def _used(self) -> Tensor:
-        """The running mean assignment without the uniform one that `usage` began with: [K]."""
-        # Else an epoch of few steps would end before a collapse could show.
-        started = (1 - self.seen) / self.num_prototypes
-        return torch.where(self.seen > 0, (self.usage - started) / self.seen, self.usage).clamp(min=0)
-
     def after_forward(
         self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
     ) -> None:
-        self.usage.lerp_(distributed.all_reduce_mean(self._marginal).to(self.usage.dtype), 1 - self.usage_momentum)
-        self.seen.lerp_(torch.ones_like(self.seen), 1 - self.usage_momentum)
-        self.mean_entropy.copy_(distributed.all_reduce_mean(terms["teacher_entropy"]))
+        self.assignments.update(self.usage_momentum)
         if self.center:
             mean = torch.cat(outputs["teacher"]).mean(dim=0).to(self.mean_teacher.dtype)
             self.mean_teacher.lerp_(distributed.all_reduce_mean(mean), 1 - self.center_momentum)
 
     def on_epoch_end(self, ctx: Context) -> None:
         """Says where the assignment has collapsed, keeps how it was spread, and makes new prototypes."""
-        slot = ctx.progress.epoch * OCCUPANCY_EPOCHS // max(ctx.progress.total_epochs, OCCUPANCY_EPOCHS)
-        shares = (self._used() * self.num_prototypes).clamp(min=1e-30).log2().clamp(-7.99, 7.99)
-        self.occupancy[slot] = shares.float().cpu().histc(OCCUPANCY_BINS, -8, 8).to(shares) / self.num_prototypes
-        collapse = self.collapse()
-        if collapse is not None and distributed.is_main():
-            _logger.warning("svib: %s", collapse)
+        self.assignments.end_epoch("svib", ctx.progress)
         if self.reinit and ctx.progress.epoch + 1 < ctx.progress.total_epochs:
             self._reinitialise(ctx)
 
-    def collapse(self) -> str | None:
-        """Which collapse the running statistics show, or None."""
-        most = math.log(self.num_prototypes)
-        if float(self.mean_entropy) > 0.99 * most:
-            return f"collapse to the uniform assignment: entropy {float(self.mean_entropy):.3f} of {most:.3f} nats"
-        marginal = float(torch.special.entr(self._used()).sum())
-        if marginal < 0.05 * most:
-            return f"collapse to few prototypes: entropy of the mean assignment {marginal:.3f} of {most:.3f} nats"
-        return None
-
     def draw(self, folder: Path) -> None:
-        """How many prototypes had which share of the assignment, over the epochs."""
-        # Here, because a criterion that is not drawn needs no matplotlib.
-        from ..figures import occupancy
-
-        occupancy(self.occupancy[self.occupancy[:, 0] >= 0], 8.0, folder / "occupancy.png")
+        """The prototypes' occupancy over the epochs."""
+        self.assignments.draw(folder)
 
     def _reinitialise(self, ctx: Context) -> None:
         weight = self.prototypes.weight
@@ -188,7 +145,6 @@ class SVIB(Criterion):
             fresh.copy_(ctx.collect(self.reinit_src, self.num_prototypes, ctx.progress.epoch))
         weight.copy_(distributed.broadcast(fresh))
         self.prototypes.rescale()
-        self.usage.fill_(1 / self.num_prototypes)
-        self.seen.zero_()
+        self.assignments.reset()
         if self.reinit_reset_opt:
             ctx.reset_optimizer_state(weight)

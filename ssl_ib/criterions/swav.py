@@ -5,6 +5,8 @@ Shapes: B images of this process, V views of which the first G are global crops,
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,8 @@ from ..models.prototypes import Prototypes
 from ..part import Context, Criterion, RunInfo
 from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
-from .crops import NumPrototypes, check_views, pairs
+from .assignments import Assignments
+from .crops import NumPrototypes, check_views, pairs, same_top
 
 
 @torch.no_grad()
@@ -43,8 +46,12 @@ class SwAV(Criterion):
     K:             prototypes.   temperature: of the prediction.
     epsilon, iterations: of Sinkhorn's algorithm.
     queue:         rows of past embeddings a global view, over all processes, that help to balance the assignment (0:
-                   none), used from `queue_epoch` on.
+                   none), used from `queue_epoch` on, once it is full.
     freeze_epochs: the prototypes do not learn before this epoch (SwAV: 1).
+
+    Watched: the student's own assignments of the global views (`Assignments.watch`; the targets are balanced whatever
+    it does), and `top_agreement`, the share of pairs of views whose likeliest prototype is the same in target and
+    prediction.
     """
 
     requires = frozenset({"student"})
@@ -67,6 +74,7 @@ class SwAV(Criterion):
         width = info.width("student")
         self.num_global = info.global_views
         self.prototypes = Prototypes(K, width)
+        self.assignments = Assignments(K)
         rows = info.capped(queue)
         self.register_buffer("queue", torch.zeros(self.num_global, rows, width))
         self.register_buffer("filled", torch.tensor(0))
@@ -85,22 +93,22 @@ class SwAV(Criterion):
         found = pairs(len(student), self.num_global)
         value = sum(-(targets[t] * log_p[s]).sum(dim=1).mean() for t, s in found) / len(found)
         loss = Loss.weighted(swav=(value, 1.0))
-        p = torch.cat(targets)
-        loss.terms.update(
-            assignment_entropy=torch.special.entr(p).sum(dim=1).mean(),
-            marginal_entropy=torch.special.entr(p.mean(dim=0)).sum(),
-        )
+        p = torch.cat(log_p[: self.num_global]).detach().exp()
+        watched = self.assignments.watch(torch.special.entr(p).sum(dim=1), p.mean(dim=0))
+        loss.terms.update(watched, top_agreement=same_top(targets, log_p, found))
         return loss
 
     def _past(self) -> Tensor | None:
-        """This process's share of the queue, [G, rows, d], or None where there is none."""
-        if not self.queue.shape[1]:
+        """This process's share of the queue, [G, rows, d], or None until there is a full one."""
+        rows = self.queue.shape[1]
+        if not rows or int(self.filled) < rows:
             return None
-        return self.queue[:, distributed.rank() : int(self.filled) : distributed.world_size()]
+        return self.queue[:, distributed.rank() :: distributed.world_size()]
 
     def after_forward(
         self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
     ) -> None:
+        self.assignments.update()
         rows = self.queue.shape[1]
         if not rows:
             return
@@ -114,3 +122,10 @@ class SwAV(Criterion):
     def before_step(self, ctx: Context) -> None:
         if ctx.progress.epoch < self.freeze_epochs:
             self.prototypes.weight.grad = None
+
+    def on_epoch_end(self, ctx: Context) -> None:
+        self.assignments.end_epoch("swav", ctx.progress)
+
+    def draw(self, folder: Path) -> None:
+        """The prototypes' occupancy over the epochs."""
+        self.assignments.draw(folder)

@@ -90,7 +90,8 @@ class Encoder(nn.Module):
     @staticmethod
     def _indivisible(height: int, width: int, patch: int) -> UserError:
         return UserError(
-            f"a view of {height} x {width} pixels cannot be cut into patches of {patch}: change views.size"
+            f"a view of {height} x {width} pixels cannot be cut into patches of {patch}: change the size of the views "
+            "(views.size, and views.local_size of local crops)"
         )
 
     def fix_positions(self) -> None:

@@ -5,6 +5,7 @@ Shapes: B images, V views of which the first G are global crops, D encoder width
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -28,8 +29,8 @@ from .siamese import encode_views
 class ProjectionHead(nn.Module):
     """An MLP whose output is scaled to length 1, and where asked a last layer of prototypes (DINO, appendix B).
 
-    layers >= 1 linear ones with GELU between them, and batch norm before it where `norm`; `prototypes` 0 leaves the
-    last layer out. [N, in_width] -> [N, width] of length 1, or cosines [N, prototypes].
+    layers >= 1 linear ones with GELU between them, and batch norm before it where `norm`: [N, in_width] -> [N, width]
+    of length 1. `last` gives its cosines with the prototypes, [N, prototypes]; it is None without any.
     """
 
     def __init__(self, in_width: int, hidden: int, width: int, layers: int, norm: bool, prototypes: int):
@@ -47,8 +48,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.mlp(x)
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-        return z if self.last is None else self.last(z)
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
 
 @register_model("student_teacher")
@@ -56,13 +56,14 @@ class StudentTeacher(EncoderModel):
     """An encoder with a head, and a momentum copy of both.
 
     Gives `features` [B, D] and `student` of all V views, and `teacher` of the G global ones, without gradient: unit
-    vectors [B, head_dim], or with `prototypes` their cosines with these [B, prototypes] (DINO's last layer, which the
-    teacher has a copy of). Consecutive views of one size are one pass of the encoder.
+    vectors [B, head_dim]; with `prototypes` also `student_logits` and `teacher_logits`, their cosines with these
+    [B, prototypes] (DINO's last layer, which the teacher has a copy of). Consecutive views of one size are one pass of
+    the encoder.
 
-    backbone, backbone_args: a timm model. Its drop path is the student's alone.
+    backbone, backbone_args: a timm model. Its dropout and drop path are the student's alone.
     pool, positions:  of a vision transformer. Views of other sizes than the first get resampled positions.
     head_*:           layers (with GELU), their width, the width of the embedding, batch norm between them.
-    prototypes:       0 for a head that ends in unit vectors.
+    prototypes:       of the last layer; 0 for a head that ends in unit vectors.
     freeze_last_epochs: the prototypes do not learn before this epoch (DINO: 1).
     momentum:         of the teacher (DINO: .996 to 1, cosine); none leaves the teacher out.
     eval_net:         which of them is evaluated and kept.
@@ -102,34 +103,57 @@ class StudentTeacher(EncoderModel):
         for module in self.teacher.modules() if self.teacher is not None else ():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
+            elif isinstance(module, nn.Dropout):
+                module.p = 0.0
         self.eval_net = eval_net
-        width = prototypes or head_dim
-        self.widths = {"features": self.student.width, "student": width, "teacher": width}
-        provides = {"features", "student"} | ({"teacher"} if self.teacher is not None else set())
-        self.provides = self.wanted = frozenset(provides)
+        self.widths = {"features": self.student.width, "student": head_dim}
+        if self.teacher is not None:
+            self.widths |= {"teacher": head_dim}
+        if prototypes:
+            self.widths |= {f"{name}_logits": prototypes for name in self.widths if name != "features"}
+        self.provides = self.wanted = frozenset(self.widths)
 
     @property
     def encoder(self) -> Encoder:
         """The evaluated network."""
         return self.teacher.networks[0] if self.eval_net == "teacher" else self.student
 
+    def select(self, names: Iterable[str]) -> None:
+        super().select(names)
+        self.head.requires_grad_(bool(self.wanted & {"student", "student_logits"}))
+        if self.head.last is not None:
+            self.head.last.requires_grad_("student_logits" in self.wanted)
+        if self.eval_net == "teacher" and not self.wanted & {"teacher", "teacher_logits"}:
+            # Its statistics come from being run: without that they would stay those of the first weights.
+            if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.teacher.modules()):
+                raise UserError(
+                    "eval_net=teacher, but the criterion does not read the teacher, so that its batch norm would learn "
+                    "no statistics: use eval_net=student (and momentum=null)"
+                )
+
     def forward(self, batch: Batch) -> dict[str, list[Tensor]]:
         keeps = [None if masks is None else masks.keep for masks in batch.masks]
-        outputs = {}
-        if self.wanted & {"features", "student"}:
-            _, features = encode_views(self.student, batch.views, keeps, jointly=True)
-            outputs |= {"features": features, "student": self._projected(self.head, features)}
-        if self.teacher is not None and "teacher" in self.wanted:
+        outputs: dict[str, list[Tensor]] = {}
+        if self.wanted & {"features", "student", "student_logits"}:
+            _, outputs["features"] = encode_views(self.student, batch.views, keeps, jointly=True)
+            if self.wanted & {"student", "student_logits"}:
+                self._project(outputs, "student", self.head, outputs["features"])
+        if self.teacher is not None and self.wanted & {"teacher", "teacher_logits"}:
             encoder, head = self.teacher.networks
             with torch.no_grad():
                 _, seen = encode_views(encoder, batch.views[: self.num_global], keeps[: self.num_global], jointly=True)
-                outputs["teacher"] = self._projected(head, seen)
+                self._project(outputs, "teacher", head, seen)
         return outputs
 
-    @staticmethod
-    def _projected(head: nn.Module, features: list[Tensor]) -> list[Tensor]:
-        """One pass of the head for all views."""
-        return list(head(torch.cat(features)).split([len(f) for f in features]))
+    def _project(
+        self, outputs: dict[str, list[Tensor]], name: str, head: ProjectionHead, features: list[Tensor]
+    ) -> None:
+        """One pass of the head for all views: its vectors, and where they are wanted their logits."""
+        sizes = [len(f) for f in features]
+        z = head(torch.cat(features))
+        outputs[name] = list(z.split(sizes))
+        if f"{name}_logits" in self.wanted:
+            outputs[f"{name}_logits"] = list(head.last(z).split(sizes))
 
     def before_step(self, ctx: Context) -> None:
         if self.head.last is not None and ctx.progress.epoch < self.freeze_last_epochs:

@@ -48,8 +48,8 @@ def draw_outputs(teachers: int = 2, students: int = 4, seed: int = 0) -> dict[st
         return 2 * torch.rand(B, K, generator=generator, dtype=torch.float64) - 1
 
     return {
-        "student": [cosines().requires_grad_() for _ in range(students)],
-        "teacher": [cosines() for _ in range(teachers)],
+        "student_logits": [cosines().requires_grad_() for _ in range(students)],
+        "teacher_logits": [cosines() for _ in range(teachers)],
     }
 
 
@@ -58,7 +58,7 @@ def build(views: int = 4, **given) -> DINO:
 
 
 def by_loops(outputs, center, tau_s, tau_t) -> torch.Tensor:
-    student, teacher = outputs["student"], outputs["teacher"]
+    student, teacher = outputs["student_logits"], outputs["teacher_logits"]
     losses = []
     for t, s in PAIRS[len(teacher), len(student)]:
         for b in range(B):
@@ -86,7 +86,7 @@ def test_the_loss_and_its_gradient(views, tau_s, tau_t):
     criterion.center.copy_(torch.linspace(-0.2, 0.3, K))
     loss, expected = criterion(outputs, BATCH, PROGRESS).total, by_loops(outputs, criterion.center, tau_s, tau_t)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    used = outputs["student"] if views[0] > 1 else outputs["student"][1:]
+    used = outputs["student_logits"] if views[0] > 1 else outputs["student_logits"][1:]
     for found, wanted in zip(torch.autograd.grad(loss, used), torch.autograd.grad(expected, used), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
         assert wanted.abs().max() > 1e-3
@@ -94,9 +94,9 @@ def test_the_loss_and_its_gradient(views, tau_s, tau_t):
 
 def test_the_teacher_gets_no_gradient():
     outputs = draw_outputs()
-    outputs["teacher"] = [t.requires_grad_() for t in outputs["teacher"]]
+    outputs["teacher_logits"] = [t.requires_grad_() for t in outputs["teacher_logits"]]
     build()(outputs, BATCH, PROGRESS).total.backward()
-    assert all(t.grad is None for t in outputs["teacher"])
+    assert all(t.grad is None for t in outputs["teacher_logits"])
 
 
 def test_the_centre_is_a_running_mean_and_counts_from_the_next_step():
@@ -106,17 +106,41 @@ def test_the_centre_is_a_running_mean_and_counts_from_the_next_step():
         expected = by_loops(outputs, center, 0.1, 0.04)
         assert criterion(outputs, BATCH, PROGRESS).total.item() == pytest.approx(expected.item(), rel=1e-6)
         step(criterion, outputs)
-        center = 0.9 * center + 0.1 * torch.cat(outputs["teacher"]).mean(dim=0)
+        center = 0.9 * center + 0.1 * torch.cat(outputs["teacher_logits"]).mean(dim=0)
         torch.testing.assert_close(criterion.center, center, rtol=1e-6, atol=1e-8)
     assert "center" in criterion.state_dict()
 
 
 def test_what_is_watched():
     outputs, criterion = draw_outputs(), build()
-    p = torch.cat([(t / 0.04).softmax(1) for t in outputs["teacher"]])
+    p = torch.cat([(t / 0.04).softmax(1) for t in outputs["teacher_logits"]])
     found = criterion(outputs, BATCH, PROGRESS).terms
-    assert found["teacher_entropy"].item() == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-5)
+    assert found["assignment_entropy"].item() == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-5)
     assert found["marginal_entropy"].item() == pytest.approx(-(p.mean(0) * p.mean(0).log()).sum().item(), rel=1e-5)
+    kl = (math.log(K) + (p * p.log()).sum(1)).mean()
+    assert found["kl_to_uniform"].item() == pytest.approx(kl.item(), rel=1e-5)
+    tops = {name: [z.argmax(dim=1) for z in views] for name, views in outputs.items()}
+    same = [(tops["teacher_logits"][t] == tops["student_logits"][s]).double().mean() for t, s in PAIRS[2, 4]]
+    assert found["top_agreement"].item() == pytest.approx(sum(same).item() / 6)
+    assert 0 < found["top_agreement"] < 1
+
+
+def test_collapse_is_named(caplog, tmp_path):
+    """Of both kinds; the teacher's outputs count less their running mean."""
+    for kind in ("uniform", "few prototypes"):
+        criterion, outputs = build(center_momentum=1.0), draw_outputs()
+        step(criterion, outputs)
+        criterion.on_epoch_end(CONTEXT)
+        assert "collapse" not in caplog.text
+        rows = torch.zeros(K) if kind == "uniform" else torch.eye(K)[2]
+        outputs["teacher_logits"] = [rows.double().expand(B, K)] * 2
+        for _ in range(500):
+            step(criterion, outputs)
+        criterion.on_epoch_end(CONTEXT)
+        assert "dino: collapse to " in caplog.text and kind in caplog.text
+        caplog.clear()
+    criterion.draw(tmp_path)
+    assert (tmp_path / "occupancy.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("key", ["tau_s", "tau_t"])

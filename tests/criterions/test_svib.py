@@ -171,7 +171,7 @@ def test_every_switch_moves_what_its_equation_says(kl_grad, detach, q, center):
     outputs = draw_outputs()
     criterion = build(kl_grad=kl_grad, ce_target_detach=detach, q=q, center=center, usage_momentum=0.6)
     step(criterion, {name: [z.detach().roll(1, 1) for z in views] for name, views in outputs.items()})
-    prior = criterion.usage.clone() if q == "ema_marginal" else None
+    prior = criterion.assignments.usage.clone() if q == "ema_marginal" else None
     mean = criterion.mean_teacher.clone() if center else None
     weight = criterion.prototypes.weight
     expected = explicit(outputs, weight, kl_grad=kl_grad, detach=detach, q=prior, mean=mean)
@@ -258,8 +258,8 @@ def test_the_running_prior():
         step(criterion, moved)
         mean = torch.stack([(z @ c.T / 0.04).softmax(1).mean(0) for z in moved["teacher"]]).mean(0)
         expected = 0.9 * expected + 0.1 * mean
-    torch.testing.assert_close(criterion.usage, expected)
-    assert criterion.usage.sum().item() == pytest.approx(1.0)
+    torch.testing.assert_close(criterion.assignments.usage, expected)
+    assert criterion.assignments.usage.sum().item() == pytest.approx(1.0)
     assert not torch.isclose(
         criterion(outputs, BATCH, PROGRESS).terms["kl_to_prior"], uniform(outputs, BATCH, PROGRESS).terms["kl_to_prior"]
     )
@@ -279,7 +279,7 @@ def test_the_centre_is_the_running_mean_of_the_teachers_cosines():
     found = criterion(outputs, BATCH, PROGRESS).terms
     torch.testing.assert_close(found["cross_entropy"], expected)
     entropy = torch.stack([-(p * p.log()).sum(1).mean() for p in p_t]).mean()
-    torch.testing.assert_close(found["teacher_entropy"], entropy)
+    torch.testing.assert_close(found["assignment_entropy"], entropy)
     assert not torch.isclose(build()(outputs, BATCH, PROGRESS).terms["cross_entropy"], expected)
 
 
@@ -288,12 +288,12 @@ def test_what_is_watched():
     c = F.normalize(criterion.prototypes.weight.detach(), dim=1)
     p = torch.cat([(z @ c.T / 0.04).softmax(1) for z in outputs["teacher"]])
     found = criterion(outputs, BATCH, PROGRESS).terms
-    torch.testing.assert_close(found["teacher_entropy"], -(p * p.log()).sum(1).mean())
+    torch.testing.assert_close(found["assignment_entropy"], -(p * p.log()).sum(1).mean())
     torch.testing.assert_close(found["marginal_entropy"], -(p.mean(0) * p.mean(0).log()).sum())
     cosines = [(outputs["student"][s] * outputs["teacher"][t]).sum(1).mean() for t, s in PAIRS[2, 4]]
     torch.testing.assert_close(found["agreement"], (sum(cosines) / 6).detach())
     assert not any(
-        found[n].requires_grad for n in ("teacher_entropy", "marginal_entropy", "dead_prototypes", "agreement")
+        found[n].requires_grad for n in ("assignment_entropy", "marginal_entropy", "dead_prototypes", "agreement")
     )
 
 
@@ -328,7 +328,7 @@ def test_there_are_no_more_prototypes_than_images():
     assert SVIB(info(images=40), K=65).num_prototypes == 40
     assert SVIB(info(images=40), K=39).prototypes.weight.shape == (39, D)
     assert SVIB(info(images=40, cap=12), K=39).num_prototypes == 12
-    assert SVIB(info(images=40)).usage.sum().item() == pytest.approx(1.0)
+    assert SVIB(info(images=40)).assignments.usage.sum().item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +386,7 @@ def test_the_teacher_is_scored_once(monkeypatch, kl_grad, of_student):
     assert torch.equal(both[0], torch.cat(outputs["teacher"]))
     assert not alone or torch.equal(alone[0], torch.cat(outputs["student"][:2]))
 
+
 @pytest.mark.parametrize("center", [False, True])
 def test_chunked_is_reference(center):
     found = {}
@@ -403,13 +404,13 @@ def test_chunked_is_reference(center):
 
 def test_collapse_to_the_uniform_assignment_is_named():
     criterion, outputs = build(), draw_outputs()
-    assert criterion.collapse() is None
+    assert criterion.assignments.collapse() is None
     step(criterion, outputs)
-    assert criterion.collapse() is None
+    assert criterion.assignments.collapse() is None
     with torch.no_grad():
         criterion.prototypes.weight[:] = criterion.prototypes.weight[0]
     step(criterion, outputs)
-    assert "uniform" in criterion.collapse() and "1.946 of 1.946 nats" in criterion.collapse()
+    assert "uniform" in criterion.assignments.collapse() and "1.946 of 1.946 nats" in criterion.assignments.collapse()
 
 
 def test_collapse_to_one_prototype_is_named_within_a_short_epoch(caplog):
@@ -424,7 +425,7 @@ def test_collapse_to_one_prototype_is_named_within_a_short_epoch(caplog):
     outputs["teacher"] = [F.normalize(torch.ones(B, D, dtype=torch.float64), dim=1)] * 2
     for _ in range(3):
         step(criterion, outputs)
-    assert "few prototypes" in criterion.collapse()
+    assert "few prototypes" in criterion.assignments.collapse()
     criterion.on_epoch_end(Context(replace(PROGRESS, epoch=9), lambda *asked: one, lambda p: None))
     assert "collapse to few prototypes" in caplog.text
 
@@ -450,7 +451,7 @@ def test_new_prototypes_come_from_whom_was_asked():
             criterion.on_epoch_end(ctx)
         assert asked.pop() == (source, K, 4)
         torch.testing.assert_close(criterion.prototypes.weight.detach(), F.normalize(draw(K, D, seed=4), dim=1))
-        torch.testing.assert_close(criterion.usage, torch.full((K,), 1 / K, dtype=torch.float64))
+        torch.testing.assert_close(criterion.assignments.usage, torch.full((K,), 1 / K, dtype=torch.float64))
         assert [p is criterion.prototypes.weight for p in forgotten] == [True] * reset
         forgotten.clear()
     criterion = build(reinit=False)
@@ -484,12 +485,18 @@ class Watch:
 
         def on_epoch_end(part, ctx):
             weight, state = part.prototypes.weight, self.trainer.optimizer.state
-            before, known, usage = weight.detach().clone(), weight in state, part.usage.clone()
+            before, known, usage = weight.detach().clone(), weight in state, part.assignments.usage.clone()
             original(part, ctx)
             features = None
             if not torch.equal(before, weight):
                 features = ctx.collect("teacher", 1438, ctx.progress.epoch)
-            entry = before, weight.detach().clone(), (known, weight in state), (usage, part.usage.clone()), features
+            entry = (
+                before,
+                weight.detach().clone(),
+                (known, weight in state),
+                (usage, part.assignments.usage.clone()),
+                features,
+            )
             self.found.setdefault(ctx.progress.epoch, []).append(entry)
 
         def after_step(part, ctx):
@@ -581,7 +588,7 @@ def work(rank: int, port: int, path: str) -> None:
     assert trainer.step == 2
     answers |= {
         "prototypes": trainer.run.criterion.prototypes.weight.detach(),
-        "usage_of_run": trainer.run.criterion.usage,
+        "usage_of_run": trainer.run.criterion.assignments.usage,
         "features": trainer.online.collect("teacher", 20, 0),
         "state": torch.tensor(trainer.run.criterion.prototypes.weight in trainer.optimizer.state),
     }
@@ -623,15 +630,15 @@ def test_the_occupancy_is_kept_and_drawn(tmp_path):
     """A prototype that has 4 equal shares is in bin log2(4), those that have none are in the last one."""
     criterion = SVIB(RunInfo(((3, 16, 16),) * 2, batch_size=4, width=lambda name: 8), K=8, reinit=False)
     criterion.draw(tmp_path)
-    criterion.usage.copy_(torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]))
-    criterion.seen.fill_(1.0)
+    criterion.assignments.usage.copy_(torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]))
+    criterion.assignments.seen.fill_(1.0)
     for epoch in (0, 3):
         progress = Progress(epoch, epoch, 5, 5)
         criterion.on_epoch_end(Context(progress, lambda *given: None, lambda param: None))
-    filled = criterion.occupancy[:, 0] >= 0
+    filled = criterion.assignments.occupancy[:, 0] >= 0
     assert filled.nonzero().flatten().tolist() == [0, 3]
     expected = torch.zeros(16)
     expected[0], expected[10] = 6 / 8, 2 / 8
-    assert torch.equal(criterion.occupancy[3], expected)
+    assert torch.equal(criterion.assignments.occupancy[3], expected)
     criterion.draw(tmp_path)
     assert (tmp_path / "occupancy.png").stat().st_size > 1000

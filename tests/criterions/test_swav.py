@@ -151,24 +151,56 @@ def test_the_queue_holds_the_newest_first():
     assert {"queue", "filled"} <= set(criterion.state_dict())
 
 
-def test_the_queue_counts_from_its_epoch_on():
-    criterion, progress = build(queue=6, queue_epoch=2), replace(PROGRESS, epoch=1)
-    plain = build()
-    first, second = draw_outputs(1), draw_outputs(2)
-    step(criterion, first, progress)
-    early = criterion(second, BATCH, progress).total
-    assert early.item() == pytest.approx(expected_loss(plain, second).item(), rel=1e-6)
-    # Of the 6 rows 4 are filled, and only these count.
-    late = criterion(second, BATCH, replace(progress, epoch=2)).total
-    past = [z.detach() for z in first["student"][:G]]
-    assert late.item() == pytest.approx(expected_loss(plain, second, past).item(), rel=1e-6)
-    assert abs(late.item() - early.item()) > 1e-3
+def test_the_queue_counts_once_it_is_full_and_from_its_epoch_on():
+    criterion, plain, last = build(queue=6, queue_epoch=2), build(), draw_outputs(2)
+    late = replace(PROGRESS, epoch=2)
+    step(criterion, draw_outputs(0))
+    # 4 of the 6 rows are filled.
+    assert criterion(last, BATCH, late).total.item() == pytest.approx(expected_loss(plain, last).item(), rel=1e-6)
+    step(criterion, draw_outputs(1))
+    early = criterion(last, BATCH, replace(PROGRESS, epoch=1)).total
+    assert early.item() == pytest.approx(expected_loss(plain, last).item(), rel=1e-6)
+    past = [torch.cat([draw_outputs(1)["student"][g], draw_outputs(0)["student"][g][:2]]).detach() for g in range(G)]
+    value = criterion(last, BATCH, late).total
+    assert value.item() == pytest.approx(expected_loss(plain, last, past).item(), rel=1e-6)
+    assert abs(value.item() - early.item()) > 1e-3
 
 
 def test_a_queue_of_fewer_rows_than_a_batch():
     criterion, outputs = build(queue=3), draw_outputs()
     step(criterion, outputs)
     assert torch.equal(criterion.queue[1], outputs["student"][1][:3]) and int(criterion.filled) == 3
+
+
+# --- what is watched
+
+
+def test_what_is_watched_are_the_students_own_assignments():
+    criterion, outputs = build(), draw_outputs()
+    terms = criterion(outputs, BATCH, PROGRESS).terms
+    c = F.normalize(criterion.prototypes.weight, dim=1)
+    p = (torch.cat(outputs["student"][:G]) @ c.T / criterion.temperature).softmax(dim=1)
+    assert terms["assignment_entropy"].item() == pytest.approx(-(p * p.log()).sum(dim=1).mean().item(), rel=1e-6)
+    assert terms["marginal_entropy"].item() == pytest.approx(-(p.mean(0) * p.mean(0).log()).sum().item(), rel=1e-6)
+    q = [by_matrices((z @ c.T).detach(), 0.05, 3).argmax(dim=1) for z in outputs["student"][:G]]
+    same = [(q[t] == (outputs["student"][s] @ c.T).argmax(dim=1)).double().mean() for t, s in PAIRS]
+    assert terms["top_agreement"].item() == pytest.approx(sum(same).item() / len(PAIRS))
+    assert 0 < terms["top_agreement"] < 1
+
+
+def test_collapse_is_named(caplog, tmp_path):
+    criterion, outputs = build(), draw_outputs()
+    context = Context(PROGRESS, lambda *a: None, lambda p: None)
+    step(criterion, outputs)
+    criterion.on_epoch_end(context)
+    assert not caplog.text
+    with torch.no_grad():
+        criterion.prototypes.weight[:] = criterion.prototypes.weight[0]
+    step(criterion, outputs)
+    criterion.on_epoch_end(context)
+    assert "swav: collapse to the uniform assignment" in caplog.text
+    criterion.draw(tmp_path)
+    assert (tmp_path / "occupancy.png").stat().st_size > 1000
 
 
 # --- mistakes

@@ -297,7 +297,12 @@ def test_feature_maps():
             SHAPE,
             "no backbone 'vit_tinny_patch16_224'; did you mean 'vit_tiny_patch16_224'",
         ),
-        (VIT, {"patch_size": 5}, SHAPE, "a view of 16 x 24 pixels cannot be cut into patches of 5: change views.size"),
+        (
+            VIT,
+            {"patch_size": 5},
+            SHAPE,
+            "a view of 16 x 24 pixels cannot be cut into patches of 5: change the size of the views",
+        ),
         (VIT, {}, SHAPE, "a view of 16 x 24 pixels cannot be cut into patches of 16"),
         (VIT, {**SIZE, "num_heads": 5}, SHAPE, "timm could not build .*divisible"),
         (VIT, {"depht": 2}, SHAPE, "timm could not build .*depht"),

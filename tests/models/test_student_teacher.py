@@ -64,18 +64,20 @@ def apart(model: StudentTeacher) -> StudentTeacher:
 # --- outputs
 
 
-@pytest.mark.parametrize("prototypes, width", [(0, 6), (11, 11)])
-def test_outputs(prototypes, width):
+@pytest.mark.parametrize("prototypes", [0, 11])
+def test_outputs(prototypes):
     model = build(prototypes=prototypes)
     outputs = model(draw_batch())
-    assert set(outputs) == model.provides == {"features", "student", "teacher"}
-    assert [tuple(z.shape) for z in outputs["features"]] == [(B, 24)] * 5
-    assert [tuple(z.shape) for z in outputs["student"]] == [(B, width)] * 5
-    assert [tuple(z.shape) for z in outputs["teacher"]] == [(B, width)] * 2
-    assert model.widths == {"features": 24, "student": width, "teacher": width}
-    if not prototypes:
-        for z in (*outputs["student"], *outputs["teacher"]):
-            torch.testing.assert_close(z.norm(dim=1), torch.ones(B))
+    widths = {"features": 24, "student": 6, "teacher": 6}
+    widths |= {"student_logits": 11, "teacher_logits": 11} if prototypes else {}
+    assert set(outputs) == model.provides == set(widths) and model.widths == widths
+    for name, width in widths.items():
+        assert [tuple(z.shape) for z in outputs[name]] == [(B, width)] * (2 if "teacher" in name else 5)
+    for z in (*outputs["student"], *outputs["teacher"]):
+        torch.testing.assert_close(z.norm(dim=1), torch.ones(B))
+    for name, head in (("student", model.head), ("teacher", model.teacher.networks[1])):
+        for z, logits in zip(outputs[name], outputs.get(f"{name}_logits", []), strict=False):
+            torch.testing.assert_close(logits, z @ F.normalize(head.last.weight, dim=1).T)
 
 
 def test_student_and_teacher_start_alike():
@@ -187,10 +189,18 @@ def test_drop_path_is_the_students_alone():
     assert not torch.equal(first["student"][0], second["student"][0])
 
 
+def test_dropout_is_the_students_alone():
+    model = build(backbone_args={**VIT, "proj_drop_rate": 0.5, "attn_drop_rate": 0.5, "pos_drop_rate": 0.5}).train()
+    batch = draw_batch(images=8)
+    first, second = model(batch), model(batch)
+    assert all(torch.equal(a, b) for a, b in zip(first["teacher"], second["teacher"], strict=True))
+    assert not torch.equal(first["student"][0], second["student"][0])
+
+
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_the_last_layer_waits(epoch):
     model = build(prototypes=11, freeze_last_epochs=2)
-    sum(z.square().sum() for z in model(draw_batch())["student"]).backward()
+    sum(z.square().sum() for z in model(draw_batch())["student_logits"]).backward()
     model.before_step(context(epoch))
     assert (model.head.last.weight.grad is None) == (epoch < 2)
     assert model.head.mlp[0].weight.grad is not None
@@ -232,6 +242,32 @@ def test_only_what_is_wanted_is_run():
     assert set(model(draw_batch())) == {"teacher"} and not student and len(teacher) == 1
 
 
+def test_what_nobody_reads_is_not_trained():
+    model = build(prototypes=11)
+    model.select({"student", "teacher"})
+    assert not model.head.last.weight.requires_grad and model.head.mlp[0].weight.requires_grad
+    assert set(model(draw_batch())) == {"features", "student", "teacher"}
+    model.select({"student_logits", "teacher_logits"})
+    assert model.head.last.weight.requires_grad
+    model.select({"features"})
+    head = seen_by(model.head)
+    assert set(model(draw_batch())) == {"features"} and not head
+    assert not any(p.requires_grad for p in model.head.parameters())
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_teacher_that_is_never_run_is_not_evaluated_with_batch_norm(norm):
+    model = build(head_norm=norm)
+    if norm:
+        with pytest.raises(UserError, match="does not read the teacher"):
+            model.select({"student"})
+    else:
+        model.select({"student"})
+    model.select({"student", "teacher"})
+    build(head_norm=norm, eval_net="student").select({"student"})
+
+
 def test_a_crop_that_the_patches_do_not_divide():
     for shapes in (((3, 18, 18), LOCAL), (GLOBAL, (3, 10, 10))):
         side = 18 if shapes[0] != GLOBAL else 10
@@ -262,14 +298,21 @@ def test_a_teacher_is_asked_of_a_model_without_one(criterion):
     wrong = MODEL % ", momentum: null, eval_net: student", f"criterion={{name: {criterion}}}"
     with pytest.raises(ConfigError) as error:
         run(*wrong)
-    assert f"criterion '{criterion}' requires student, teacher" in str(error.value)
-    assert "missing teacher" in str(error.value)
+    end = "_logits" if criterion == "dino" else ""
+    assert f"criterion '{criterion}' requires student{end}, teacher{end}" in str(error.value)
+    assert f"teacher{end}" in str(error.value).partition("missing")[2]
 
 
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["views.local_size=6"], "6 x 6 pixels cannot be cut into patches of 4"),
+        (["views.local_size=6"], "6 x 6 pixels cannot be cut into patches of 4: change the size of the views"),
+        (["views.local_size=6"], "views.local_size"),
+        (["criterion={name: dino}"], "missing student_logits, teacher_logits"),
+        (
+            ["criterion={name: swav}", "model.head_norm=true"],
+            "model: eval_net=teacher, but the criterion does not read",
+        ),
         (["views.num_global=0"], "views.num_global"),
         (["views.num_global=1", "views.num_local=0"], "at least 2 views"),
         (["criterion.K=1"], "criterion.K"),

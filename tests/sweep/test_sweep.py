@@ -182,7 +182,10 @@ def test_all_mistakes_at_once_and_nothing_written(tmp_path, capsys, started):
         ([TINY, "--plugin", "absent_plugin"], "plugin 'absent_plugin' is neither"),
         ([TINY, "--metric", "loss", "mrcl_digits"], "--metric: 'mrcl_digits' is no metric"),
         # What only shows when the parts are built is found before anything runs, too.
-        ([TINY, "--plugin", PARTS, "--vary", "views.size=16,15"], "cannot be cut into patches of 8: change views.size"),
+        (
+            [TINY, "--plugin", PARTS, "--vary", "views.size=16,15"],
+            "cannot be cut into patches of 8: change the size of the views",
+        ),
         ([TINY, "--plugin", PARTS, "--vary", "parallel=none,ddp"], "a sweep gives each run one process"),
     ],
 )

@@ -1,0 +1,101 @@
+"""What a run shows of its assignments to prototypes, whichever criterion makes them.
+
+Shapes: N rows, K prototypes, T points in time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+from ..types import Progress
+
+_logger = logging.getLogger(__name__)
+#: What the occupancy figure keeps: that many points in time, and bins of log2(share / equal share) from -8 to 8.
+OCCUPANCY_EPOCHS, OCCUPANCY_BINS = 64, 16
+#: A prototype is dead where it gets less than this share of an equal one.
+DEAD = 0.1
+#: Of log K: above this mean entropy of an assignment it is uniform, below that of the mean one few are left.
+UNIFORM, FEW = 0.99, 0.05
+
+
+class Assignments(nn.Module):
+    """How images are spread over K prototypes: the running mean, the collapse it shows, and its figure.
+
+    A criterion calls `watch` in its forward, `update` after it, `end_epoch` at the end of an epoch, and `draw`. `usage`
+    [K] is the running mean assignment over all processes; it begins with the uniform one.
+    """
+
+    def __init__(self, num: int):
+        super().__init__()
+        self.num = num
+        self.register_buffer("usage", torch.full((num,), 1 / num))
+        self.register_buffer("seen", torch.tensor(0.0))
+        self.register_buffer("entropy", torch.tensor(math.nan))
+        self.register_buffer("occupancy", torch.full((OCCUPANCY_EPOCHS, OCCUPANCY_BINS), -1.0))
+        self._latest: tuple[Tensor, Tensor] | None = None
+
+    def watch(self, entropy: Tensor, marginal: Tensor) -> dict[str, Tensor]:
+        """The terms to report of a batch, from its entropies [N] in nats and its mean assignment [K]:
+
+        `assignment_entropy`, the mean over images; `marginal_entropy`, that of the mean assignment; `kl_to_uniform`,
+        the mean over images; `dead_prototypes`, the share that gets less than a tenth of an equal share, so far.
+        """
+        entropy, marginal = entropy.detach().mean(), marginal.detach()
+        self._latest = entropy, marginal
+        return {
+            "assignment_entropy": entropy,
+            "marginal_entropy": torch.special.entr(marginal).sum(),
+            "kl_to_uniform": math.log(self.num) - entropy,
+            "dead_prototypes": (self.shares() < DEAD / self.num).to(entropy.dtype).mean(),
+        }
+
+    @torch.no_grad()
+    def update(self, momentum: float = 0.99) -> None:
+        """Moves the running mean by the batch watched last."""
+        entropy, marginal = (distributed.all_reduce_mean(x).to(self.usage.dtype) for x in self._latest)
+        self.usage.lerp_(marginal, 1 - momentum)
+        self.seen.lerp_(torch.ones_like(self.seen), 1 - momentum)
+        self.entropy.copy_(entropy)
+
+    def shares(self) -> Tensor:
+        """The running mean assignment without the uniform one that it began with: [K]."""
+        # Else an epoch of few steps would end before a collapse could show.
+        started = (1 - self.seen) / self.num
+        return torch.where(self.seen > 0, (self.usage - started) / self.seen, self.usage).clamp(min=0)
+
+    def collapse(self) -> str | None:
+        """Which collapse the running statistics show, or None."""
+        most, entropy = math.log(self.num), float(self.entropy)
+        if entropy > UNIFORM * most:
+            return f"collapse to the uniform assignment: entropy {entropy:.3f} of {most:.3f} nats"
+        marginal = float(torch.special.entr(self.shares()).sum())
+        if marginal < FEW * most:
+            return f"collapse to few prototypes: entropy of the mean assignment {marginal:.3f} of {most:.3f} nats"
+        return None
+
+    def end_epoch(self, name: str, progress: Progress) -> None:
+        """Says, in the name of a criterion, where the assignment has collapsed, and keeps how it was spread."""
+        slot = progress.epoch * OCCUPANCY_EPOCHS // max(progress.total_epochs, OCCUPANCY_EPOCHS)
+        shares = (self.shares() * self.num).clamp(min=1e-30).log2().clamp(-7.99, 7.99)
+        self.occupancy[slot] = shares.float().cpu().histc(OCCUPANCY_BINS, -8, 8).to(shares) / self.num
+        collapse = self.collapse()
+        if collapse is not None and distributed.is_main():
+            _logger.warning("%s: %s", name, collapse)
+
+    def reset(self) -> None:
+        """Begins anew with other prototypes."""
+        self.usage.fill_(1 / self.num)
+        self.seen.zero_()
+
+    def draw(self, folder: Path) -> None:
+        """How many prototypes had which share of the assignment, over the epochs: occupancy.png."""
+        # Here, because a criterion that is not drawn needs no matplotlib.
+        from ..figures import occupancy
+
+        occupancy(self.occupancy[self.occupancy[:, 0] >= 0], 8.0, folder / "occupancy.png")
