@@ -7,6 +7,7 @@ views, which leaves encoder, head, loss and optimiser to compare.
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -233,8 +234,64 @@ class MAE(Peer):
         return nn.functional.mse_loss(*self.model(views[0]))
 
 
+class StudentTeacher(nn.Module):
+    """lightly's parts of DINO, put together as its example does: views -> teacher's and student's outputs."""
+
+    def __init__(self, encoder: nn.Module, settings: dict[str, Any], num_global: int):
+        from lightly.models import utils
+        from lightly.models.modules import DINOProjectionHead
+
+        super().__init__()
+        self.utils, self.num_global = utils, num_global
+        sizes = encoder.num_features, settings["head_hidden"], settings["head_dim"], settings["prototypes"]
+        heads = [DINOProjectionHead(*sizes, batch_norm=settings["head_norm"]) for _ in range(2)]
+        self.student = nn.Sequential(encoder, heads[0])
+        # Weight normalisation does not let itself be copied.
+        heads[1].load_state_dict(heads[0].state_dict())
+        self.teacher = nn.Sequential(copy.deepcopy(encoder), heads[1]).requires_grad_(False)
+
+    def forward(self, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        self.utils.update_momentum(self.student, self.teacher, m=0.99)
+        with torch.no_grad():
+            taught = [self.teacher(view) for view in views[: self.num_global]]
+        return taught, [self.student(view) for view in views]
+
+
+class DINO(Peer):
+    """lightly's DINO on the recipe's encoder, head sizes and crops."""
+
+    def __init__(self, trainer: Trainer, *rest):
+        self.views = len(trainer.run.views.shapes)
+        super().__init__(trainer, *rest)
+
+    def build(self, name: str, arguments: dict[str, Any]) -> nn.Module:
+        import timm
+        from lightly.loss import DINOLoss
+
+        settings = self.config.model
+        self.loss = DINOLoss(settings["prototypes"]).to(self.device)
+        encoder = timm.create_model(name, **arguments, dynamic_img_size=True)
+        return StudentTeacher(encoder, settings, self.config.views["num_global"])
+
+    def transforms(self) -> Callable:
+        from lightly.transforms import DINOTransform
+
+        views = self.config.views
+        return DINOTransform(
+            global_crop_size=views["size"],
+            global_crop_scale=tuple(views["scale"]),
+            local_crop_size=views["local_size"],
+            local_crop_scale=tuple(views["local_scale"]),
+            n_local_views=views["num_local"],
+            gaussian_blur=tuple(views["blur_p"]),
+        )
+
+    def score(self, views: list[Tensor]) -> Tensor:
+        return self.loss(*self.model(views))
+
+
 #: By the recipe's criterion.
-PEERS = {"info_nce": SimCLR, "mae": MAE}
+PEERS = {"info_nce": SimCLR, "mae": MAE, "dino": DINO}
 
 
 def peers(trainer: Trainer, batches: Iterator, clock: Clock) -> list[Peer]:

@@ -1,4 +1,4 @@
-"""Training speed and memory of our recipes, side by side with lightly's SimCLR or MAE, interleaved in one process.
+"""Training speed and memory of our recipes, side by side with lightly's methods, interleaved in one process.
 
     python tools/bench_train.py simclr_cifar10 source.path=cifar10.tar.xz --lightly
     python tools/bench_train.py simclr_cifar10 source.path=cifar10.tar.xz source.limit=2000 --lightly \
@@ -10,7 +10,7 @@
 Every contender takes one step a round, in turn, so that a busy machine disturbs all alike; medians over the rounds are
 printed. rows/s counts what the encoder gets, images times views times masks; the ratio is that of rows/s to the first
 contender's. Peak memory is that of a process of its own that takes three steps. Overrides before `--also` go to every
-recipe. --lightly adds its counterpart of the first recipe, SimCLR or MAE by what that one's criterion is
+recipe. --lightly adds its counterpart of the first recipe, SimCLR, MAE or DINO by what that one's criterion is
 (tools/bench_peers.py).
 
 "outside" is the share of a step that no transformer block is at work in, of encoder or decoder: data, views,
