@@ -39,6 +39,16 @@ def test_number_and_sizes(num_global, num_local):
             assert not any(torch.equal(group[a], other) for other in group[:a])
 
 
+def test_local_crops_of_several_sizes():
+    further = [[2, 12, 0.2, 0.3], [1, 4, 0.01, 0.05]]
+    views = build(size=16, local_size=8, num_local=1, local_scale=[0.1, 0.2], further_local=further)
+    assert views.shapes == tuple((3, side, side) for side in (16, 16, 8, 12, 12, 4)) and views.num_global == 2
+    assert [a.scale for a in views.augments[2:]] == [(0.1, 0.2), (0.2, 0.3), (0.2, 0.3), (0.01, 0.05)]
+    assert {(a.blur_p, a.solarise_p) for a in views.augments[2:]} == {(0.5, 0.0)}
+    shares = [p.boxes[:, 2:].prod(dim=1).double().mean() / 32**2 for p in drawn(views)[2:]]
+    assert shares == pytest.approx([0.15, 0.25, 0.25, 0.03], abs=0.01)
+
+
 def test_the_papers_numbers():
     views = build()
     assert views.shapes == ((3, 224, 224),) * 2 + ((3, 96, 96),) * 8 and views.num_global == 2
@@ -91,6 +101,8 @@ def test_other_recipes_show_a_teacher_everything():
         ({"num_local": -1}, "views.num_local"),
         ({"local_scale": [0.5, 0.1]}, "0 < low <= high <= 1"),
         ({"scale": [0.0, 1.0]}, "views.scale"),
+        ({"further_local": [[1, 8, 0.5, 0.1]]}, "0 < low <= high <= 1"),
+        ({"further_local": [[1, 8, 0.5]]}, "views.further_local.0.3: required"),
     ],
 )
 def test_mistakes(wrong, message):

@@ -157,6 +157,7 @@ def multi_crop(
     local_size: PositiveInt = 96,
     local_scale: Scale = (0.05, 0.4),
     num_local: Count = 8,
+    further_local: tuple[tuple[PositiveInt, PositiveInt, Share, Share], ...] = (),
     strength: NonNegative = 1.0,
     jitter_p: Probability = 0.8,
     grey_p: Probability = 0.2,
@@ -169,7 +170,8 @@ def multi_crop(
     """Global crops, then local ones: BYOL's augmentation (Caron et al., SwAV, 2020; DINO, 2021).
 
     A teacher sees the global crops alone. Probabilities of blur and solarisation are those of the first global crop, of
-    the other global crops, and of the local ones.
+    the other global crops, and of the local ones. further_local: more groups of local crops, each (number, size,
+    smallest and largest share of the image).
     """
     jitter = tuple(strength * base for base in (0.4, 0.4, 0.2, 0.1))
 
@@ -180,7 +182,8 @@ def multi_crop(
         )  # fmt: skip
 
     augments = [augment(size, scale, min(number, 1)) for number in range(num_global)]
-    augments += [augment(local_size, local_scale, 2) for _ in range(num_local)]
+    for number, side, *share in ((num_local, local_size, *local_scale), *further_local):
+        augments += [augment(side, tuple(share), 2) for _ in range(number)]
     return Views(augments, crop_ratio, num_global)
 
 
