@@ -217,6 +217,10 @@ def check_part(kind: str, spec: Any, path: str, problems: list[str]) -> dict[str
             done[key] = check_part(nested, value, f"{path}.{key}", problems)
             plain[key] = None
         elif is_schedule(value):
+            if typing.get_origin(hint) is typing.Literal:
+                problems.append(f"{path}.{key}: expected {show(hint)}, got a schedule")
+                schedules[key] = None
+                continue
             schedule = schedules[key] = Schedule.parse(value, f"{path}.{key}", problems)
             done[key] = value if schedule is None else schedule.spec()
         else:
@@ -272,7 +276,8 @@ def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **suppl
     arguments |= {key: supplied[key] for key in registry.takes(name) if key in supplied}
     part = registry[name](**arguments)
     for key, schedule in numbers.items():
-        if getattr(part, key, None) != arguments[key]:
+        kept = getattr(part, key, None)
+        if not isinstance(kept, int | float) or kept != arguments[key]:
             raise UserError(f"{path}.{key}: {name!r} cannot follow a schedule here: it keeps no such number to change")
         whole = isinstance(arguments[key], int) and schema[key].annotation is not Any
         schedules.append((part, key, replace(schedule, whole=whole)))

@@ -20,8 +20,9 @@ _logger = logging.getLogger(__name__)
 OCCUPANCY_EPOCHS, OCCUPANCY_BINS = 64, 16
 #: A prototype is dead where it gets less than this share of an equal one.
 DEAD = 0.1
-#: Of log K: above this mean entropy of an assignment it is uniform, below that of the mean one few are left.
-UNIFORM, FEW = 0.99, 0.05
+#: Collapse: what an image's assignment tells of the image, as a share of log K, is less; of the prototypes (or of the
+#: rows seen, where these are fewer) not as many are in use.
+TOLD, FEW = 0.01, 1 / 32
 
 
 class Assignments(nn.Module):
@@ -37,31 +38,36 @@ class Assignments(nn.Module):
         self.register_buffer("usage", torch.full((num,), 1 / num))
         self.register_buffer("seen", torch.tensor(0.0))
         self.register_buffer("entropy", torch.tensor(math.nan))
+        self.register_buffer("rows", torch.tensor(0.0))
         self.register_buffer("occupancy", torch.full((OCCUPANCY_EPOCHS, OCCUPANCY_BINS), -1.0))
-        self._latest: tuple[Tensor, Tensor] | None = None
+        self._latest: tuple[Tensor, Tensor, int] | None = None
 
     def watch(self, entropy: Tensor, marginal: Tensor) -> dict[str, Tensor]:
         """The terms to report of a batch, from its entropies [N] in nats and its mean assignment [K]:
 
-        `assignment_entropy`, the mean over images; `marginal_entropy`, that of the mean assignment; `kl_to_uniform`,
-        the mean over images; `dead_prototypes`, the share that gets less than a tenth of an equal share, so far.
+        `assignment_entropy` and `kl_to_uniform`, means over images; `marginal_entropy`, that of the mean assignment,
+        and `dead_prototypes`, the share that gets less than a tenth of an equal share in it. In training that is the
+        running mean up to the step before, over all processes; in evaluation it is the batch's.
         """
-        entropy, marginal = entropy.detach().mean(), marginal.detach()
-        self._latest = entropy, marginal
+        rows, entropy, marginal = len(entropy), entropy.detach().mean(), marginal.detach()
+        self._latest = entropy, marginal, rows
+        shares = self.shares() if self.training else marginal
         return {
             "assignment_entropy": entropy,
-            "marginal_entropy": torch.special.entr(marginal).sum(),
             "kl_to_uniform": math.log(self.num) - entropy,
-            "dead_prototypes": (self.shares() < DEAD / self.num).to(entropy.dtype).mean(),
+            "marginal_entropy": torch.special.entr(shares).sum(),
+            "dead_prototypes": (shares < DEAD / self.num).to(entropy.dtype).mean(),
         }
 
     @torch.no_grad()
     def update(self, momentum: float = 0.99) -> None:
         """Moves the running mean by the batch watched last."""
-        entropy, marginal = (distributed.all_reduce_mean(x).to(self.usage.dtype) for x in self._latest)
+        *means, rows = self._latest
+        entropy, marginal = (distributed.all_reduce_mean(x).to(self.usage.dtype) for x in means)
         self.usage.lerp_(marginal, 1 - momentum)
         self.seen.lerp_(torch.ones_like(self.seen), 1 - momentum)
         self.entropy.copy_(entropy)
+        self.rows.add_(rows * distributed.world_size())
 
     def shares(self) -> Tensor:
         """The running mean assignment without the uniform one that it began with: [K]."""
@@ -71,12 +77,20 @@ class Assignments(nn.Module):
 
     def collapse(self) -> str | None:
         """Which collapse the running statistics show, or None."""
+        if not float(self.rows):
+            return None
         most, entropy = math.log(self.num), float(self.entropy)
-        if entropy > UNIFORM * most:
-            return f"collapse to the uniform assignment: entropy {entropy:.3f} of {most:.3f} nats"
         marginal = float(torch.special.entr(self.shares()).sum())
-        if marginal < FEW * most:
-            return f"collapse to few prototypes: entropy of the mean assignment {marginal:.3f} of {most:.3f} nats"
+        # As many equally used ones have that entropy. Two of few prototypes are no collapse.
+        used = math.exp(marginal)
+        if used < max(FEW * min(self.num, float(self.rows)), 1.5):
+            return f"collapse to {'one prototype' if used < 1.5 else 'few prototypes'}: {used:.1f} of {self.num} in use"
+        # The mutual information of image and prototype.
+        told = marginal - entropy
+        if told < TOLD * most:
+            kind = "the uniform assignment" if entropy > 0.9 * most else "one assignment for all images"
+            told = max(told, 0.0)
+            return f"collapse to {kind}: {entropy:.3f} of at most {most:.3f} nats, of which an image decides {told:.3f}"
         return None
 
     def end_epoch(self, name: str, progress: Progress) -> None:
@@ -92,6 +106,7 @@ class Assignments(nn.Module):
         """Begins anew with other prototypes."""
         self.usage.fill_(1 / self.num)
         self.seen.zero_()
+        self.rows.zero_()
 
     def draw(self, folder: Path) -> None:
         """How many prototypes had which share of the assignment, over the epochs: occupancy.png."""

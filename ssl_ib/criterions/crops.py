@@ -25,8 +25,17 @@ def check_views(info: RunInfo) -> None:
 
 
 def pairs(num_student: int, num_teacher: int) -> list[tuple[int, int]]:
-    """(teacher's view, student's view) of every pair but those of one view with itself."""
-    return [(t, s) for t in range(num_teacher) for s in range(num_student) if s != t]
+    """(teacher's view, student's view) of every pair but those of one view with itself.
+
+    Raises UserError where there is none, or the student lacks a view of the teacher's.
+    """
+    found = [(t, s) for t in range(num_teacher) for s in range(num_student) if s != t]
+    if not found or num_student < num_teacher:
+        raise UserError(
+            f"a teacher teaches other views than its own: expected outputs of 2 views or more, the teacher's first, "
+            f"got {num_student} of the student and {num_teacher} of the teacher"
+        )
+    return found
 
 
 def same_top(targets: list[Tensor], predictions: list[Tensor], found: list[tuple[int, int]]) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B images, V student views of which the first G are also the teacher's, K
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed, ops
+from ..errors import UserError
 from ..hints import NonNegative, Positive, Probability
 from ..models.prototypes import Prototypes
 from ..part import Context, Criterion, RunInfo
@@ -20,6 +22,8 @@ from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .assignments import Assignments
 from .crops import NumPrototypes, check_views, pairs
+
+_logger = logging.getLogger(__name__)
 
 
 @register_criterion("svib")
@@ -77,6 +81,10 @@ class SVIB(Criterion):
         self.reinit, self.reinit_src, self.reinit_reset_opt = reinit, reinit_src, reinit_reset_opt
         self.center, self.center_momentum, self.usage_momentum = center, center_momentum, usage_momentum
         images = info.images()
+        if images and images < K:
+            if images < 2:
+                raise UserError(f"prototypes are made of images: expected at least 2 of them, got {images}")
+            _logger.info("svib: %d prototypes in place of K=%d, one a training image", images, K)
         # A dry run does not embed an image for each of the paper's 65536.
         self.num_prototypes = info.capped(min(K, images) if images else K)
         width = info.width("student")

@@ -76,7 +76,7 @@ class SwAV(Criterion):
         self.prototypes = Prototypes(K, width)
         self.assignments = Assignments(K)
         rows = info.capped(queue)
-        self.register_buffer("queue", torch.zeros(self.num_global, rows, width))
+        self.register_buffer("past", torch.zeros(self.num_global, rows, width))
         self.register_buffer("filled", torch.tensor(0))
 
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
@@ -100,21 +100,21 @@ class SwAV(Criterion):
 
     def _past(self) -> Tensor | None:
         """This process's share of the queue, [G, rows, d], or None until there is a full one."""
-        rows = self.queue.shape[1]
+        rows = self.past.shape[1]
         if not rows or int(self.filled) < rows:
             return None
-        return self.queue[:, distributed.rank() :: distributed.world_size()]
+        return self.past[:, distributed.rank() :: distributed.world_size()]
 
     def after_forward(
         self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
     ) -> None:
         self.assignments.update()
-        rows = self.queue.shape[1]
+        rows = self.past.shape[1]
         if not rows:
             return
         # Every process keeps the rows of all, so that the main one's checkpoint has them.
         fresh = distributed.gather(torch.stack(outputs["student"][: self.num_global], dim=1)).unbind(dim=1)
-        for queue, z in zip(self.queue, fresh, strict=True):
+        for queue, z in zip(self.past, fresh, strict=True):
             # The newest first; the oldest fall off the end.
             queue.copy_(torch.cat([z.to(queue.dtype), queue])[:rows])
         self.filled.add_(len(fresh[0])).clamp_(max=rows)

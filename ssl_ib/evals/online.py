@@ -101,7 +101,8 @@ class Online:
                 for sample in samples:
                     sample = sample.to(self.run.device)
                     batch = Batch([self._plain(sample)], [None], sample.index, sample.label)
-                    found.append(model(batch)[name][0])
+                    # Not through a compiled __call__, which would compile the model once more for these images.
+                    found.append(model.forward(batch)[name][0])
         finally:
             model.wanted = wanted
         return torch.cat(found)

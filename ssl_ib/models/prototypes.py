@@ -17,7 +17,8 @@ class Prototypes(Part):
 
     With 65,536 of them, normalising in the forward would copy the largest tensor of the loss, and again for its
     gradient. So a run keeps them at length 1: the gradient loses what points along a vector before the step, and the
-    vectors are scaled back after it, both in place. Weights that anything else has set are normalised when used.
+    vectors are scaled back after it, both in place. Weights that anything else has set are normalised when used, and
+    in a compiled graph, which could not ask.
     """
 
     def __init__(self, num: int, width: int):
@@ -25,23 +26,29 @@ class Prototypes(Part):
         self.weight = nn.Parameter(torch.empty(num, width))
         nn.init.normal_(self.weight)
         self.rescale()
-        self.register_load_state_dict_post_hook(lambda module, keys: module._trust())
+        self.register_load_state_dict_post_hook(lambda module, keys: module._loaded())
 
-    def _trust(self) -> None:
-        """Takes the weights for vectors of length 1, as long as nobody changes them."""
-        # What a checkpoint holds has been scaled: scaling it again would change last bits.
-        self._version = self.weight._version
+    def _state(self) -> tuple[int, int]:
+        """What changes with the weights: a copy of them lives elsewhere."""
+        return self.weight.data_ptr(), self.weight._version
+
+    @torch.no_grad()
+    def _loaded(self) -> None:
+        # What a run saved has been scaled: scaling it again would change last bits.
+        off = (torch.linalg.vector_norm(self.weight.double(), dim=1) - 1).abs().amax()
+        self._trusted = self._state() if off < 1e-5 else None
 
     @torch.no_grad()
     def rescale(self) -> None:
         """Scales the vectors to length 1, in place."""
         self.weight.div_(torch.linalg.vector_norm(self.weight, dim=1, keepdim=True).clamp_(min=1e-12))
-        self._trust()
+        self._trusted = self._state()
 
     def unit(self) -> Tensor:
         """The vectors at length 1, in float32 at least: [K, d]."""
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        return weight if self.weight._version == self._version else F.normalize(weight, dim=1)
+        trusted = not torch.compiler.is_compiling() and self._trusted == self._state()
+        return weight if trusted else F.normalize(weight, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Cosines of unit rows with every prototype, in float32 at least: [N, d] -> [N, K]."""

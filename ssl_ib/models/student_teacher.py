@@ -86,6 +86,10 @@ class StudentTeacher(EncoderModel):
         eval_net: Literal["teacher", "student"] = "teacher",
     ):
         super().__init__()
+        if prototypes == 1:
+            raise UserError(
+                "one prototype would be every image's: expected prototypes of 2 or more, or 0 for none, got 1"
+            )
         self.momentum, self.freeze_last_epochs = momentum, freeze_last_epochs
         self.num_global = info.global_views
         self.student = Encoder(backbone, backbone_args or {}, info.view_shapes[0], pool, positions)

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 from harness import PARTS, TINY
+from ranks import answers_of, join
 
-from ssl_ib import Batch, Progress, RunInfo, UserError
+from ssl_ib import Batch, Progress, RunInfo, UserError, distributed
 from ssl_ib.config import resolve
 from ssl_ib.criterions.crops import pairs
 from ssl_ib.criterions.dino import DINO
@@ -20,7 +21,7 @@ from ssl_ib.registry import check_part
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
 
-B, K = 3, 6
+B, K = 4, 6
 PROGRESS = Progress(3, 1, 20, 10)
 CONTEXT = Context(PROGRESS, lambda *a: None, lambda p: None)
 BATCH = Batch([], [], torch.arange(B), torch.arange(B))
@@ -114,7 +115,7 @@ def test_the_centre_is_a_running_mean_and_counts_from_the_next_step():
 def test_what_is_watched():
     outputs, criterion = draw_outputs(), build()
     p = torch.cat([(t / 0.04).softmax(1) for t in outputs["teacher_logits"]])
-    found = criterion(outputs, BATCH, PROGRESS).terms
+    found = criterion.eval()(outputs, BATCH, PROGRESS).terms
     assert found["assignment_entropy"].item() == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-5)
     assert found["marginal_entropy"].item() == pytest.approx(-(p.mean(0) * p.mean(0).log()).sum().item(), rel=1e-5)
     kl = (math.log(K) + (p * p.log()).sum(1)).mean()
@@ -127,7 +128,7 @@ def test_what_is_watched():
 
 def test_collapse_is_named(caplog, tmp_path):
     """Of both kinds; the teacher's outputs count less their running mean."""
-    for kind in ("uniform", "few prototypes"):
+    for kind in ("uniform", "one prototype"):
         criterion, outputs = build(center_momentum=1.0), draw_outputs()
         step(criterion, outputs)
         criterion.on_epoch_end(CONTEXT)
@@ -154,6 +155,39 @@ def test_mistakes(key, value):
 def test_one_view_has_nobody_to_teach_it():
     with pytest.raises(UserError, match="at least 2 views"):
         build(views=1)
+    for students, teachers in ((1, 1), (1, 2)):
+        with pytest.raises(UserError, match=f"got {students} of the student and {teachers} of the teacher"):
+            pairs(students, teachers)
+
+
+# --- two processes
+
+
+def learned(images: slice) -> dict[str, torch.Tensor]:
+    """The loss after two steps, its gradient to one view of the student, and the running statistics."""
+    criterion = build(center_momentum=0.5)
+    for seed in range(2):
+        step(criterion, {name: [z[images] for z in views] for name, views in draw_outputs(seed=seed).items()})
+    outputs = {name: [z.detach()[images] for z in views] for name, views in draw_outputs(seed=5).items()}
+    logits = outputs["student_logits"][1].requires_grad_()
+    loss = criterion(outputs, BATCH, PROGRESS).total
+    (gradient,) = torch.autograd.grad(loss, logits)
+    shares = distributed.gather(gradient) / distributed.world_size()
+    return {"loss": distributed.all_reduce_mean(loss.detach()), "gradient": shares, **criterion.state_dict()}
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    join(rank, 2, port)
+    torch.save(learned(slice(2 * rank, 2 * rank + 2)), f"{folder}/{rank}.pt")
+    distributed.shutdown()
+
+
+def test_two_processes_are_one(tmp_path):
+    expected = learned(slice(0, 4))
+    assert expected["center"].abs().max() > 0.01
+    for found in answers_of(work, 2, tmp_path):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
 # --- a run

@@ -287,7 +287,7 @@ def test_what_is_watched():
     outputs, criterion = draw_outputs(), build()
     c = F.normalize(criterion.prototypes.weight.detach(), dim=1)
     p = torch.cat([(z @ c.T / 0.04).softmax(1) for z in outputs["teacher"]])
-    found = criterion(outputs, BATCH, PROGRESS).terms
+    found = criterion.eval()(outputs, BATCH, PROGRESS).terms
     torch.testing.assert_close(found["assignment_entropy"], -(p * p.log()).sum(1).mean())
     torch.testing.assert_close(found["marginal_entropy"], -(p.mean(0) * p.mean(0).log()).sum())
     cosines = [(outputs["student"][s] * outputs["teacher"][t]).sum(1).mean() for t, s in PAIRS[2, 4]]
@@ -324,10 +324,34 @@ def test_beta_follows_the_papers_schedule():
     assert loss.total.item() == pytest.approx((terms["cross_entropy"] + 0.070710678 * terms["kl_to_prior"]).item())
 
 
-def test_there_are_no_more_prototypes_than_images():
+def test_a_prototype_that_the_prior_does_not_know_keeps_the_divergence_finite():
+    criterion, outputs = build(q="ema_marginal"), draw_outputs()
+    usage = torch.tensor([0.0, *[1 / (K - 1)] * (K - 1)], dtype=torch.float64)
+    criterion.assignments.usage.copy_(usage)
+    c = F.normalize(criterion.prototypes.weight.detach(), dim=1)
+    p = torch.cat([(z @ c.T / 0.04).softmax(1) for z in outputs["teacher"]])
+    expected = (p * (p / usage.clamp(min=1e-12)).log()).sum(1).mean()
+    assert criterion(outputs, BATCH, PROGRESS).terms["kl_to_prior"].item() == pytest.approx(expected.item())
+
+
+def test_the_centre_counts_in_evaluation_too():
+    criterion, outputs = build(center=True, center_momentum=0.5), draw_outputs()
+    step(criterion, outputs)
+    training = criterion(outputs, BATCH, PROGRESS).total
+    assert torch.equal(criterion.eval()(outputs, BATCH, PROGRESS).total, training)
+    criterion.mean_teacher.zero_()
+    assert not torch.isclose(criterion(outputs, BATCH, PROGRESS).total, training)
+
+
+def test_there_are_no_more_prototypes_than_images(caplog):
+    caplog.set_level("INFO")
     assert SVIB(info(images=40), K=65).num_prototypes == 40
     assert SVIB(info(images=40), K=39).prototypes.weight.shape == (39, D)
     assert SVIB(info(images=40, cap=12), K=39).num_prototypes == 12
+    assert "svib: 40 prototypes in place of K=65, one a training image" in caplog.text
+    assert "K=39" not in caplog.text
+    with pytest.raises(UserError, match="at least 2 of them, got 1"):
+        SVIB(info(images=1), K=65)
     assert SVIB(info(images=40)).assignments.usage.sum().item() == pytest.approx(1.0)
 
 
@@ -402,7 +426,7 @@ def test_chunked_is_reference(center):
 # --- collapse
 
 
-def test_collapse_to_the_uniform_assignment_is_named():
+def test_collapse_to_one_assignment_is_named():
     criterion, outputs = build(), draw_outputs()
     assert criterion.assignments.collapse() is None
     step(criterion, outputs)
@@ -410,7 +434,7 @@ def test_collapse_to_the_uniform_assignment_is_named():
     with torch.no_grad():
         criterion.prototypes.weight[:] = criterion.prototypes.weight[0]
     step(criterion, outputs)
-    assert "uniform" in criterion.assignments.collapse() and "1.946 of 1.946 nats" in criterion.assignments.collapse()
+    assert "uniform assignment: 1.946 of at most 1.946 nats" in criterion.assignments.collapse()
 
 
 def test_collapse_to_one_prototype_is_named_within_a_short_epoch(caplog):
@@ -425,9 +449,9 @@ def test_collapse_to_one_prototype_is_named_within_a_short_epoch(caplog):
     outputs["teacher"] = [F.normalize(torch.ones(B, D, dtype=torch.float64), dim=1)] * 2
     for _ in range(3):
         step(criterion, outputs)
-    assert "few prototypes" in criterion.assignments.collapse()
+    assert "one prototype" in criterion.assignments.collapse()
     criterion.on_epoch_end(Context(replace(PROGRESS, epoch=9), lambda *asked: one, lambda p: None))
-    assert "collapse to few prototypes" in caplog.text
+    assert "svib: collapse to one prototype: 1.0 of 7 in use" in caplog.text
 
 
 # --- new prototypes

@@ -144,11 +144,11 @@ def test_the_queue_holds_the_newest_first():
     step(criterion, seen[1])
     assert int(criterion.filled) == 6
     for g in range(G):
-        assert torch.equal(criterion.queue[g], torch.cat([seen[1]["student"][g], seen[0]["student"][g][:2]]))
+        assert torch.equal(criterion.past[g], torch.cat([seen[1]["student"][g], seen[0]["student"][g][:2]]))
     step(criterion, seen[2])
     for g in range(G):
-        assert torch.equal(criterion.queue[g], torch.cat([seen[2]["student"][g], seen[1]["student"][g][:2]]))
-    assert {"queue", "filled"} <= set(criterion.state_dict())
+        assert torch.equal(criterion.past[g], torch.cat([seen[2]["student"][g], seen[1]["student"][g][:2]]))
+    assert {"past", "filled"} <= set(criterion.state_dict())
 
 
 def test_the_queue_counts_once_it_is_full_and_from_its_epoch_on():
@@ -169,7 +169,7 @@ def test_the_queue_counts_once_it_is_full_and_from_its_epoch_on():
 def test_a_queue_of_fewer_rows_than_a_batch():
     criterion, outputs = build(queue=3), draw_outputs()
     step(criterion, outputs)
-    assert torch.equal(criterion.queue[1], outputs["student"][1][:3]) and int(criterion.filled) == 3
+    assert torch.equal(criterion.past[1], outputs["student"][1][:3]) and int(criterion.filled) == 3
 
 
 # --- what is watched
@@ -177,7 +177,7 @@ def test_a_queue_of_fewer_rows_than_a_batch():
 
 def test_what_is_watched_are_the_students_own_assignments():
     criterion, outputs = build(), draw_outputs()
-    terms = criterion(outputs, BATCH, PROGRESS).terms
+    terms = criterion.eval()(outputs, BATCH, PROGRESS).terms
     c = F.normalize(criterion.prototypes.weight, dim=1)
     p = (torch.cat(outputs["student"][:G]) @ c.T / criterion.temperature).softmax(dim=1)
     assert terms["assignment_entropy"].item() == pytest.approx(-(p * p.log()).sum(dim=1).mean().item(), rel=1e-6)
@@ -236,7 +236,7 @@ def learned(rows: slice) -> dict[str, torch.Tensor]:
         "assigned": distributed.gather(sinkhorn(scores[share], 0.05, 3)),
         "loss": distributed.all_reduce_mean(loss.detach()),
         "gradient": distributed.all_reduce_mean(criterion.prototypes.weight.grad),
-        "queue": criterion.queue.clone(),
+        "queue": criterion.past.clone(),
         "filled": criterion.filled.clone(),
     }
 

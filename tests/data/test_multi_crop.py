@@ -99,9 +99,9 @@ def test_other_recipes_show_a_teacher_everything():
     [
         ({"num_global": 0}, "views.num_global: expected greater than or equal to 1, got 0"),
         ({"num_local": -1}, "views.num_local"),
-        ({"local_scale": [0.5, 0.1]}, "0 < low <= high <= 1"),
+        ({"local_scale": [0.5, 0.1]}, "local_scale: expected 0 < low <= high <= 1"),
         ({"scale": [0.0, 1.0]}, "views.scale"),
-        ({"further_local": [[1, 8, 0.5, 0.1]]}, "0 < low <= high <= 1"),
+        ({"further_local": [[1, 8, 0.5, 0.1]]}, "further_local: expected 0 < low <= high <= 1"),
         ({"further_local": [[1, 8, 0.5]]}, "views.further_local.0.3: required"),
     ],
 )

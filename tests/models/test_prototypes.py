@@ -1,5 +1,7 @@
 """Prototypes: vectors whose length does not count, and the head that ends in them."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,36 @@ def test_a_run_keeps_them_at_length_1():
     again = Prototypes(K, D)
     again.load_state_dict(prototypes.state_dict())
     assert again.unit() is again.weight and torch.equal(again.weight, prototypes.weight)
+
+
+def test_only_vectors_of_length_1_are_taken_as_they_are():
+    prototypes, long = Prototypes(K, D), Prototypes(K, D)
+    assert prototypes.unit() is prototypes.weight
+    long.load_state_dict({"weight": 5 * draw(K, D).float()})
+    torch.testing.assert_close(long.unit(), F.normalize(draw(K, D).float(), dim=1))
+    # A copy's count of changes begins anew, and passes the original's.
+    other = copy.deepcopy(prototypes)
+    for _ in range(5):
+        with torch.no_grad():
+            other.weight.mul_(1.5)
+        torch.testing.assert_close(other.unit(), prototypes.weight)
+    moved = Prototypes(K, D).double()
+    torch.testing.assert_close(moved.unit().norm(dim=1), torch.ones(K, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_graph_serves_every_step():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    prototypes, x = Prototypes(K, D), F.normalize(draw(N, D), dim=1).float()
+    compiled = torch.compile(prototypes, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        loss = compiled(x).square().sum()
+        torch.testing.assert_close(loss, prototypes(x).square().sum())
+        loss.backward()
+        with torch.no_grad():
+            prototypes.weight -= 0.1 * prototypes.weight.grad
+        prototypes.after_step(None)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_length_is_no_degree_of_freedom():
@@ -104,7 +136,7 @@ def test_head_is_a_plain_mlp():
     hidden = F.gelu(F.gelu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias)
     z = hidden @ third.weight.T + third.bias
     cosines = (z / z.norm(dim=1, keepdim=True)) @ (head.last.weight / head.last.weight.norm(dim=1, keepdim=True)).T
-    torch.testing.assert_close(head(x), cosines)
+    torch.testing.assert_close(head.last(head(x)), cosines)
 
 
 def test_unit_vectors_are_of_length_1_under_autocast():

@@ -242,6 +242,13 @@ def test_only_what_is_wanted_is_run():
     assert set(model(draw_batch())) == {"teacher"} and not student and len(teacher) == 1
 
 
+def test_the_heads_first_weights():
+    """DINO's: a normal distribution of width .02, cut at 2."""
+    for module in build(head_hidden=200, head_dim=50).head.mlp:
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05) and not module.bias.any()
+
+
 def test_what_nobody_reads_is_not_trained():
     model = build(prototypes=11)
     model.select({"student", "teacher"})
@@ -316,6 +323,12 @@ def test_a_teacher_is_asked_of_a_model_without_one(criterion):
         (["views.num_global=0"], "views.num_global"),
         (["views.num_global=1", "views.num_local=0"], "at least 2 views"),
         (["criterion.K=1"], "criterion.K"),
+        (["criterion={name: dino}", "model.prototypes=1"], "model: one prototype would be every image's"),
+        (["criterion={name: svib, K: 16, gauss_factor: {from: 1, to: 2}}"], "expected 1 | 2, got a schedule"),
+        (
+            ["criterion={name: swav, queue: {from: 8, to: 16}}"],
+            "criterion.queue: 'swav' cannot follow a schedule here: it keeps no such number to change",
+        ),
         (["criterion.sigma_t=0.0"], "criterion.sigma_t"),
         (["model.momentum=null"], "eval_net=teacher"),
     ],

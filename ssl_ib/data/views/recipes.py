@@ -12,6 +12,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
+from ...errors import UserError
 from ...hints import Count, NonNegative, PositiveInt, Probability
 from ...registry import register_views
 from .augment import Augment, Views
@@ -175,15 +176,18 @@ def multi_crop(
     """
     jitter = tuple(strength * base for base in (0.4, 0.4, 0.2, 0.1))
 
-    def augment(side: int, share: Scale, kind: int) -> Augment:
+    def augment(side: int, share: Scale, kind: int, name: str) -> Augment:
+        if share[0] > share[1]:
+            raise UserError(f"{name}: expected 0 < low <= high <= 1, got {share}")
         return Augment(
             side, share, flip=flip, jitter=jitter, jitter_p=jitter_p, grey_p=grey_p, blur_p=blur_p[kind],
             solarise_p=solarise_p[kind], interpolation=interpolation,
         )  # fmt: skip
 
-    augments = [augment(size, scale, min(number, 1)) for number in range(num_global)]
-    for number, side, *share in ((num_local, local_size, *local_scale), *further_local):
-        augments += [augment(side, tuple(share), 2) for _ in range(number)]
+    augments = [augment(size, scale, min(number, 1), "scale") for number in range(num_global)]
+    augments += [augment(local_size, local_scale, 2, "local_scale") for _ in range(num_local)]
+    for number, side, *share in further_local:
+        augments += [augment(side, tuple(share), 2, "further_local") for _ in range(number)]
     return Views(augments, crop_ratio, num_global)
 
 
