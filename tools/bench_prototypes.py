@@ -3,9 +3,10 @@
     python tools/bench_train.py prototypes [--prototypes 65536] [--batch 32] [--width 256] [--local 4] [--rounds 5]
 
 Both go from projections to gradients of the student's projections and of the prototypes, in float32: SVIB's criterion
-on unit vectors; a weight-normalised linear layer to K outputs for student and teacher, and DINOLoss. They take turns on
-the same inputs; medians are printed, and the peak of memory beyond inputs, prototypes and their gradients, each
-contender in a process of its own.
+on unit vectors, with the hooks that keep the prototypes at length 1 around an optimiser's step; a linear layer to K
+outputs with weight normalisation, for student and teacher, and DINOLoss. They take turns on the same inputs; medians
+are printed, and the peak of memory beyond inputs, prototypes and their gradients, each contender in a process of its
+own.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class Ours:
         batch = Batch([], [], index, index)
         return self.criterion({"student": student, "teacher": teacher}, batch, Progress(0, 0, 1, 1)).total
 
+    def after(self) -> None:
+        self.criterion.prototypes.before_step(None)
+        self.criterion.prototypes.after_step(None)
+
 
 class Lightly:
     name = "last layer, lightly's DINOLoss"
@@ -59,6 +64,9 @@ class Lightly:
             targets = self.layer(torch.cat(teacher)).chunk(len(teacher))
         return self.loss_of(list(targets), list(self.layer(torch.cat(student)).chunk(len(student))))
 
+    def after(self) -> None:
+        """The layer is normalised whenever it is used."""
+
 
 CONTENDERS = (Ours, Lightly)
 
@@ -76,6 +84,7 @@ def inputs(options: argparse.Namespace, seed: int) -> tuple[list[torch.Tensor], 
 def step(contender, student: list[torch.Tensor], teacher: list[torch.Tensor]) -> float:
     start = time.perf_counter()
     contender.loss(student, teacher).backward()
+    contender.after()
     return time.perf_counter() - start
 
 

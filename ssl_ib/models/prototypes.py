@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from ..part import Context, Part
 
 
+#: Numbers in a temporary tensor.
+PIECE = 1 << 20
+
+
 class Prototypes(Part):
     """K vectors that are learned and used at length 1 (weight normalisation with a fixed gain of 1): weight [K, d].
 
@@ -57,11 +61,14 @@ class Prototypes(Part):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.unit().to(dtype))
 
+    @torch.no_grad()
     def before_step(self, ctx: Context) -> None:
-        gradient = self.weight.grad
-        if gradient is not None:
-            along = torch.linalg.vecdot(self.weight, gradient)
-            gradient.addcmul_(self.weight, along[:, None], value=-1)
+        if self.weight.grad is None:
+            return
+        # Some at a time, because the product of all with all gradients is the largest tensor once more.
+        rows = max(PIECE // self.weight.shape[1], 1)
+        for weight, gradient in zip(self.weight.split(rows), self.weight.grad.detach().split(rows), strict=True):
+            gradient.addcmul_(weight, torch.linalg.vecdot(weight, gradient)[:, None], value=-1)
 
     def after_step(self, ctx: Context) -> None:
         self.rescale()
