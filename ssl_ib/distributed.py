@@ -10,6 +10,7 @@ Shapes: R ranks, b rows a rank.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_logger = logging.getLogger(__name__)
 
 
 def initialise(device: torch.device | str) -> None:
@@ -73,6 +76,21 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes logs and checkpoints."""
     return rank() == 0
+
+
+def with_common_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with batch norms whose statistics are those of all processes' rows; parameters and names stay.
+
+    torch has such on GPUs only: elsewhere each process's rows count alone, which is said once where there are any.
+    """
+    if device.type == "cuda":
+        # Here, because the ops, which use this module, need torch alone. timm knows its own kinds of batch norm.
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module)
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        _logger.info("batch norm: the statistics are each process's own; torch shares them between GPUs only")
+    return module
 
 
 class _GatherRows(torch.autograd.Function):

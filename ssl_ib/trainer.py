@@ -73,6 +73,7 @@ class Trainer:
     def _wrapped(self, module: nn.Module) -> nn.Module:
         if self.config.parallel != "ddp" or distributed.world_size() == 1:
             return module
+        module = distributed.with_common_batch_norm(module, self.run.device)
         devices = [self.run.device.index] if self.run.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 

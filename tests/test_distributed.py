@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ranks import answers_of, join
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,6 +58,21 @@ class Linear(Model):
 
     def encode(self, images):
         return self.project(images.flatten(1))
+
+
+def test_batch_norm_is_common_on_gpus_and_keeps_names_and_parameters(caplog):
+    caplog.set_level("INFO")
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Sequential(BatchNormAct2d(4)))
+    names, parameters = list(net.state_dict()), list(net.parameters())
+    assert distributed.with_common_batch_norm(net, torch.device("cpu")) is net and type(net[1]) is nn.BatchNorm1d
+    assert "each process's own" in caplog.text
+    caplog.clear()
+    net = distributed.with_common_batch_norm(net, torch.device("cuda"))
+    assert not caplog.text and all(isinstance(part, nn.SyncBatchNorm) for part in (net[1], net[2][0]))
+    # timm's does more than normalise.
+    assert isinstance(net[2][0].act, nn.ReLU)
+    assert list(net.state_dict()) == names
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
 
 
 def whole_batch() -> Batch:

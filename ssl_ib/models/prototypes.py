@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..part import Context, Part
 
-
 #: Numbers in a temporary tensor.
 PIECE = 1 << 20
 
