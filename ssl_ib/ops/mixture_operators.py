@@ -123,7 +123,9 @@ def _(s, t, c, tau_s, tau_t, log_prior, detach_p, want_marginal, with_mean, back
 )
 def add_posterior_backward(d_c, t, c, temperature, lse, r, h, a, v, e, u, w, backend):
     """Adds the gradient to the prototypes of `posterior_backward` to d_c [K, d], for some prototypes at a time."""
-    for span in spans(len(c), piece(c) // (4 * max(c.shape[1], 1))):
+    step = piece(c) // (4 * max(c.shape[1], 1))
+    # Whole tiles, and addresses that vectors of 16 bytes can be read at.
+    for span in spans(len(c), step - step % 64 if step > 64 else step):
         some = c[span], temperature, lse, r, h, a, v, e, *(None if x is None else x[span] for x in (u, w))
         d_c[span] += posterior_backward(t, *some, False, True, backend)[1]
 
