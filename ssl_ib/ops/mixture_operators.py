@@ -127,7 +127,7 @@ def add_posterior_backward(d_c, t, c, temperature, lse, r, h, a, v, e, u, w, bac
     # Whole tiles, and addresses that vectors of 16 bytes can be read at.
     for span in spans(len(c), step - step % 64 if step > 64 else step):
         some = c[span], temperature, lse, r, h, a, v, e, *(None if x is None else x[span] for x in (u, w))
-        d_c[span] += posterior_backward(t, *some, False, True, backend)[1]
+        d_c[span].add_(posterior_backward(t, *some, False, True, backend)[1])
 
 
 @add_posterior_backward.register_fake
