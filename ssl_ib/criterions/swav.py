@@ -81,6 +81,7 @@ class SwAV(Criterion):
 
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
         student = outputs["student"]
+        found = pairs(len(student), self.num_global)
         cosines = [self.prototypes(z) for z in student]
         past = self._past() if progress.epoch >= self.queue_epoch else None
         targets = []
@@ -90,7 +91,6 @@ class SwAV(Criterion):
                 scores = torch.cat([scores, self.prototypes(past[number]).detach()])
             targets.append(sinkhorn(scores, self.epsilon, self.iterations)[: len(student[number])])
         log_p = [F.log_softmax(c.float() / self.temperature, dim=1) for c in cosines]
-        found = pairs(len(student), self.num_global)
         value = sum(-(targets[t] * log_p[s]).sum(dim=1).mean() for t, s in found) / len(found)
         loss = Loss.weighted(swav=(value, 1.0))
         p = torch.cat(log_p[: self.num_global]).detach().exp()

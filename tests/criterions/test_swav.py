@@ -215,6 +215,12 @@ def test_mistakes(key, value):
     assert len(problems) == 1 and problems[0].startswith(f"criterion.{key}: expected greater than")
 
 
+def test_a_model_that_leaves_views_out():
+    outputs = {"student": draw_outputs()["student"][:1]}
+    with pytest.raises(UserError, match="got 1 of the student and 2 of the teacher"):
+        build()(outputs, BATCH, PROGRESS)
+
+
 def test_one_view_has_nobody_to_teach_it():
     with pytest.raises(UserError, match="at least 2 views"):
         build(views=1)
