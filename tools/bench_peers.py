@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +23,6 @@ from torch import Tensor, nn
 from ssl_ib.errors import UserError
 from ssl_ib.run import plain_attention
 from ssl_ib.trainer import Trainer
-
-
-def memory_status(key: str) -> float:
-    """A memory figure of this process in MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 2**10
 
 
 class Clock:

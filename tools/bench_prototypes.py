@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_peers import memory_status
 
 from ssl_ib import Batch, Progress, RunInfo
+from ssl_ib.bench.measure import memory_status
 from ssl_ib.criterions.svib import SVIB
 
 GLOBAL = 2
@@ -99,7 +99,7 @@ def memory(number: int, options: argparse.Namespace) -> float:
     before = memory_status("VmRSS")
     step(contender, student, teacher)
     left = [p.grad for p in (*contender.parameters, *student)]
-    return memory_status("VmHWM") - before - sum(g.numel() * g.element_size() for g in left) / 2**20
+    return (memory_status("VmHWM") - before - sum(g.numel() * g.element_size() for g in left)) / 2**20
 
 
 def main(arguments: list[str]) -> None:

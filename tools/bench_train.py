@@ -37,8 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import bench_prototypes  # noqa: E402
-from bench_peers import Clock, memory_status, peers  # noqa: E402
+from bench_peers import Clock, peers  # noqa: E402
 
+from ssl_ib.bench.measure import memory_status  # noqa: E402
 from ssl_ib.config import resolve  # noqa: E402
 from ssl_ib.errors import UserError  # noqa: E402
 from ssl_ib.run import build_run  # noqa: E402
@@ -119,7 +120,7 @@ def measure_memory(contender, device: torch.device) -> float:
     before = memory_status("VmRSS")
     for _ in range(3):
         contender.step()
-    return memory_status("VmHWM") - before
+    return (memory_status("VmHWM") - before) / 2**20
 
 
 def summary(found: list, rows: list[list[dict[str, float]]], number: int) -> dict[str, float | str]:

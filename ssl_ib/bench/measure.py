@@ -182,8 +182,7 @@ def _error(answer: Tensor, truth: Tensor) -> float:
 def measure_memory(case: Case, contender: Contender, device: torch.device) -> int | None:
     """Bytes at the peak of forward and backward beyond inputs, outputs and returned gradients; None if unknown.
 
-    On a CPU this is what the operating system counted for the process (Linux), so nothing else should run in it. Pages
-    that it had taken away, of libraries for one, and gives back meanwhile count too: the least of three runs is told.
+    On a CPU this is what the operating system counted for the process (Linux), so nothing else should run in it.
     """
     inputs = _inputs(case, device, contender.dtype, 0)
     outputs = contender(inputs)
@@ -191,16 +190,14 @@ def measure_memory(case: Case, contender: Contender, device: torch.device) -> in
     held = _gradients(outputs, inputs[: case.leaves], upstream)
     returned = sum(x.numel() * x.element_size() for x in (*outputs, *held))
     del outputs, held
-    found = []
-    for _ in range(3):
-        peak = _Peak(device)
-        if not peak.known:
-            return None
-        outputs = contender(inputs)
-        gradients = _gradients(outputs, inputs[: case.leaves], upstream)
-        found.append(peak.grown())
-        del outputs, gradients
-    return max(min(found) - returned, 0)
+    peak = _Peak(device)
+    if not peak.known:
+        return None
+    outputs = contender(inputs)
+    gradients = _gradients(outputs, inputs[: case.leaves], upstream)
+    grown = peak.grown()
+    del outputs, gradients
+    return max(grown - returned, 0)
 
 
 class _Peak:
@@ -220,15 +217,16 @@ class _Peak:
             libc.mallopt(-3, 1 << 16)
             libc.malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-            self.before = _status("VmRSS")
+            self.before = memory_status("VmRSS")
 
     def grown(self) -> int:
         if self.device is not None:
             return torch.cuda.max_memory_allocated(self.device) - self.before
-        return _status("VmHWM") - self.before
+        return memory_status("VmHWM") - self.before
 
 
-def _status(key: str) -> int:
+def memory_status(key: str) -> int:
+    """A memory figure of this process in bytes (Linux): "VmRSS" what it holds, "VmHWM" its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 

@@ -10,9 +10,10 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import distributed
+from ..part import Part
 from ..types import Progress
 
 _logger = logging.getLogger(__name__)
@@ -25,11 +26,11 @@ DEAD = 0.1
 TOLD, FEW = 0.01, 1 / 32
 
 
-class Assignments(nn.Module):
+class Assignments(Part):
     """How images are spread over K prototypes: the running mean, the collapse it shows, and its figure.
 
-    A criterion calls `watch` in its forward, `update` after it, `end_epoch` at the end of an epoch, and `draw`. `usage`
-    [K] is the running mean assignment over all processes; it begins with the uniform one.
+    A criterion calls `watch` in its forward, `update` after it, and `end_epoch` at the end of an epoch, before it makes
+    new prototypes. `usage` [K] is the running mean assignment over all processes; it begins with the uniform one.
     """
 
     def __init__(self, num: int):

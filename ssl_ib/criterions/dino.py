@@ -5,8 +5,6 @@ Shapes: B images, V student views of which the first G are also the teacher's, K
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,7 +65,3 @@ class DINO(Criterion):
 
     def on_epoch_end(self, ctx: Context) -> None:
         self.assignments.end_epoch("dino", ctx.progress)
-
-    def draw(self, folder: Path) -> None:
-        """The prototypes' occupancy over the epochs."""
-        self.assignments.draw(folder)

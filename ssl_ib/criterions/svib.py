@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -141,10 +140,6 @@ class SVIB(Criterion):
         self.assignments.end_epoch("svib", ctx.progress)
         if self.reinit and ctx.progress.epoch + 1 < ctx.progress.total_epochs:
             self._reinitialise(ctx)
-
-    def draw(self, folder: Path) -> None:
-        """The prototypes' occupancy over the epochs."""
-        self.assignments.draw(folder)
 
     def _reinitialise(self, ctx: Context) -> None:
         weight = self.prototypes.weight

@@ -5,8 +5,6 @@ Shapes: B images of this process, V views of which the first G are global crops,
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,7 +123,3 @@ class SwAV(Criterion):
 
     def on_epoch_end(self, ctx: Context) -> None:
         self.assignments.end_epoch("swav", ctx.progress)
-
-    def draw(self, folder: Path) -> None:
-        """The prototypes' occupancy over the epochs."""
-        self.assignments.draw(folder)

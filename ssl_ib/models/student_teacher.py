@@ -25,6 +25,9 @@ from .momentum import MomentumCopy
 from .prototypes import Prototypes
 from .siamese import encode_views
 
+#: Outputs that take the head of the one network or the other.
+STUDENT, TEACHER = frozenset({"student", "student_logits"}), frozenset({"teacher", "teacher_logits"})
+
 
 class ProjectionHead(nn.Module):
     """An MLP whose output is scaled to length 1, and where asked a last layer of prototypes (DINO, appendix B).
@@ -124,10 +127,10 @@ class StudentTeacher(EncoderModel):
 
     def select(self, names: Iterable[str]) -> None:
         super().select(names)
-        self.head.requires_grad_(bool(self.wanted & {"student", "student_logits"}))
+        self.head.requires_grad_(bool(self.wanted & STUDENT))
         if self.head.last is not None:
             self.head.last.requires_grad_("student_logits" in self.wanted)
-        if self.eval_net == "teacher" and not self.wanted & {"teacher", "teacher_logits"}:
+        if self.eval_net == "teacher" and not self.wanted & TEACHER:
             # Its statistics come from being run: without that they would stay those of the first weights.
             if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.teacher.modules()):
                 raise UserError(
@@ -138,11 +141,11 @@ class StudentTeacher(EncoderModel):
     def forward(self, batch: Batch) -> dict[str, list[Tensor]]:
         keeps = [None if masks is None else masks.keep for masks in batch.masks]
         outputs: dict[str, list[Tensor]] = {}
-        if self.wanted & {"features", "student", "student_logits"}:
+        if self.wanted & ({"features"} | STUDENT):
             _, outputs["features"] = encode_views(self.student, batch.views, keeps, jointly=True)
-            if self.wanted & {"student", "student_logits"}:
+            if self.wanted & STUDENT:
                 self._project(outputs, "student", self.head, outputs["features"])
-        if self.teacher is not None and self.wanted & {"teacher", "teacher_logits"}:
+        if self.teacher is not None and self.wanted & TEACHER:
             encoder, head = self.teacher.networks
             with torch.no_grad():
                 _, seen = encode_views(encoder, batch.views[: self.num_global], keeps[: self.num_global], jointly=True)

@@ -97,22 +97,21 @@ def _or_zeros(gradient, x, wanted):
 posterior.register_autograd(_posterior_gradient, setup_context=_save_posterior)
 
 
-@custom_op(
-    "ssl_ib::crops",
-    mutates_args=(),
-    schema="(Tensor s, Tensor t, Tensor c, float tau_s, float tau_t, Tensor? log_prior, bool detach_p, "
-    "bool want_marginal, bool with_mean, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def crops(s, t, c, tau_s, tau_t, log_prior, detach_p, want_marginal, with_mean, backend):
+def _crops(s, t, c, tau_s, tau_t, log_prior, detach_p, want_marginal, with_mean, backend):
     """What `lse` gives for student's rows s [S, d], then what `posterior` gives for teacher's t [T, d]."""
     student = lse(s, c, tau_s, None, None, None, with_mean, backend)
     return *student, *posterior(t, c, tau_t, log_prior, detach_p, want_marginal, backend)
 
 
-@crops.register_fake
-def _(s, t, c, tau_s, tau_t, log_prior, detach_p, want_marginal, with_mean, backend):
-    student = lse(s, c, tau_s, None, None, None, with_mean, backend)
-    return *student, *posterior(t, c, tau_t, log_prior, detach_p, want_marginal, backend)
+# Its parts are operators, with fakes of their own.
+crops = custom_op(
+    "ssl_ib::crops",
+    _crops,
+    mutates_args=(),
+    schema="(Tensor s, Tensor t, Tensor c, float tau_s, float tau_t, Tensor? log_prior, bool detach_p, "
+    "bool want_marginal, bool with_mean, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+crops.register_fake(_crops)
 
 
 @custom_op(

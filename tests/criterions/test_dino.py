@@ -140,7 +140,7 @@ def test_collapse_is_named(caplog, tmp_path):
         criterion.on_epoch_end(CONTEXT)
         assert "dino: collapse to " in caplog.text and kind in caplog.text
         caplog.clear()
-    criterion.draw(tmp_path)
+    criterion.assignments.draw(tmp_path)
     assert (tmp_path / "occupancy.png").stat().st_size > 1000
 
 

@@ -653,7 +653,7 @@ def test_two_processes_get_the_same_new_prototypes(ranks):
 def test_the_occupancy_is_kept_and_drawn(tmp_path):
     """A prototype that has 4 equal shares is in bin log2(4), those that have none are in the last one."""
     criterion = SVIB(RunInfo(((3, 16, 16),) * 2, batch_size=4, width=lambda name: 8), K=8, reinit=False)
-    criterion.draw(tmp_path)
+    criterion.assignments.draw(tmp_path)
     criterion.assignments.usage.copy_(torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]))
     criterion.assignments.seen.fill_(1.0)
     for epoch in (0, 3):
@@ -664,5 +664,5 @@ def test_the_occupancy_is_kept_and_drawn(tmp_path):
     expected = torch.zeros(16)
     expected[0], expected[10] = 6 / 8, 2 / 8
     assert torch.equal(criterion.assignments.occupancy[3], expected)
-    criterion.draw(tmp_path)
+    criterion.assignments.draw(tmp_path)
     assert (tmp_path / "occupancy.png").stat().st_size > 1000

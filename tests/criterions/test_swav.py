@@ -199,7 +199,7 @@ def test_collapse_is_named(caplog, tmp_path):
     step(criterion, outputs)
     criterion.on_epoch_end(context)
     assert "swav: collapse to the uniform assignment" in caplog.text
-    criterion.draw(tmp_path)
+    criterion.assignments.draw(tmp_path)
     assert (tmp_path / "occupancy.png").stat().st_size > 1000
 
 
