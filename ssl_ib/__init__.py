@@ -4,9 +4,7 @@ The names below are what a plugin needs. Importing them starts nothing: no CUDA,
 the built-in parts are imported when a registry is first read.
 """
 
-from .errors import ConfigError, UserError
-from .part import Context, Criterion, Model, ParamGroup, Part, RunInfo, Task
-from .registry import (
+from .config.registry import (
     register_criterion,
     register_masker,
     register_model,
@@ -14,6 +12,8 @@ from .registry import (
     register_task,
     register_views,
 )
+from .errors import ConfigError, UserError
+from .part import Context, Criterion, Model, ParamGroup, Part, RunInfo, Task
 from .types import Batch, Loss, Masks, Progress, Sample
 
 __version__ = "0.1.0"

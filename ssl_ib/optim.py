@@ -10,11 +10,11 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
-from .config import OptimConfig
+from .config.config import OptimConfig
+from .config.registry import is_schedule
+from .config.schedule import Schedule
 from .errors import UserError, nearest
 from .part import Part, parts
-from .registry import is_schedule
-from .schedule import Schedule
 
 #: timm's optimisers with a trust ratio that they leave out where weight decay is 0; the published LARS adapts every
 #: matrix. (Above 0, timm divides by |g| + wd |p| where the published one has |g + wd p|.)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from . import distributed, ops
-from .config import Config
+from .config.config import Config
+from .config.recipe import PARTS
+from .config.registry import build_part
+from .config.schedule import Schedule
 from .device import choose_device
 from .errors import ConfigError, UserError
 from .part import Criterion, Model, RunInfo, Task, parts
-from .recipe import PARTS
-from .registry import build_part
-from .schedule import Schedule
 
 _logger = logging.getLogger(__name__)
 

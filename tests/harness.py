@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ssl_ib.cli.train import main
-from ssl_ib.config import resolve
-from ssl_ib.plugins import load_plugins
+from ssl_ib.config.config import resolve
+from ssl_ib.config.plugins import load_plugins
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
 

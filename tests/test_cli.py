@@ -7,8 +7,8 @@ import pytest
 from harness import PARTS, ROOT, TINY, checkpoint, finished, losses, rows, train
 
 from ssl_ib.cli.train import main
-from ssl_ib.config import resolve
-from ssl_ib.recipe import recipe_names
+from ssl_ib.config.config import resolve
+from ssl_ib.config.recipe import recipe_names
 
 SMALL = [name for name in recipe_names() if name.endswith(("digits", "cifar10", "imagenette96"))]
 LARGE = [name for name in recipe_names() if name not in SMALL and not name.startswith("_")]

@@ -31,5 +31,5 @@ def test_decorators_and_ops_need_torch_alone():
 
 
 def test_a_configuration_needs_no_parts():
-    loaded = modules_after("import ssl_ib.config, ssl_ib.recipe\nssl_ib.recipe.recipe_names()")
+    loaded = modules_after("import ssl_ib.config.config, ssl_ib.config.recipe\nssl_ib.config.recipe.recipe_names()")
     assert "pydantic" in loaded and not loaded & (HEAVY - {"pydantic", "yaml"})

@@ -5,7 +5,7 @@ import torch
 from harness import parts
 
 from ssl_ib import ops
-from ssl_ib.config import resolve
+from ssl_ib.config.config import resolve
 from ssl_ib.ops import backend as backends
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer

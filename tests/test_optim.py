@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssl_ib import ParamGroup, Part, UserError
-from ssl_ib.config import OptimConfig
+from ssl_ib.config.config import OptimConfig
 from ssl_ib.optim import build_optimizer, clip_gradients, learning_rate, linear_scale, set_rates
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ssl_ib.cli.train import main
-from ssl_ib.recipe import recipe_names
+from ssl_ib.config.recipe import recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from ssl_ib import ConfigError, UserError, distributed, registry
-from ssl_ib.config import resolve
+from ssl_ib import ConfigError, UserError, distributed
+from ssl_ib.config import registry
+from ssl_ib.config.config import resolve
+from ssl_ib.config.registry import CRITERIONS, SOURCES
 from ssl_ib.criterions.info_nce import InfoNCE
 from ssl_ib.data.sources.base import Source
 from ssl_ib.device import choose_device
-from ssl_ib.registry import CRITERIONS, SOURCES
 from ssl_ib.run import build_run, parameter_counts
 
 VIT = "{name: siamese, backbone: vit_tiny_patch16_224, backbone_args: {patch_size: 4, embed_dim: 24, depth: 1, "

@@ -25,7 +25,7 @@ from harness import (
 from torch import nn
 
 from ssl_ib import UserError
-from ssl_ib.schedule import Schedule
+from ssl_ib.config.schedule import Schedule
 
 RECORDED = ("criterion=recorded", "criterion.inner=info_nce")
 #: No batch norm after the encoder, so that an image's projection does not depend on its batch.

@@ -40,7 +40,7 @@ import bench_prototypes  # noqa: E402
 from bench_peers import Clock, peers  # noqa: E402
 
 from ssl_ib.bench.measure import memory_status  # noqa: E402
-from ssl_ib.config import resolve  # noqa: E402
+from ssl_ib.config.config import resolve  # noqa: E402
 from ssl_ib.errors import UserError  # noqa: E402
 from ssl_ib.run import build_run  # noqa: E402
 from ssl_ib.trainer import Trainer  # noqa: E402

@@ -18,7 +18,7 @@ from .train import configuration
 from .train import parser as train_parser
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..config.config import Config
     from ..sweep.points import Axis, Run
     from ..sweep.report import Report
 
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace, command: str) -> int:
-    from ..recipe import find_recipe, read_recipe
+    from ..config.recipe import find_recipe, read_recipe
     from ..sweep import folder, points
 
     _check(options)
@@ -101,7 +101,7 @@ def _main(options: argparse.Namespace, command: str) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from ..recipe import recipe_names
+    from ..config.recipe import recipe_names
 
     if options.recipe is None:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")

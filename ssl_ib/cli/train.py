@@ -18,7 +18,7 @@ from ..errors import ConfigError, UserError, nearest
 from .exits import exit_code
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..config.config import Config
 
 SWAPS = ("task", "model", "criterion", "masker")
 #: What a run writes; `--overwrite` removes these and nothing else.
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    from ..plugins import load_plugins
+    from ..config.plugins import load_plugins
 
     if options.list or options.describe:
         load_plugins(options.plugin)
@@ -84,9 +84,9 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def configuration(options: argparse.Namespace) -> Config:
-    from ..config import resolve
-    from ..plugins import load_plugins
-    from ..recipe import find_recipe, read_recipe
+    from ..config.config import resolve
+    from ..config.plugins import load_plugins
+    from ..config.recipe import find_recipe, read_recipe
 
     remembered = read_recipe(find_recipe(options.recipe)).get("plugins") or []
     remembered = [remembered] if isinstance(remembered, str) else remembered
@@ -183,8 +183,8 @@ def _examine(out: Path, config: Config, options: argparse.Namespace) -> dict[str
 
 def changes(saved: Path, config: Config) -> list[str]:
     """In what a run's saved configuration differs from `config`, but for keys that move no loss: `key: old -> new`."""
-    from ..config import differences
-    from ..recipe import read_recipe
+    from ..config.config import differences
+    from ..config.recipe import read_recipe
 
     movable = tuple(f"{key}{end}" for key in MOVABLE for end in (":", "."))
     return [line for line in differences(read_recipe(saved), config.plain()) if not line.startswith(movable)]
@@ -210,7 +210,7 @@ def _heading(trainer, out: Path | None) -> str:
     import torch
 
     from .. import ops
-    from ..recipe import PARTS
+    from ..config.recipe import PARTS
     from ..run import DRY_BANK_BATCHES, DRY_BATCH, DRY_IMAGES, parameter_counts
 
     run, config = trainer.run, trainer.config
@@ -250,7 +250,7 @@ def _batch(run) -> str:
 
 def _shown(kind: str, spec: dict) -> str:
     """A part with those arguments that are not the defaults."""
-    from ..registry import REGISTRIES, part_kind
+    from ..config.registry import REGISTRIES, part_kind
 
     schema = REGISTRIES[kind].schema(spec["name"])
     given = []
@@ -269,8 +269,8 @@ def _shown(kind: str, spec: dict) -> str:
 
 def _listing(kind: str) -> str:
     """Names of one kind (singular or plural), or of all."""
-    from ..recipe import recipe_names
-    from ..registry import REGISTRIES
+    from ..config.recipe import recipe_names
+    from ..config.registry import REGISTRIES
 
     names = {f"{kind.removesuffix('s')}s": registry.names for kind, registry in REGISTRIES.items()}
     names["recipes"] = recipe_names
@@ -283,7 +283,7 @@ def _listing(kind: str) -> str:
 
 
 def _description(text: str) -> str:
-    from ..registry import REGISTRIES, describe
+    from ..config.registry import REGISTRIES, describe
 
     kind, colon, name = text.partition(":")
     if not colon or kind not in REGISTRIES:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..hints import NonNegative, Positive
+from ..config.hints import NonNegative, Positive
+from ..config.registry import register_criterion
 from ..part import Criterion
-from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .pair import two_views
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..config.registry import register_criterion
 from ..part import Criterion
-from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .pair import two_views, unit
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import distributed
-from ..hints import Positive, Probability
+from ..config.hints import Positive, Probability
+from ..config.registry import register_criterion
 from ..part import Context, Criterion, RunInfo
-from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .assignments import Assignments
 from .crops import check_views, pairs, same_top

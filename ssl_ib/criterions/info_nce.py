@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..hints import Positive
+from ..config.hints import Positive
+from ..config.registry import register_criterion
 from ..ops.distributed import info_nce
 from ..part import Criterion
-from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .pair import image_labels, shares, two_views, unit
 

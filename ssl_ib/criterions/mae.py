@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
+from ..config.registry import register_criterion
 from ..part import RunInfo
-from ..registry import register_criterion
 from .reconstruction import HiddenPatches
 
 

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import distributed, ops
+from ..config.hints import Count, NonNegative, Positive, PositiveInt, Probability
+from ..config.registry import register_criterion
 from ..errors import UserError
-from ..hints import Count, NonNegative, Positive, PositiveInt, Probability
 from ..info.club import ConditionalGaussian, Variance, club, log_likelihood
 from ..ops.distributed import info_nce
 from ..part import Context, Criterion, ParamGroup, RunInfo
-from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .gate import Gate, GateMode
 from .mae import MAE

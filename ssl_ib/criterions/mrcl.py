@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..config.hints import NonNegative
+from ..config.registry import register_criterion
 from ..errors import UserError
-from ..hints import NonNegative
 from ..part import Criterion
-from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .info_nce import InfoNCE
 from .reconstruction import unstandardised

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..config.registry import register_criterion
 from ..part import RunInfo
-from ..registry import register_criterion
 from .reconstruction import HiddenPatches
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import distributed, ops
+from ..config.hints import NonNegative, Positive, Probability
+from ..config.registry import register_criterion
 from ..errors import UserError
-from ..hints import NonNegative, Positive, Probability
 from ..models.prototypes import Prototypes
 from ..part import Context, Criterion, RunInfo
-from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .assignments import Assignments
 from .crops import NumPrototypes, check_views, pairs

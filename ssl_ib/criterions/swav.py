@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import distributed
-from ..hints import Count, Positive, PositiveInt
+from ..config.hints import Count, Positive, PositiveInt
+from ..config.registry import register_criterion
 from ..models.prototypes import Prototypes
 from ..part import Context, Criterion, RunInfo
-from ..registry import register_criterion
 from ..types import Batch, Loss, Progress
 from .assignments import Assignments
 from .crops import NumPrototypes, check_views, pairs, same_top

@@ -15,9 +15,9 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from ..hints import Ratio
+from ..config.hints import Ratio
+from ..config.registry import register_masker
 from ..random import fold, uniform
-from ..registry import register_masker
 from .masker import Masker
 
 #: Blocks an image may have. What they leave undone (only at ratios near 1) is hidden patch by patch, at random.

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..hints import Ratio
+from ..config.hints import Ratio
+from ..config.registry import register_masker
 from ..random import randint
-from ..registry import register_masker
 from .masker import Masker
 
 

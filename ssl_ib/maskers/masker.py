@@ -13,8 +13,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from ..config.hints import Ratio
 from ..errors import UserError
-from ..hints import Ratio
 from ..types import Masks
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..registry import register_masker
+from ..config.registry import register_masker
 
 
 @register_masker("none")

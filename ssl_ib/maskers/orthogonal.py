@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..config.registry import register_masker
 from ..random import fold, permutation
-from ..registry import register_masker
 from .several import InnerRatio, NumMasks, SeveralMasker
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..hints import Ratio
+from ..config.hints import Ratio
+from ..config.registry import register_masker
 from ..random import permutation
-from ..registry import register_masker
 from .masker import Masker
 
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..config.hints import Count, PositiveInt
+from ..config.registry import register_model
 from ..errors import UserError
-from ..hints import Count, PositiveInt
 from ..part import RunInfo
-from ..registry import register_model
 from ..types import Masks
 from . import official
 from .decoder import PatchDecoder

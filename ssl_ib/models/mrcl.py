@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..config.hints import Count, PositiveInt
+from ..config.registry import register_model
 from ..errors import UserError
-from ..hints import Count, PositiveInt
 from ..part import Model, RunInfo
-from ..registry import register_model
 from ..types import Batch
 from .decoder import PatchDecoder
 from .encoder_model import one_shape

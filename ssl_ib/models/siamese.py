@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..config.hints import Count, PositiveInt, Probability
+from ..config.registry import register_model
 from ..errors import UserError
-from ..hints import Count, PositiveInt, Probability
 from ..part import Context, RunInfo
-from ..registry import register_model
 from ..types import Batch
 from .encoder import Encoder, Pool
 from .encoder_model import EncoderModel

@@ -17,10 +17,10 @@ from timm.models import SwinTransformer
 from torch import Tensor, nn
 
 from .. import ops
+from ..config.hints import PositiveInt
+from ..config.registry import register_model
 from ..errors import UserError
-from ..hints import PositiveInt
 from ..part import ParamGroup, RunInfo
-from ..registry import register_model
 from ..types import Masks
 from .encoder import Encoder, Pool
 from .encoder_model import MaskedImageModel, check_final_norm, one_shape

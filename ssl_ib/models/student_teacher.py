@@ -14,10 +14,10 @@ from timm.layers import DropPath
 from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 
+from ..config.hints import Count, PositiveInt, Probability
+from ..config.registry import register_model
 from ..errors import UserError
-from ..hints import Count, PositiveInt, Probability
 from ..part import Context, RunInfo
-from ..registry import register_model
 from ..types import Batch
 from .encoder import Encoder, Pool
 from .encoder_model import EncoderModel

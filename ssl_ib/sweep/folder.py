@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from ..cli.train import changes
-from ..config import differences
+from ..config.config import differences
+from ..config.recipe import YamlDumper, YamlLoader, read_recipe
 from ..errors import UserError
 from ..files import replace
-from ..recipe import YamlDumper, YamlLoader, read_recipe
 from .points import Run
 
 RECORD, LOCK = "sweep.yaml", "sweep.lock"

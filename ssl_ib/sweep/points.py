@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..config.recipe import YamlDumper, YamlLoader
 from ..errors import ConfigError, UserError
-from ..recipe import YamlDumper, YamlLoader
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..config.config import Config
 
 #: The name of the axis of `--case`.
 CASE = "case"

@@ -7,9 +7,9 @@ from typing import Literal
 from torch import Tensor
 
 from .. import random
+from ..config.registry import register_task
 from ..errors import UserError
 from ..part import RunInfo, Task
-from ..registry import register_task
 from ..types import Batch, Progress, Sample
 
 #: Streams of the per-image keys: view v draws from VIEW + v, its masks from MASK + v.

@@ -7,13 +7,13 @@ import torch
 from torch.autograd import gradcheck
 
 from ssl_ib import Batch, Criterion, Loss, Masks, Progress, UserError, ops
+from ssl_ib.config.registry import CRITERIONS, build_part, check_part
 from ssl_ib.criterions.barlow_twins import BarlowTwins
 from ssl_ib.criterions.byol import BYOL
 from ssl_ib.criterions.info_nce import InfoNCE
 from ssl_ib.criterions.moco_v3 import MoCoV3
 from ssl_ib.criterions.mrcl import MRCL
 from ssl_ib.part import parts
-from ssl_ib.registry import CRITERIONS, build_part, check_part
 
 B, D, PROGRESS = 5, 4, Progress(0, 0, 10, 1)
 ALL = [

@@ -11,13 +11,13 @@ from harness import PARTS, TINY
 from ranks import answers_of, join
 
 from ssl_ib import Batch, Progress, RunInfo, UserError, distributed
-from ssl_ib.config import resolve
+from ssl_ib.config.config import resolve
+from ssl_ib.config.plugins import load_plugins
+from ssl_ib.config.registry import check_part
 from ssl_ib.criterions.crops import pairs
 from ssl_ib.criterions.dino import DINO
 from ssl_ib.models.student_teacher import StudentTeacher
 from ssl_ib.part import Context, detached
-from ssl_ib.plugins import load_plugins
-from ssl_ib.registry import check_part
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
 

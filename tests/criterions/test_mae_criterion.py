@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from ssl_ib import Batch, Masks, Progress, RunInfo, UserError
-from ssl_ib.config import resolve
+from ssl_ib.config.config import resolve
 from ssl_ib.criterions.mae import MAE
 from ssl_ib.ops import patchify
 from ssl_ib.run import build_run

@@ -13,12 +13,12 @@ from torch.autograd import gradcheck
 from torch.distributions import Normal
 
 from ssl_ib import Batch, Masks, Progress, RunInfo, UserError, ops
+from ssl_ib.config.registry import build_part, check_part
 from ssl_ib.criterions.mae import MAE
 from ssl_ib.criterions.mi_mae import MIMAE
 from ssl_ib.maskers.independent import IndependentMasker
 from ssl_ib.part import Context, detached, parts
 from ssl_ib.random import image_keys
-from ssl_ib.registry import build_part, check_part
 
 B, N, K, L, DX, D, SIDE = 3, 4, 4, 16, 6, 5, 2
 PROGRESS = Progress(3, 1, 20, 10)

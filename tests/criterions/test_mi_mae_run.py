@@ -38,7 +38,7 @@ VIT = "{patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}"
 
 def tiny_run(*overrides: str):
     """The run of mi_mae_digits with a tiny model; overrides that swap the model leave the decoder out."""
-    from ssl_ib.config import resolve
+    from ssl_ib.config.config import resolve
     from ssl_ib.run import build_run
 
     small = [f"model.backbone_args={VIT}", "device=cpu"]

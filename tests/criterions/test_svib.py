@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from harness import PARTS, TINY, assert_same_run, checkpoint, losses, train
 
 from ssl_ib import Batch, Progress, RunInfo, UserError, distributed, ops, random
-from ssl_ib.config import resolve
+from ssl_ib.config.config import resolve
+from ssl_ib.config.plugins import load_plugins
+from ssl_ib.config.registry import build_part, check_part
 from ssl_ib.criterions.svib import SVIB
 from ssl_ib.part import Context, detached
-from ssl_ib.plugins import load_plugins
-from ssl_ib.registry import build_part, check_part
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
 

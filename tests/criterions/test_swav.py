@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from ssl_ib import Batch, Progress, RunInfo, UserError, distributed
+from ssl_ib.config.registry import check_part
 from ssl_ib.criterions.swav import SwAV, sinkhorn
 from ssl_ib.part import Context, detached
-from ssl_ib.registry import check_part
 
 B, K, D, G, V = 4, 5, 3, 2, 4
 PROGRESS = Progress(3, 1, 200, 100)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssl_ib import Progress, RunInfo, UserError, random
-from ssl_ib.registry import build_part, check_part
+from ssl_ib.config.registry import build_part, check_part
 from ssl_ib.tasks.views import ViewsTask
 from ssl_ib.types import Sample
 

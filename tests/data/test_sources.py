@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ssl_ib import UserError
+from ssl_ib.config.registry import SOURCES, build_part, check_part
 from ssl_ib.data import decode as decoding
 from ssl_ib.data.decode import decode, is_image, pack
 from ssl_ib.data.sources import files as file_sources
@@ -21,7 +22,6 @@ from ssl_ib.data.sources.digits import Digits
 from ssl_ib.data.sources.files import arrange
 from ssl_ib.data.sources.folder import Folder
 from ssl_ib.data.statistics import KNOWN, recognise
-from ssl_ib.registry import SOURCES, build_part, check_part
 
 STREAM = 1e-9  # memory_gb that nothing fits in
 

@@ -8,8 +8,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_ib import UserError, random
+from ssl_ib.config.registry import VIEWS, build_part, check_part, describe
 from ssl_ib.data.views import Augment, Views, colour
-from ssl_ib.registry import VIEWS, build_part, check_part, describe
 from ssl_ib.types import Sample
 
 STRONG = {"jitter": (0.4, 0.4, 0.2, 0.1), "grey_p": 0.2, "blur_p": 0.5, "solarise_p": 0.2, "interpolation": "bicubic"}

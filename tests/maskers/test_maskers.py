@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from ssl_ib import UserError, random
+from ssl_ib.config.registry import MASKERS, build_part, check_part
 from ssl_ib.maskers.block import BlockMasker
 from ssl_ib.maskers.grid import GridMasker, bayer
 from ssl_ib.maskers.none import NoMasker
 from ssl_ib.maskers.random import RandomMasker
-from ssl_ib.registry import MASKERS, build_part, check_part
 
 MASKING = [RandomMasker, BlockMasker, GridMasker]
 GRIDS = [(1, 1), (3, 5), (8, 8), (14, 14), (7, 2)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ssl_ib import UserError, random
+from ssl_ib.config.registry import build_part, check_part
 from ssl_ib.maskers.independent import IndependentMasker
 from ssl_ib.maskers.orthogonal import OrthogonalMasker
-from ssl_ib.registry import build_part, check_part
 
 SEVERAL = [OrthogonalMasker, IndependentMasker]
 #: grid, ratio, n_masks -> number of masks, kept patches a mask

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ssl_ib import Batch, Masks, Model, Progress, RunInfo, UserError, ops
-from ssl_ib.config import resolve
+from ssl_ib.config.config import resolve
 from ssl_ib.criterions.mae import MAE as Criterion
 from ssl_ib.models import official
 from ssl_ib.models.mae import MAE

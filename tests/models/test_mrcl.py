@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ssl_ib import Batch, Masks, Model, Progress, RunInfo, UserError
+from ssl_ib.config.registry import MASKERS, MODELS, build_part, check_part
 from ssl_ib.models.mrcl import MRCL
 from ssl_ib.models.siamese import Siamese
 from ssl_ib.ops import patchify
 from ssl_ib.random import image_keys
-from ssl_ib.registry import MASKERS, MODELS, build_part, check_part
 
 SHAPE = (3, 16, 16)
 INFO = RunInfo((SHAPE, SHAPE), batch_size=6)

@@ -5,12 +5,12 @@ import timm
 import torch
 
 from ssl_ib import Batch, Masks, Progress, RunInfo, UserError
-from ssl_ib.config import resolve
+from ssl_ib.config.config import resolve
+from ssl_ib.config.registry import build_part, check_part
 from ssl_ib.maskers.orthogonal import OrthogonalMasker
 from ssl_ib.models.simmim import SimMIM
 from ssl_ib.part import Step
 from ssl_ib.random import image_keys
-from ssl_ib.registry import build_part, check_part
 from ssl_ib.run import build_run
 
 #: Views that are not square, of 2 x 4 mask units; B images.

@@ -12,11 +12,11 @@ from timm.layers import DropPath
 from torch import nn
 
 from ssl_ib import Batch, ConfigError, Context, Progress, RunInfo, UserError, random
-from ssl_ib.config import resolve
+from ssl_ib.config.config import resolve
+from ssl_ib.config.plugins import load_plugins
 from ssl_ib.models.momentum import MomentumCopy
 from ssl_ib.models.student_teacher import StudentTeacher
 from ssl_ib.part import parts
-from ssl_ib.plugins import load_plugins
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
 

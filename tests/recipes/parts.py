@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_ib import Criterion, Loss, register_criterion
-from ssl_ib.hints import Count, PositiveInt
+from ssl_ib.config.hints import Count, PositiveInt
 
 #: What the criterion `recorded` was asked, in order: (hook, step, epoch), and its `amount` then.
 EVENTS: list[tuple[str, int, int, float]] = []

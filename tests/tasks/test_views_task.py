@@ -5,8 +5,8 @@ import torch
 
 from ssl_ib import Masks, Progress, RunInfo, Sample, UserError
 from ssl_ib.cli.train import main
+from ssl_ib.config.registry import MASKERS, TASKS, VIEWS
 from ssl_ib.random import image_keys
-from ssl_ib.registry import MASKERS, TASKS, VIEWS
 from ssl_ib.tasks.views import ViewsTask
 
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...config.registry import register_source
 from ...errors import UserError
-from ...registry import register_source
 from ..decode import ENDINGS, is_image
 from .files import Files, FileSource
 

@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch.nn.functional import interpolate
 
-from ...hints import PositiveInt
-from ...registry import register_source
+from ...config.hints import PositiveInt
+from ...config.registry import register_source
 from .base import InMemory, Source, stratified
 
 #: Every fifth digit is held out.

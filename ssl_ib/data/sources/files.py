@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...hints import Positive, PositiveInt, Ratio
+from ...config.hints import Positive, PositiveInt, Ratio
 from .. import statistics as known_statistics
 from ..decode import Unreadable, decode_file, num_threads, pack
 from ..statistics import KNOWN, Statistics

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...config.registry import register_source
 from ...errors import UserError
-from ...registry import register_source
 from ..decode import ENDINGS, is_image
 from .files import Files, FileSource
 

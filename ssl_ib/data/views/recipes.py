@@ -12,9 +12,9 @@ from typing import Annotated
 
 from annotated_types import Interval
 
+from ...config.hints import Count, NonNegative, PositiveInt, Probability
+from ...config.registry import register_views
 from ...errors import UserError
-from ...hints import Count, NonNegative, PositiveInt, Probability
-from ...registry import register_views
 from .augment import Augment, Views
 from .resample import Interpolation
 

@@ -16,7 +16,7 @@ import yaml
 from annotated_types import Interval
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .hints import Count, NonNegative, Positive, PositiveInt
 from .recipe import PARTS, YamlDumper, YamlLoader, find_recipe, merge, named, read_recipe
 from .registry import REGISTRIES, check_part, is_schedule, problems_of

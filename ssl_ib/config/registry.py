@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Generic, TypeVar
 
-from .errors import UserError, nearest
+from ..errors import UserError, nearest
 from .hints import show
 from .schedule import Schedule
 

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import nearest
+from ..errors import nearest
 
 SHAPES = ("linear", "cosine", "exponential", "constant")
 

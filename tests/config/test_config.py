@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from ssl_ib import ConfigError, UserError
-from ssl_ib.config import differences, resolve
-from ssl_ib.recipe import PARTS, find_recipe, recipe_names, recipes_folder
+from ssl_ib.config.config import differences, resolve
+from ssl_ib.config.recipe import PARTS, find_recipe, recipe_names, recipes_folder
 
 RECIPE = """
 model: {name: siamese, backbone: vit_tiny_patch16_224, backbone_args: {patch_size: 4, depth: 4}, projector_dim: 32}

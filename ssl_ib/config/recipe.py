@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError, nearest
+from ..errors import UserError, nearest
 from .registry import is_schedule
 
 #: The sections of a recipe that name a registered part, in the order in which they are shown.
@@ -47,8 +47,8 @@ for _side in (YamlLoader, YamlDumper):
 
 def recipes_folder() -> Path:
     """Where the shipped recipes lie: in the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+    inside = Path(__file__).parents[1] / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def recipe_names() -> list[str]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ssl_ib.schedule import Schedule
+from ssl_ib.config.schedule import Schedule
 
 EPOCHS = 40
 

@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal
 import pytest
 from annotated_types import Interval
 
-from ssl_ib import Criterion, Loss, RunInfo, UserError, registry
+from ssl_ib import Criterion, Loss, RunInfo, UserError
+from ssl_ib.config import registry
+from ssl_ib.config.hints import Positive, PositiveInt, Ratio
+from ssl_ib.config.registry import CRITERIONS, MODELS, REGISTRIES, Registry, build_part, check_part, describe
 from ssl_ib.criterions.barlow_twins import BarlowTwins
 from ssl_ib.criterions.info_nce import InfoNCE
-from ssl_ib.hints import Positive, PositiveInt, Ratio
-from ssl_ib.registry import CRITERIONS, MODELS, REGISTRIES, Registry, build_part, check_part, describe
 
 
 class Scored(Criterion):

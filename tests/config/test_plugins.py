@@ -5,9 +5,10 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from ssl_ib import UserError, registry
-from ssl_ib.plugins import GROUP, load_plugins
-from ssl_ib.registry import MASKERS, build_part
+from ssl_ib import UserError
+from ssl_ib.config import registry
+from ssl_ib.config.plugins import GROUP, load_plugins
+from ssl_ib.config.registry import MASKERS, build_part
 
 PART = """
 from ssl_ib import register_masker
@@ -24,7 +25,7 @@ def clean(monkeypatch):
     """Forgets what a test registered and imported."""
     MASKERS.names()
     entries, modules = dict(MASKERS._entries), dict(sys.modules)
-    monkeypatch.setattr("ssl_ib.plugins.entry_points", lambda group: [])
+    monkeypatch.setattr("ssl_ib.config.plugins.entry_points", lambda group: [])
     yield
     MASKERS._entries.clear()
     MASKERS._entries.update(entries)
@@ -100,14 +101,16 @@ def test_entry_points(tmp_path, monkeypatch):
         groups.append(group)
         return [EntryPoint("theirs", "installed_plugin_of_a_test", group)]
 
-    monkeypatch.setattr("ssl_ib.plugins.entry_points", entry_points)
+    monkeypatch.setattr("ssl_ib.config.plugins.entry_points", entry_points)
     # Installed ones need no mention, and none is remembered: they are there again.
     assert load_plugins([]) == []
     assert groups == [GROUP] == ["ssl_ib.plugins"] and number() == 9
 
 
 def test_an_entry_point_that_fails(monkeypatch):
-    monkeypatch.setattr("ssl_ib.plugins.entry_points", lambda group: [EntryPoint("theirs", "nowhere_at_all", group)])
+    monkeypatch.setattr(
+        "ssl_ib.config.plugins.entry_points", lambda group: [EntryPoint("theirs", "nowhere_at_all", group)]
+    )
     with pytest.raises(UserError, match="plugin 'entry point theirs' failed: ModuleNotFoundError: .*nowhere_at_all"):
         load_plugins([])
 

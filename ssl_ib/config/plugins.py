@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from .errors import UserError
+from ..errors import UserError
 
 GROUP = "ssl_ib.plugins"
 
