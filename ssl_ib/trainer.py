@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint, distributed, optim, random
+from . import distributed, optim, random
 from .data.loader import Loader
 from .errors import UserError
 from .evals.online import Online
-from .log import RunLog
 from .part import Context, Step, detached, parts
+from .record import checkpoint
+from .record.log import RunLog
+from .record.signals import Stopped, StopRequest
 from .run import DRY_IMAGES, Run
-from .signals import Stopped, StopRequest
 from .types import Loss, Progress, Sample
 
 DRY_STEPS = 2

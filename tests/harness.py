@@ -37,7 +37,7 @@ def train(out: Path, *arguments: str, draw: bool = False) -> int:
     """Runs the command line in this process; returns its exit code. Without `draw`, no figures: half of its time."""
     with pytest.MonkeyPatch.context() as patch:
         for name in () if draw else ("loss_curves", "knn_curve", "reconstructions"):
-            patch.setattr(f"ssl_ib.figures.{name}", lambda *given, **more: None)
+            patch.setattr(f"ssl_ib.record.figures.{name}", lambda *given, **more: None)
         return main([TINY, "--plugin", PARTS, "--out", str(out), *arguments])
 
 

@@ -286,7 +286,7 @@ def test_a_full_disk_at_the_record(tmp_path, capsys, monkeypatch):
     def full(log, row):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ssl_ib.log.RunLog.write", full)
+    monkeypatch.setattr("ssl_ib.record.log.RunLog.write", full)
     assert train(tmp_path / "run") == 2
     assert capsys.readouterr().err == "ssl-ib-train: [Errno 28] No space left on device\n"
 

@@ -189,7 +189,7 @@ def _run(options: argparse.Namespace, axes: list[Axis], runs: list[Run], out: Pa
 
 def _write(out: Path, axes: list[Axis], runs: list[Run], outcomes: dict, metrics) -> Report:
     """Writes `results.csv` and `table.md` as things stand."""
-    from ..files import replace
+    from ..record.files import replace
     from ..sweep import runner
     from ..sweep.report import Report
 

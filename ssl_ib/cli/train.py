@@ -99,10 +99,11 @@ def configuration(options: argparse.Namespace) -> Config:
 def _train(config: Config, options: argparse.Namespace) -> int:
     import torch
 
-    from .. import artifacts, distributed
+    from .. import distributed
     from ..device import choose_device
+    from ..record import artifacts
+    from ..record.signals import Stopped
     from ..run import build_run
-    from ..signals import Stopped
     from ..trainer import Trainer
 
     # What was chosen for the user (where images are held, say) is said once.
@@ -154,7 +155,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
 
 def _examine(out: Path, config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
     """Whether the run may use its folder, which stays as it is; returns the checkpoint to continue from, or None."""
-    from ..checkpoint import load
+    from ..record.checkpoint import load
 
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; a run needs a folder")

@@ -112,6 +112,6 @@ class Assignments(Part):
     def draw(self, folder: Path) -> None:
         """How many prototypes had which share of the assignment, over the epochs: occupancy.png."""
         # Here, because a criterion that is not drawn needs no matplotlib.
-        from ..figures import occupancy
+        from ..record.figures import occupancy
 
         occupancy(self.occupancy[self.occupancy[:, 0] >= 0], 8.0, folder / "occupancy.png")

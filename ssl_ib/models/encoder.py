@@ -15,8 +15,8 @@ from timm.models import VisionTransformer, get_pretrained_cfg_value
 from torch import Tensor, nn
 
 from .. import ops
-from ..backbone import create
 from ..errors import UserError, nearest
+from ..record.backbone import create
 from .positions import sincos_positions
 
 Pool = Literal["cls", "mean"]

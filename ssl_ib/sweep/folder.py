@@ -14,7 +14,7 @@ from ..cli.train import changes
 from ..config.config import differences
 from ..config.recipe import YamlDumper, YamlLoader, read_recipe
 from ..errors import UserError
-from ..files import replace
+from ..record.files import replace
 from .points import Run
 
 RECORD, LOCK = "sweep.yaml", "sweep.lock"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..figures import BLUE, FAINT, INK, MUTED, chart, tidy
+from ..record.figures import BLUE, FAINT, INK, MUTED, chart, tidy
 from .points import Axis
 from .report import Cell, Report, digits
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..log import NON_FINITE
+from ..record.log import NON_FINITE
 from .points import CASE, Axis, Point, Run
 
 DEFAULT_METRICS = ("knn/top1", "linear/top1", "health/rankme", "minutes")

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..signals import StopRequest
+from ..record.signals import StopRequest
 from .points import Run
 
 POLL = 0.05  # seconds

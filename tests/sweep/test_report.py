@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_ib.log import RunLog
+from ssl_ib.record.log import RunLog
 from ssl_ib.sweep import plot
 from ssl_ib.sweep.points import Axis, Choice, Point, Run, shown
 from ssl_ib.sweep.report import Cell, Report, read_metrics

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from . import __version__, figures
+from .. import __version__
+from ..data.loader import ordered
+from ..run import Run
+from ..trainer import Trainer
+from ..types import Progress, Sample
+from . import figures
 from .attention import class_attention, has_class_attention
 from .backbone import save_backbone, snippet
-from .data.loader import ordered
 from .files import replace
-from .run import Run
-from .trainer import Trainer
-from .types import Progress, Sample
 
 #: Images shown as original, masked and reconstructed.
 SHOWN = 8

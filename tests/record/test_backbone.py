@@ -11,7 +11,7 @@ import torch
 
 import ssl_ib
 from ssl_ib import UserError
-from ssl_ib.backbone import load_backbone, save_backbone, snippet
+from ssl_ib.record.backbone import load_backbone, save_backbone, snippet
 
 NAME = "vit_tiny_patch16_224"
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ssl_ib import backbone
+from ssl_ib.record import backbone
 
 
 def test_the_stem_keeps_the_resolution():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_ib import UserError, figures
+from ssl_ib import UserError
+from ssl_ib.record import figures
 
 GREY = round(0.55 * 255)
 

@@ -23,7 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 _DPI = 120
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"

@@ -4,8 +4,8 @@ import timm
 import torch
 from PIL import Image
 
-from ssl_ib import figures
-from ssl_ib.attention import class_attention, has_class_attention
+from ssl_ib.record import figures
+from ssl_ib.record.attention import class_attention, has_class_attention
 
 ARGUMENTS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
 

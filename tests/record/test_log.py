@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssl_ib import UserError
-from ssl_ib.log import RunLog
+from ssl_ib.record.log import RunLog
 
 
 def row(step: int, **more) -> dict:

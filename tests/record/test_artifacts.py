@@ -14,7 +14,7 @@ from harness import STEPS, checkpoint, environment, rows, train, trainer
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ssl_ib.artifacts import draw_views, summary
+from ssl_ib.record.artifacts import draw_views, summary
 
 
 def picture(path: Path) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Path:

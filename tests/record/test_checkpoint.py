@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssl_ib import UserError
-from ssl_ib.checkpoint import load, save
+from ssl_ib.record.checkpoint import load, save
 
 
 def state(step):

@@ -17,8 +17,8 @@ import timm
 import torch
 from torch import nn
 
-from . import __version__
-from .errors import UserError
+from .. import __version__
+from ..errors import UserError
 from .files import replace
 
 _WEIGHTS, _DESCRIPTION = "backbone.safetensors", "backbone.json"
