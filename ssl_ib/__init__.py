@@ -1,20 +1,26 @@
 """Self-supervised vision pretraining seen through the information bottleneck.
 
-The names below are what a plugin needs. Importing them starts nothing: no CUDA, no network, no search for plugins, and
-the built-in parts are imported when a registry is first read.
+The names below are what a plugin needs. Importing this package starts nothing: no CUDA, no network, no search for
+plugins. Each name is loaded when it is first used, and the built-in parts when a registry is first read.
 """
 
-from .config.registry import (
-    register_criterion,
-    register_masker,
-    register_model,
-    register_source,
-    register_task,
-    register_views,
-)
-from .errors import ConfigError, UserError
-from .part import Context, Criterion, Model, ParamGroup, Part, RunInfo, Task
-from .types import Batch, Loss, Masks, Progress, Sample
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config.registry import (
+        register_criterion,
+        register_masker,
+        register_model,
+        register_source,
+        register_task,
+        register_views,
+    )
+    from .errors import ConfigError, UserError
+    from .part import Context, Criterion, Model, ParamGroup, Part, RunInfo, Task
+    from .types import Batch, Loss, Masks, Progress, Sample
 
 __version__ = "0.1.0"
 
@@ -40,3 +46,20 @@ __all__ = [
     "register_task",
     "register_views",
 ]
+
+#: Where the names are defined, in the order in which a name is looked for: the modules without torch come first.
+_HOMES = ("errors", "config.registry", "types", "part")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f".{home}", __name__)
+            if name in vars(module):
+                globals()[name] = vars(module)[name]
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

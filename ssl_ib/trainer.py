@@ -88,6 +88,15 @@ class Trainer:
         """How long the run has taken, in all its sittings together."""
         return time.perf_counter() - self.began
 
+    @property
+    def bad_images(self) -> set[str]:
+        """Names of the images that could not be read so far, training and held-out ones."""
+        return set().union(*(images.bad for images in (self.images, self.run.source.val()) if images is not None))
+
+    def record(self) -> dict[str, Any]:
+        """What `results.json` says: the results, and how long (`seconds`) and how far (`step`) the run went."""
+        return {**self.results, "seconds": self.seconds, "step": self.step}
+
     def progress(self) -> Progress:
         """The run's position, as parts see it. The epoch is the one being trained, in its last hooks too."""
         return Progress(self.step, self.epoch, self.total_steps, self.config.epochs, self.config.seed)

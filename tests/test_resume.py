@@ -4,6 +4,7 @@ import shutil
 import signal
 
 import pytest
+import yaml
 from harness import (
     STEPS,
     assert_same_run,
@@ -159,6 +160,33 @@ def test_changed_configuration(tmp_path, capsys):
     # What moves no loss may change.
     assert train(out, *RECORDED, "--resume", "checkpoint.every_steps=5", "workers=1", "device=cpu") == 0
     assert losses(out) == losses(finished(*RECORDED))
+
+
+def test_a_key_that_the_saved_configuration_lacks(tmp_path, capsys):
+    """Such a run was started before there was the key: it has the default, and another value is a change."""
+    out = tmp_path / "run"
+    assert stopped(out, 3) == 143
+    saved = out / "config.yaml"
+    config = yaml.safe_load(saved.read_text())
+    del config["accumulate"], config["optim"]["clip"], config["eval"]["knn_k"], config["model"]["positions"]
+    saved.write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    assert train(out, *RECORDED, "--resume", "accumulate=2", "optim.clip=1.0") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ssl-ib-train: 2 problems")
+    assert "accumulate: 1 -> 2" in error and "optim.clip: None -> 1.0" in error
+    assert train(out, *RECORDED, "--resume") == 0
+    assert_same_run(out, finished(*RECORDED))
+
+
+def test_a_saved_configuration_with_a_key_that_is_no_more(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert stopped(out, 3) == 143
+    saved = out / "config.yaml"
+    saved.write_text(saved.read_text() + "colour: red\n")
+    assert train(out, *RECORDED, "--resume") == 2
+    error = capsys.readouterr().err
+    assert f"{saved} cannot be continued" in error and "colour: unknown key" in error
 
 
 def test_without_a_run(tmp_path, capsys):

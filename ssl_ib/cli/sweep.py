@@ -9,16 +9,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, UserError, nearest
 from .exits import exit_code
-from .train import configuration
-from .train import parser as train_parser
 
 if TYPE_CHECKING:
-    from ..config.config import Config
     from ..sweep.points import Axis, Run
     from ..sweep.report import Report
 
@@ -69,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace, command: str) -> int:
+    from ..config.config import configure
     from ..config.recipe import find_recipe, read_recipe
     from ..sweep import folder, points
 
@@ -81,7 +80,9 @@ def _main(options: argparse.Namespace, command: str) -> int:
     # An axis that could not be read is left out, so that what is wrong elsewhere is said too.
     readable = [axis for axis in axes if axis.choices]
     try:
-        runs = points.grid(options.recipe, options.overrides, readable, seeds or None, _configure(options.plugin))
+        runs = points.grid(
+            options.recipe, options.overrides, readable, seeds or None, partial(configure, plugins=options.plugin)
+        )
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -134,17 +135,6 @@ def _check_builds(runs: list[Run]) -> None:
                 found.setdefault(problem, []).append(name)
     if found:
         raise ConfigError(told_once(found, len(points)))
-
-
-def _configure(plugins: list[str]):
-    """What resolves a recipe and overrides exactly as the run itself will."""
-
-    def configure(recipe: str, overrides: list[str]) -> Config:
-        options = train_parser().parse_args([])
-        options.recipe, options.overrides, options.plugin = recipe, overrides, plugins
-        return configuration(options)
-
-    return configure
 
 
 def _print_commands(runs: list[Run], out: Path, plugins: list[str]) -> None:

@@ -8,26 +8,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, UserError, nearest
+from ..errors import UserError, nearest
 from .exits import exit_code
 
 if TYPE_CHECKING:
     from ..config.config import Config
 
 SWAPS = ("task", "model", "criterion", "masker")
-#: What a run writes; `--overwrite` removes these and nothing else.
-WRITTEN = (
-    "config.yaml environment.json metrics.jsonl tensorboard figures checkpoints backbone.safetensors backbone.json "
-    "results.json bad_images.txt bad_batch.txt"
-).split()
-#: Keys that may change when a run resumes: they move no loss.
-MOVABLE = ("device", "workers", "log_every", "checkpoint")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,24 +68,19 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
     if "=" in options.recipe:
         raise UserError(f"expected RECIPE first, got {options.recipe!r}")
-    config = configuration(options)
+    config = _configuration(options)
     if options.print_config:
         print(config.yaml(), end="")
         return 0
     return _train(config, options)
 
 
-def configuration(options: argparse.Namespace) -> Config:
-    from ..config.config import resolve
-    from ..config.plugins import load_plugins
-    from ..config.recipe import find_recipe, read_recipe
+def _configuration(options: argparse.Namespace) -> Config:
+    from ..config.config import configure
 
-    remembered = read_recipe(find_recipe(options.recipe)).get("plugins") or []
-    remembered = [remembered] if isinstance(remembered, str) else remembered
-    plugins = load_plugins(list(dict.fromkeys([*remembered, *options.plugin])))
     swaps = [f"{kind}={getattr(options, kind)}" for kind in SWAPS if getattr(options, kind)]
     device = [f"device={options.device}"] if options.device else []
-    return resolve(options.recipe, [*swaps, *device, *options.overrides], plugins)
+    return configure(options.recipe, [*swaps, *device, *options.overrides], options.plugin)
 
 
 def _train(config: Config, options: argparse.Namespace) -> int:
@@ -101,7 +88,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
 
     from .. import distributed
     from ..device import choose_device
-    from ..record import artifacts
+    from ..record import artifacts, folder
     from ..record.signals import Stopped
     from ..run import build_run
     from ..trainer import Trainer
@@ -121,12 +108,12 @@ def _train(config: Config, options: argparse.Namespace) -> int:
         logging.getLogger("ssl_ib").setLevel(logging.ERROR)
     try:
         out = None if options.dry_run else options.out or Path("runs") / config.recipe
-        state = _examine(out, config, options) if out else None
+        state = folder.examine(out, config, options.resume, options.overwrite) if out else None
         trainer = Trainer(build_run(config, dry=options.dry_run), out)
         # Every process has found its arguments right and looked at the folder before one of them changes it.
         distributed.barrier()
         if out and state is None and distributed.is_main():
-            _claim(out, config)
+            folder.claim(out, config)
         if state is not None:
             trainer.restore(state)
         with closing(trainer.log):
@@ -134,7 +121,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
                 print(_heading(trainer, out), flush=True)
                 if out:
                     artifacts.write_environment(out, device)
-                    artifacts.record_bad_images(trainer)
+                    artifacts.record_bad_images(out, trainer.bad_images)
             try:
                 trainer.fit()
             except Stopped as stop:
@@ -144,66 +131,14 @@ def _train(config: Config, options: argparse.Namespace) -> int:
                 return 128 + stop.signum
             if distributed.is_main():
                 if out:
-                    artifacts.record_bad_images(trainer)
-                    print("\n".join(artifacts.finish(trainer)))
+                    artifacts.record_bad_images(out, trainer.bad_images)
+                    rows, results = trainer.log.rows(), trainer.record()
+                    print("\n".join(artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)))
                 else:
                     print(f"dry run of {config.recipe} passed: {trainer.step} steps, one evaluation, nothing written")
         return 0
     finally:
         distributed.shutdown()
-
-
-def _examine(out: Path, config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Whether the run may use its folder, which stays as it is; returns the checkpoint to continue from, or None."""
-    from ..record.checkpoint import load
-
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; a run needs a folder")
-    saved = out / "config.yaml"
-    if options.resume:
-        if not saved.is_file():
-            raise UserError(f"nothing to resume: {out} holds no run (no config.yaml)")
-        changed = changes(saved, config)
-        if changed:
-            raise ConfigError([f"--resume cannot change {line}" for line in changed])
-        if not any((out / "checkpoints").glob("*.pt")):
-            print(f"ssl-ib-train: {out} has no checkpoint yet: starting from the beginning", file=sys.stderr)
-            return None
-        state, warnings = load(out / "checkpoints")
-        for warning in warnings:
-            print(f"ssl-ib-train: {warning}", file=sys.stderr)
-        return state
-    if not out.exists() or not any(out.iterdir()):
-        return None
-    if not options.overwrite:
-        raise UserError(f"{out} is not empty: continue it with --resume, replace it with --overwrite, or choose --out")
-    if not saved.is_file():
-        raise UserError(f"{out} holds files but no run (no config.yaml), so --overwrite leaves it alone: choose --out")
-    return None
-
-
-def changes(saved: Path, config: Config) -> list[str]:
-    """In what a run's saved configuration differs from `config`, but for keys that move no loss: `key: old -> new`."""
-    from ..config.config import differences
-    from ..config.recipe import read_recipe
-
-    movable = tuple(f"{key}{end}" for key in MOVABLE for end in (":", "."))
-    return [line for line in differences(read_recipe(saved), config.plain()) if not line.startswith(movable)]
-
-
-def _claim(out: Path, config: Config) -> None:
-    """Makes the run's folder, and removes what an earlier run left there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the folder {out}: {error.strerror}") from None
-    for path in map(out.joinpath, WRITTEN):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    # The first file: it is what tells a run's folder from any other.
-    (out / "config.yaml").write_text(config.yaml(), encoding="utf-8")
 
 
 def _heading(trainer, out: Path | None) -> str:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, Val
 
 from ..errors import ConfigError
 from .hints import Count, NonNegative, Positive, PositiveInt
+from .plugins import load_plugins
 from .recipe import PARTS, YamlDumper, YamlLoader, find_recipe, merge, named, read_recipe
 from .registry import REGISTRIES, check_part, is_schedule, problems_of
 from .schedule import Schedule
@@ -177,6 +178,17 @@ def _parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tupl
             problems.append(f"{key}: expected a YAML value, got {value!r}")
     # A part is swapped before its keys are set, whatever the order on the command line.
     return sorted(parsed, key=lambda pair: len(_path(pair[0])))
+
+
+def configure(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] = ()) -> Config:
+    """The configuration of a run, after the plugins that the recipe remembers and the given ones were loaded.
+
+    recipe: a shipped name or a path; overrides: `KEY=VALUE` texts; plugins: as `load_plugins` takes them. Raises what
+    `load_plugins` and `resolve` raise.
+    """
+    remembered = read_recipe(find_recipe(recipe)).get("plugins") or []
+    remembered = [remembered] if isinstance(remembered, str) else remembered
+    return resolve(recipe, overrides, load_plugins(list(dict.fromkeys([*remembered, *plugins]))))
 
 
 def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] = ()) -> Config:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -15,13 +17,16 @@ import torch
 
 from .. import __version__
 from ..data.loader import ordered
+from ..part import parts
 from ..run import Run
-from ..trainer import Trainer
 from ..types import Progress, Sample
 from . import figures
 from .attention import class_attention, has_class_attention
 from .backbone import save_backbone, snippet
 from .files import replace
+
+#: Gives a context in which a run's parts are in evaluation mode.
+Evaluating = Callable[[], AbstractContextManager[None]]
 
 #: Images shown as original, masked and reconstructed.
 SHOWN = 8
@@ -52,48 +57,52 @@ def write_environment(out: Path, device: torch.device) -> None:
     (out / "environment.json").write_text(json.dumps(environment(device), indent=2) + "\n")
 
 
-def record_bad_images(trainer: Trainer) -> None:
-    """Adds the images that could not be read so far to `bad_images.txt`, and says so where there are new ones."""
-    path = trainer.out / "bad_images.txt"
+def record_bad_images(out: Path, bad: set[str]) -> None:
+    """Adds images that could not be read to `bad_images.txt`, and says so where there are new ones."""
+    path = out / "bad_images.txt"
     known = set(path.read_text().splitlines()) if path.is_file() else set()
-    bad = known.union(*(images.bad for images in (trainer.images, trainer.run.source.val()) if images is not None))
+    bad = known | bad
     if bad != known:
         path.write_text("".join(f"{name}\n" for name in sorted(bad)))
         print(f"{len(bad)} images could not be read and are left out: {path}", flush=True)
 
 
-def finish(trainer: Trainer) -> list[str]:
-    """Draws the figures, saves the backbone, and returns the closing lines; the last one is the comparison."""
-    out, results, run = trainer.out, trainer.results, trainer.run
+def finish(
+    out: Path, run: Run, rows: list[dict[str, Any]], results: dict[str, Any], evaluating: Evaluating
+) -> list[str]:
+    """Draws the figures, saves the backbone, and returns the closing lines; the last one is the comparison.
+
+    rows:       those of `metrics.jsonl`.
+    results:    what `results.json` says, which is written last.
+    evaluating: gives a context in which the run's parts are in evaluation mode.
+    """
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
-    rows = trainer.log.rows()
     figures.loss_curves(rows, folder / "loss_curves.png")
     raw, untrained = (results.get(name, {}).get("knn/top1") for name in ("raw_pixels", "untrained"))
     if any("knn/top1" in row for row in rows):
         figures.knn_curve(rows, folder / "knn_curve.png", raw, untrained)
-    draw_views(trainer, folder / "reconstructions.png")
-    draw_attention(trainer, folder / "attention.png")
-    for part in trainer.parts:
+    draw_views(run, evaluating, folder / "reconstructions.png")
+    draw_attention(run, evaluating, folder / "attention.png")
+    for part in parts(run.task, run.model, run.criterion):
         part.draw(folder)
     lines = []
     exported = run.model.export()
     if exported is not None:
         save_backbone(run.model.backbone, *exported, run.source.statistics(), out)
         lines.append("the encoder, with timm alone:\n" + snippet(out).rstrip())
-    write_results(trainer)
-    return [*lines, *summary(trainer)]
+    write_results(out, results)
+    return [*lines, *summary(out, results)]
 
 
-def write_results(trainer: Trainer) -> None:
+def write_results(out: Path, results: dict[str, Any]) -> None:
     """Writes `results.json`, the last of a run's files, so that its presence says that the run is done.
 
-    The evaluations by name (`untrained`, `raw_pixels`, `trained`), then `seconds` and `step`. Numbers that are not
-    finite are the strings that metrics.jsonl has.
+    results: the evaluations by name (`untrained`, `raw_pixels`, `trained`), `seconds` and `step`. Numbers that are not
+    finite become the strings that metrics.jsonl has.
     """
-    results = {**trainer.results, "seconds": trainer.seconds, "step": trainer.step}
     plain = json.loads(json.dumps(results), parse_constant=str)
-    replace(trainer.out / "results.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    replace(out / "results.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
 def _shown(run: Run) -> Sample:
@@ -102,11 +111,10 @@ def _shown(run: Run) -> Sample:
 
 
 @torch.no_grad()
-def draw_views(trainer: Trainer, path: Path) -> None:
+def draw_views(run: Run, evaluating: Evaluating, path: Path) -> None:
     """Figure of some images: each view, the view under each mask, and its reconstruction where the model has one."""
-    run = trainer.run
     sample = _shown(run)
-    with trainer.online.evaluating():
+    with evaluating():
         batch = run.task.prepare(sample, Progress(0, -1, 1, 1, run.config.seed))
         if any(view.ndim != 4 or view.shape[1] != 3 for view in batch.views):
             return
@@ -129,25 +137,23 @@ def draw_views(trainer: Trainer, path: Path) -> None:
 
 
 @torch.no_grad()
-def draw_attention(trainer: Trainer, path: Path) -> None:
+def draw_attention(run: Run, evaluating: Evaluating, path: Path) -> None:
     """Figure of where the class token of the evaluated encoder looks; none where there is no class token."""
-    run = trainer.run
     # A plugin's model may have none.
     backbone = getattr(run.model, "backbone", None)
     if not has_class_attention(backbone):
         return
     sample = _shown(run)
     images = run.views.center(sample.images, sample.extra.get("size"))
-    with trainer.online.evaluating():
+    with evaluating():
         maps = class_attention(backbone, images)
     figures.attention(run.views.denormalize(images).cpu(), maps.cpu(), path, SHOWN)
 
 
-def summary(trainer: Trainer) -> list[str]:
+def summary(out: Path, results: dict[str, Any]) -> list[str]:
     """How trained compares with untrained features and raw pixels, on the same split; time; folder."""
-    results = trainer.results
-    minutes, seconds = divmod(round(trainer.seconds), 60)
-    ending = f"{minutes} min {seconds:02d} s | {trainer.out}"
+    minutes, seconds = divmod(round(results["seconds"]), 60)
+    ending = f"{minutes} min {seconds:02d} s | {out}"
     scores = {name: results[name].get("knn/top1") for name in ("untrained", "raw_pixels", "trained")}
     if scores["trained"] is None:
         return [f"no labels, so no kNN | {ending}"]

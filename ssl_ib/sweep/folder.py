@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from ..cli.train import changes
 from ..config.config import differences
 from ..config.recipe import YamlDumper, YamlLoader, read_recipe
 from ..errors import UserError
 from ..record.files import replace
+from ..record.folder import changes
 from .points import Run
 
 RECORD, LOCK = "sweep.yaml", "sweep.lock"

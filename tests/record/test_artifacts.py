@@ -118,8 +118,9 @@ def test_the_encoder_needs_timm_alone(run, tmp_path):
 
 
 def closing(trained: dict, raw: dict, seconds: float = 125.4) -> list[str]:
-    results = {"untrained": {"knn/top1": 0.5} if raw else {}, "raw_pixels": raw, "trained": trained}
-    return summary(SimpleNamespace(results=results, seconds=seconds, out="runs/x"))
+    untrained = {"knn/top1": 0.5} if raw else {}
+    results = {"untrained": untrained, "raw_pixels": raw, "trained": trained, "seconds": seconds}
+    return summary(Path("runs/x"), results)
 
 
 def test_closing_lines():
@@ -132,13 +133,13 @@ def test_closing_lines():
 
 def test_reconstructions_are_drawn(tmp_path):
     plain = trainer()
-    draw_views(plain, tmp_path / "plain.png")
+    draw_views(plain.run, plain.online.evaluating, tmp_path / "plain.png")
     rebuilt = trainer(
         "model={name: mrcl, decoder_dim: 16, decoder_depth: 1, decoder_heads: 2, contrastive: {backbone: "
         "vit_tiny_patch16_224, backbone_args: {patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3}, name: siamese}}",
         "criterion={name: mrcl, contrastive: info_nce}",
     )
-    draw_views(rebuilt, tmp_path / "rebuilt.png")
+    draw_views(rebuilt.run, rebuilt.online.evaluating, tmp_path / "rebuilt.png")
     few, more = picture(tmp_path / "plain.png"), picture(tmp_path / "rebuilt.png")
     # A row more for each of the two views, under the view and the view masked.
     assert few.shape[0] * 1.4 < more.shape[0] < few.shape[0] * 1.6 and few.shape[1] == more.shape[1]

@@ -1,0 +1,83 @@
+"""A run's folder: whether a run may use it, and what another run left there.
+
+Nothing here changes the folder but `claim`, which comes after every check.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..config.config import Config, configure, differences
+from ..errors import ConfigError, UserError
+from .checkpoint import load
+
+#: What a run writes; `claim` removes these and nothing else.
+WRITTEN = (
+    "config.yaml environment.json metrics.jsonl tensorboard figures checkpoints backbone.safetensors backbone.json "
+    "results.json bad_images.txt bad_batch.txt"
+).split()
+#: Keys that may change when a run resumes: they move no loss.
+MOVABLE = ("device", "workers", "log_every", "checkpoint")
+
+
+def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Checks that a run may use the folder `out`; returns the checkpoint to continue from, or None for a new run.
+
+    Raises UserError where it holds something else, or a run that neither `resume` nor `overwrite` was asked for, and
+    ConfigError where that run cannot be continued because a key that moves its losses has changed.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; a run needs a folder")
+    saved = out / "config.yaml"
+    if resume:
+        if not saved.is_file():
+            raise UserError(f"nothing to resume: {out} holds no run (no config.yaml)")
+        changed = changes(saved, config)
+        if changed:
+            raise ConfigError([f"--resume cannot change {line}" for line in changed])
+        if not any((out / "checkpoints").glob("*.pt")):
+            print(f"ssl-ib-train: {out} has no checkpoint yet: starting from the beginning", file=sys.stderr)
+            return None
+        state, warnings = load(out / "checkpoints")
+        for warning in warnings:
+            print(f"ssl-ib-train: {warning}", file=sys.stderr)
+        return state
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    if not overwrite:
+        raise UserError(f"{out} is not empty: continue it with --resume, replace it with --overwrite, or choose --out")
+    if not saved.is_file():
+        raise UserError(f"{out} holds files but no run (no config.yaml), so --overwrite leaves it alone: choose --out")
+    return None
+
+
+def changes(saved: Path, config: Config) -> list[str]:
+    """In what a run's saved configuration differs from `config`, but for keys that move no loss: `key: old -> new`.
+
+    A key that the saved one lacks has its default: the run was started before there was such a key. Raises UserError
+    where the saved one is no configuration of a run any more.
+    """
+    try:
+        former = configure(str(saved))
+    except UserError as error:
+        raise UserError(f"{saved} cannot be continued: {error}") from None
+    movable = tuple(f"{key}{end}" for key in MOVABLE for end in (":", "."))
+    return [line for line in differences(former.plain(), config.plain()) if not line.startswith(movable)]
+
+
+def claim(out: Path, config: Config) -> None:
+    """Makes the run's folder, removes what an earlier run left there, and writes `config.yaml`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {out}: {error.strerror}") from None
+    for path in map(out.joinpath, WRITTEN):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    # The first file: it is what tells a run's folder from any other.
+    (out / "config.yaml").write_text(config.yaml(), encoding="utf-8")
