@@ -294,6 +294,11 @@ def test_gmm_assign(device, name, dtype, detach_p, pieces):
     expected = {"posterior", "posterior_backward", *ONE_WAY}
     compare(lambda s, t, c: ops.gmm_assign(s, t, c, 0.1, 0.04, detach_p), leaves, device, name, dtype, expected, 25.0)
 
+    def cross_entropy_alone(s, t, c):
+        return ops.gmm_assign(s, t, c, 0.1, 0.04, detach_p)[0]
+
+    compare(cross_entropy_alone, leaves, device, name, dtype, expected, 25.0)
+
 
 @every_run
 def test_inputs_need_not_be_contiguous(device, name, dtype):
