@@ -1,7 +1,10 @@
 """Every backend that this machine can run against the float64 truth: answers and all gradients, whatever the shape.
 
-On a machine without a GPU that is "chunked" on the CPU; with one, all of them there too.
+On a machine without a GPU that is "chunked" on the CPU, and "triton" where its interpreter is on; with one, all of them
+there too.
 """
+
+import os
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from ssl_ib import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RUNS = [("cpu", "chunked", dtype) for dtype in (torch.float64, *DTYPES)]
-if torch.cuda.is_available():
+if os.environ.get("TRITON_INTERPRET") == "1":
+    RUNS += [("cpu", "triton", dtype) for dtype in DTYPES]
+elif torch.cuda.is_available():
     RUNS += [("cuda", "chunked", torch.float64)]
     RUNS += [("cuda", name, dtype) for name in ("chunked", "triton", "cuda") for dtype in DTYPES]
 every_run = pytest.mark.parametrize(("device", "name", "dtype"), RUNS, ids=lambda x: str(x).removeprefix("torch."))
