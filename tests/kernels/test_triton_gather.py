@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close
+from optional_tensors import ARGUMENTS, absences, check
+from parameters import spread
 from ssl_ib_kernels import patch_embed_gather as embedding
 from ssl_ib_kernels import token_scatter as scattering
 from ssl_ib_kernels.masked_patch_mse import masked_patch_mse, masked_patch_mse_backward
@@ -23,6 +25,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MARGIN = 4096
 
 FAR = 2**40
+
+KERNELS = {
+    function.__name__: function
+    for function in (
+        *(token_gather, token_gather_backward, token_scatter, token_scatter_backward),
+        *(patch_embed_gather, patch_embed_gather_backward, masked_patch_mse, masked_patch_mse_backward),
+    )
+}
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +90,16 @@ def at(keep):
 
 
 # Widths below, at and above a block, one of two blocks; more kept tokens than are compared at a time.
-SHAPES = [(3, 7, 4, 1), (2, 5, 5, 24), (2, 9, 3, 128), (1, 6, 4, 1030), (2, 80, 70, 20), (5, 33, 8, 300)]
+SHAPES = [(2, 5, 5, 24), (3, 7, 4, 1), (2, 9, 3, 128), (1, 6, 4, 1030), (2, 80, 70, 24), (5, 33, 8, 300)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), spread(SHAPES, DTYPES))
 def test_token_gather_copies(draw, draw_keep, shape, dtype):
     batch, num_tokens, kept, width = shape
     x, keep = draw(batch, num_tokens, width, dtype=dtype), draw_keep(batch, num_tokens, kept, repeats=True)
-    for index in (keep, keep.int()):
-        assert torch.equal(token_gather(x, index), x[at(keep)])
+    assert torch.equal(token_gather(x, keep), x[at(keep)])
+    if shape == SHAPES[0]:
+        assert torch.equal(token_gather(x, keep.int()), x[at(keep)])
 
 
 @pytest.mark.parametrize("layout", ["slice", "images_last", "width_first", "expanded"])
@@ -107,9 +117,8 @@ def test_token_gather_of_any_layout(draw, draw_keep, layout):
     assert torch.equal(token_gather_backward(grad, keep, 7), token_gather_backward(grad.contiguous(), keep, 7))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("repeats", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), spread(SHAPES, DTYPES))
 def test_token_gather_backward_sums_in_order_of_k(draw, draw_keep, shape, repeats, dtype):
     batch, num_tokens, kept, width = shape
     grad, keep = draw(batch, kept, width, dtype=dtype), draw_keep(batch, num_tokens, kept, repeats)
@@ -127,15 +136,20 @@ def test_a_token_named_by_all_is_summed_over_all(draw, device):
     assert answer[:, [0, 1, 2, 4]].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_pos", [False, True])
-@pytest.mark.parametrize(
-    ("batch", "num_tokens", "kept", "num_prefix", "width"),
-    [(1, 6, 3, 0, 16), (5, 9, 4, 2, 24), (2, 6, 6, 1, 130), (3, 5, 0, 1, 8), (9, 80, 70, 1, 20), (2, 4, 2, 0, 1030)],
-)
-def test_token_scatter_rounds_the_sum_once(
-    draw, draw_keep, batch, num_tokens, kept, num_prefix, width, with_pos, dtype
-):
+#: B, L, K, P, D
+SCATTERS = [
+    (5, 9, 4, 2, 24),
+    (1, 6, 3, 0, 16),
+    (2, 6, 6, 1, 130),
+    (3, 5, 0, 1, 8),
+    (9, 80, 70, 1, 24),
+    (2, 4, 2, 0, 1030),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), spread([(s, p) for s in SCATTERS for p in (False, True)], DTYPES))
+def test_token_scatter_rounds_the_sum_once(draw, draw_keep, case, dtype):
+    (batch, num_tokens, kept, num_prefix, width), with_pos = case
     latents = draw(batch, num_prefix + kept, width, dtype=dtype)
     keep, mask_token = draw_keep(batch, num_tokens, kept, repeats=True), draw(width, seed=1)
     pos = draw(num_prefix + num_tokens, width, seed=2) if with_pos else None
@@ -163,14 +177,10 @@ def test_token_scatter_of_any_layout_and_dtype(draw, draw_keep):
         assert torch.equal(part, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("programs", "repeats"), [(1, True), (7, False), (1024, True)])
-@pytest.mark.parametrize(
-    ("batch", "num_tokens", "kept", "num_prefix", "width"), [(5, 9, 4, 2, 24), (3, 80, 70, 0, 20), (4, 5, 0, 1, 1030)]
-)
-def test_token_scatter_backward(
-    monkeypatch, draw, draw_keep, batch, num_tokens, kept, num_prefix, width, programs, repeats, dtype
-):
+@pytest.mark.parametrize(("shape", "dtype"), spread([(5, 9, 4, 2, 24), (3, 80, 70, 0, 24), (4, 5, 0, 1, 1030)], DTYPES))
+def test_token_scatter_backward(monkeypatch, draw, draw_keep, shape, programs, repeats, dtype):
+    batch, num_tokens, kept, num_prefix, width = shape
     monkeypatch.setattr(scattering, "PROGRAMS", programs)
     grad = draw(batch, num_prefix + num_tokens, width, dtype=dtype)
     keep = draw_keep(batch, num_tokens, kept, repeats)
@@ -217,12 +227,12 @@ EMBEDDINGS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("image_dtype", "dtype"),
-    [(torch.float32, d) for d in DTYPES] + [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
-)
-@pytest.mark.parametrize("case", EMBEDDINGS)
-def test_patch_embed_gather(draw, draw_keep, case, image_dtype, dtype):
+PAIRS = [(torch.float32, d) for d in DTYPES] + [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize(("case", "dtypes"), spread(EMBEDDINGS, PAIRS))
+def test_patch_embed_gather(draw, draw_keep, case, dtypes):
+    image_dtype, dtype = dtypes
     batch, channels, (rows, columns), side, kept, width, num_prefix = case
     images = draw(batch, channels, rows * side, columns * side, dtype=image_dtype)
     keep, weight = draw_keep(batch, rows * columns, kept), draw(width, channels, side, side, dtype=dtype, seed=1)
@@ -236,11 +246,11 @@ def test_patch_embed_gather(draw, draw_keep, case, image_dtype, dtype):
     assert_close("tokens", answer, reference, truth, dtype)
     if prefix is not None:
         assert torch.equal(answer[:, :num_prefix], prefix.to(dtype).expand(batch, -1, -1))
-    assert torch.equal(answer, patch_embed_gather(images, keep.int(), weight, bias, pos, prefix))
+    if case == EMBEDDINGS[0]:
+        assert torch.equal(answer, patch_embed_gather(images, keep.int(), weight, bias, pos, prefix))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("with_bias", "dtype"), spread([True, False], DTYPES))
 def test_patch_embed_gather_rounds_the_sum_once(device, draw_keep, with_bias, dtype):
     """With whole numbers for pixels and weights every order of summing is exact, so the answer is known to the bit."""
 
@@ -275,10 +285,10 @@ def test_patch_embed_gather_of_any_layout(draw, draw_keep, layout):
         assert_close("gradient", part, whole, whole.double(), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("small", "repeats"), [(False, False), (True, True)], ids=["one_piece", "in_pieces"])
-@pytest.mark.parametrize("case", EMBEDDINGS)
-def test_patch_embed_gather_backward(monkeypatch, draw, draw_keep, case, small, repeats, dtype):
+@pytest.mark.parametrize(("case", "dtype"), spread([(c, small) for c in EMBEDDINGS for small in (False, True)], DTYPES))
+def test_patch_embed_gather_backward(monkeypatch, draw, draw_keep, case, dtype):
+    """small: the work in many pieces, and patches that are kept twice."""
+    case, small = case
     if small:  # several images, steps and parts for one piece of the work
         monkeypatch.setattr(embedding, "PROGRAMS", 2)
         monkeypatch.setattr(embedding, "PRODUCT_PROGRAMS", 2)
@@ -288,7 +298,7 @@ def test_patch_embed_gather_backward(monkeypatch, draw, draw_keep, case, small, 
     batch, channels, (rows, columns), side, kept, width, num_prefix = case
     images = draw(batch, channels, rows * side, columns * side)
     keep, weight = (
-        draw_keep(batch, rows * columns, kept, repeats),
+        draw_keep(batch, rows * columns, kept, repeats=small),
         draw(width, channels, side, side, dtype=dtype, seed=1),
     )
     grad = draw(batch, num_prefix + kept, width, dtype=dtype, seed=2)
@@ -329,14 +339,22 @@ def targets(images, side, norm_pix):
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm_pix", [False, True])
+#: B, C, grid of patches, p, masks of an image
+RECONSTRUCTIONS = [
+    (2, 3, (2, 3), 4, 1),
+    (3, 1, (7, 5), 2, 3),
+    (1, 3, (1, 2), 14, 2),
+    (2, 2, (2, 2), 3, 4),
+    (1, 3, (2, 1), 40, 1),
+]
+
+
 @pytest.mark.parametrize(
-    ("batch", "channels", "grid", "side", "num_masks"),
-    [(2, 3, (2, 3), 4, 1), (3, 1, (7, 5), 2, 3), (1, 3, (1, 2), 14, 2), (2, 2, (2, 2), 3, 4), (1, 3, (2, 1), 40, 1)],
+    ("case", "dtype"), spread([(c, norm) for c in RECONSTRUCTIONS for norm in (False, True)], DTYPES)
 )
 @pytest.mark.parametrize("hidden", [0.0, 0.6, 1.0])
-def test_masked_patch_mse(draw, batch, channels, grid, side, num_masks, hidden, norm_pix, dtype):
+def test_masked_patch_mse(draw, case, hidden, dtype):
+    (batch, channels, grid, side, num_masks), norm_pix = case
     (rows, columns), pixels = grid, side * side * channels
     images = draw(batch, channels, rows * side, columns * side)
     pred = draw(batch * num_masks, rows * columns, pixels, dtype=dtype, seed=1)
@@ -444,3 +462,9 @@ def test_repeats_to_the_bit(draw, draw_keep):
     ):
         first = run()
         assert first.isfinite().all() and torch.equal(first, run())
+
+
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name in KERNELS])
+def test_an_absent_tensor_is_a_neutral_one(device, name):
+    for absent in absences(KERNELS[name]):
+        check(KERNELS[name], name, absent, device, torch.float32)

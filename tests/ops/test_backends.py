@@ -15,11 +15,16 @@ from ssl_ib import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RUNS = [("cpu", "chunked", dtype) for dtype in (torch.float64, *DTYPES)]
-if os.environ.get("TRITON_INTERPRET") == "1":
-    RUNS += [("cpu", "triton", dtype) for dtype in DTYPES]
-elif torch.cuda.is_available():
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if torch.cuda.is_available() and not INTERPRETED:
     RUNS += [("cuda", "chunked", torch.float64)]
-    RUNS += [("cuda", name, dtype) for name in ("chunked", "triton", "cuda") for dtype in DTYPES]
+    RUNS += [("cuda", name, dtype) for name in ("chunked", "cuda") for dtype in DTYPES]
+if torch.cuda.is_available() or INTERPRETED:
+    # Each dtype is compiled anew, and the kernels' own tests have all of them. Here it is how the ops use kernels.
+    RUNS += [
+        pytest.param("cpu" if INTERPRETED else "cuda", "triton", dtype, marks=() if exact else pytest.mark.slow)
+        for dtype, exact in zip(DTYPES, (True, False, False), strict=True)
+    ]
 every_run = pytest.mark.parametrize(("device", "name", "dtype"), RUNS, ids=lambda x: str(x).removeprefix("torch."))
 
 
@@ -84,24 +89,26 @@ KEEPS = {
     "all": distinct(3, 7, 7),
     "none": distinct(3, 7, 0),
     "repeats": torch.tensor([[1, 1, 5, 1], [0, 6, 6, 0], [2, 3, 4, 5]]),
-    "int32": distinct(3, 7, 3).int(),
 }
-every_keep = pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+INT32 = distinct(3, 7, 3).int()
+
+
+def every_keep(names: str, cases: list):
+    """All cases with all indices, and int32 ones, which a GPU compiles kernels for, with the last case."""
+    pairs = [(name, keep, case) for name, keep in KEEPS.items() for case in cases] + [("int32", INT32, cases[-1])]
+    params = [pytest.param(keep, *case, id="-".join(map(str, (name, *case)))) for name, keep, case in pairs]
+    return pytest.mark.parametrize(f"keep, {names}", params)
 
 
 @every_run
-@every_keep
-@pytest.mark.parametrize("width", [1, 5, 16])
+@every_keep("width", [(1,), (5,), (16,)])
 def test_token_gather(device, name, dtype, keep, width, pieces):
     expected = {"token_gather", "token_gather_backward"}
     compare(lambda x: ops.token_gather(x, keep.to(device)), [draw(3, 7, width)], device, name, dtype, expected)
 
 
 @every_run
-@every_keep
-@pytest.mark.parametrize(
-    ("num_prefix", "with_pos", "width"), [(0, False, 5), (2, True, 5), (1, True, 16), (1, False, 1)]
-)
+@every_keep("num_prefix, with_pos, width", [(0, False, 5), (2, True, 5), (1, False, 1), (1, True, 16)])
 def test_token_scatter(device, name, dtype, keep, num_prefix, with_pos, width, pieces):
     leaves = [draw(3, num_prefix + keep.shape[1], width), draw(width, seed=1)]
     leaves += [draw(num_prefix + 7, width, seed=2)] if with_pos else []
@@ -113,10 +120,15 @@ def test_token_scatter(device, name, dtype, keep, num_prefix, with_pos, width, p
 
 
 @every_run
-@every_keep
-@pytest.mark.parametrize(("channels", "side", "grid", "width"), [(3, 2, (7, 1), 5), (1, 4, (1, 7), 16)])
-@pytest.mark.parametrize("num_prefix", [0, 2])
-@pytest.mark.parametrize("with_bias", [True, False])
+@every_keep(
+    "channels, side, grid, width, num_prefix, with_bias",
+    [
+        (*shape, num_prefix, with_bias)
+        for shape in ((3, 2, (7, 1), 5), (1, 4, (1, 7), 16))
+        for num_prefix in (0, 2)
+        for with_bias in (True, False)
+    ],
+)
 def test_patch_embed_gather(device, name, dtype, keep, channels, side, grid, width, num_prefix, with_bias, pieces):
     leaves = [draw(3, channels, grid[0] * side, grid[1] * side), draw(width, channels, side, side, seed=1)]
     leaves += [draw(7, width, seed=2)]
