@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import rounding, variants  # noqa: F401
+from interpreter import not_compiled, rounding, variants  # noqa: F401
 
 #: The modules whose kernels run.
 MODULES = ("test_triton_gather.py", "test_triton_softmax.py")
