@@ -94,14 +94,14 @@ INT32 = distinct(3, 7, 3).int()
 
 
 def every_keep(names: str, cases: list):
-    """All cases with all indices, and the last case with int32 ones, for which a GPU compiles the kernels anew."""
+    """All cases with all indices; int32 ones, for which a GPU compiles the kernels anew, with the last case alone."""
     pairs = [(name, keep, case) for name, keep in KEEPS.items() for case in cases] + [("int32", INT32, cases[-1])]
     params = [pytest.param(keep, *case, id="-".join(map(str, (name, *case)))) for name, keep, case in pairs]
     return pytest.mark.parametrize(f"keep, {names}", params)
 
 
 @every_run
-@every_keep("width", [(1,), (5,), (24,)])
+@every_keep("width", [(1,), (24,)])
 def test_token_gather(device, name, dtype, keep, width, pieces):
     expected = {"token_gather", "token_gather_backward"}
     compare(lambda x: ops.token_gather(x, keep.to(device)), [draw(3, 7, width)], device, name, dtype, expected)
@@ -209,7 +209,7 @@ def test_info_nce_of_rows_without_positives(device, name, dtype):
 
 @every_run
 @pytest.mark.parametrize("length", [1.0, 30.0])
-@pytest.mark.parametrize(("n", "k", "d"), [(9, 23, 20), (1, 1, 17), (0, 4, 3), (5, 40, 17)])
+@pytest.mark.parametrize(("n", "k", "d"), [(9, 23, 20), (1, 1, 1), (0, 4, 3), (5, 40, 17)])
 def test_gmm_lse(device, name, dtype, n, k, d, length, pieces):
     leaves = [length * unit(n, d), unit(k, d, seed=1)]
     compare(lambda x, c: ops.gmm_lse(x, c, 0.1), leaves, device, name, dtype, ONE_WAY, 10 * length)
@@ -217,7 +217,7 @@ def test_gmm_lse(device, name, dtype, n, k, d, length, pieces):
 
 @every_run
 @pytest.mark.parametrize("tau", [0.04, 0.5, 0.005])
-@pytest.mark.parametrize(("n", "k", "d"), [(9, 23, 20), (1, 1, 17), (0, 4, 3), (5, 40, 17)])
+@pytest.mark.parametrize(("n", "k", "d"), [(9, 23, 20), (1, 1, 17), (0, 4, 3), (5, 40, 20)])
 @pytest.mark.parametrize(
     ("with_prior", "detach_p", "marginal"), [(False, False, True), (True, True, True), (True, False, False)]
 )
@@ -244,7 +244,7 @@ def test_gmm_posterior_whose_mean_alone_is_used(device, name, dtype, pieces):
 
 @every_run
 @pytest.mark.parametrize(
-    ("s", "t", "k", "d"), [(9, 5, 23, 20), (1, 1, 1, 17), (3, 0, 4, 3), (0, 3, 4, 3), (5, 7, 40, 17)]
+    ("s", "t", "k", "d"), [(9, 5, 23, 20), (1, 1, 1, 17), (3, 0, 4, 17), (0, 3, 4, 17), (5, 7, 40, 20)]
 )
 @pytest.mark.parametrize(
     ("with_prior", "detach_p", "marginal"), [(False, False, True), (True, True, True), (True, False, False)]
