@@ -91,5 +91,7 @@ def _counting(launch: Any, seen: set[str]) -> Any:
 def _type(value: Any) -> Any:
     """What Triton distinguishes of an argument that is no constant: launches exempt integers from specialisation."""
     if isinstance(value, torch.Tensor):
+        # Compiled kernels refuse sums that turn from float32 to float64; the interpreter does not.
+        assert value.dtype != torch.float64, "a kernel is given float64"
         return [str(value.dtype), value.data_ptr() % 16 == 0]
     return value if value is None else type(value).__name__

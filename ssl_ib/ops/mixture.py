@@ -122,7 +122,8 @@ def _check(op: str, x: Tensor, prototypes: Tensor, tau: float) -> None:
 def _constant(op: str, log_prior: Tensor | None, prototypes: Tensor) -> Tensor | None:
     if log_prior is not None and log_prior.shape != (len(prototypes),):
         raise UserError(f"{op}: expected log_prior [{len(prototypes)}], got {list(log_prior.shape)}")
-    return None if log_prior is None else log_prior.detach()
+    # Kernels read numbers of the sums' dtype.
+    return None if log_prior is None else log_prior.detach().to(torch.promote_types(prototypes.dtype, torch.float32))
 
 
 def _logits(op: str, x: Tensor, prototypes: Tensor, tau: float) -> Tensor:
