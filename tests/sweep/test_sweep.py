@@ -226,7 +226,7 @@ def test_a_signal_reaches_the_runs(tmp_path, capsys, started, jobs):
     assert [r["status"] for r in records(out)] == ["done"] * 3
 
 
-def test_a_second_interrupt_ends_the_runs_at_once(tmp_path, capsys, started):
+def test_a_second_interrupt_ends_the_runs_at_once(tmp_path, capsys, ctrl_c, started):
     started.behaviour |= {0.001: "stubborn"}
     out = tmp_path / "sweep"
     assert sweep(out, "--vary", LR) == 130
