@@ -15,7 +15,9 @@ torch.set_num_threads(1)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite takes a worker a core, unless the command line says otherwise or pytest-xdist is not there."""
     options = config.option
-    if config.pluginmanager.hasplugin("xdist") and not options.file_or_dir and options.numprocesses is None:
+    if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:  # A worker comes here too.
+        return
+    if options.numprocesses is None and not options.file_or_dir:
         options.numprocesses, options.dist = "logical", "worksteal"
 
 
