@@ -1,58 +1,160 @@
 #!/usr/bin/env bash
-# Tests and measures the kernels on a machine with a GPU, straight from a checkout: needs torch, triton, pytest and nvcc,
-# installs nothing, and takes under 8 minutes.
+# Builds, measures and tests the kernels on a machine with a GPU, straight from a checkout. Installs nothing: it needs
+# torch, triton, ninja, nvcc and pytest, and none of the package's other requirements.
 #
-#   tools/gpu_check.sh OUT          tests, sanitizer, and the shapes that goals are stated for
-#   tools/gpu_check.sh OUT --all    instead of the latter every shape (takes longer)
+#   tools/gpu_check.sh OUT                every step, the most valuable first
+#   tools/gpu_check.sh OUT bench tests    these steps alone, in this order
+#   tools/gpu_check.sh --plan             prints the steps and their limits, and runs nothing
 #
-# OUT receives machine.txt, build.log, tests.log, sanitizer.log, bench.txt, bench.json and summary.txt. Every step runs
-# whatever became of the one before it; the exit code is 0 if all of them passed.
+# A step needs no other step and ends within 9 minutes by its own limit. It writes its files in OUT as it goes, so that
+# a machine that stops it keeps what it has found so far. summary.txt has a line a step. Every step runs, whatever
+# became of the one before it; the exit code is 0 if none of them failed. A sanitizer that is absent, or that the
+# machine refuses, is skipped and is no failure.
 set -uo pipefail
-if [ $# -lt 1 ]; then sed -n '2,10p' "$0"; exit 2; fi
-mkdir -p "$1"
-out=$(cd "$1" && pwd)
-shapes=${2:---goals}
-cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD:$PWD/kernels" PYTHONUNBUFFERED=1
+
+# Seconds until a step is interrupted. It is killed $grace seconds later if it has not ended by then.
+grace=15
+declare -A limit=([build]=300 [bench]=500 [tests]=500 [sanitizer]=500 [compiled]=500 [shapes]=500)
+declare -A what=(
+    [build]="csrc with nvcc; the steps that need it build it themselves where this one has not run"
+    [bench]="the shapes that goals are stated for: time, memory, error, and whether the answers repeat"
+    [tests]="the kernels' and the ops' tests, a line a test"
+    [sanitizer]="compute-sanitizer's memcheck and racecheck on every op"
+    [compiled]="only on request: the same shapes beside torch.compile, which tunes each of them for a minute"
+    [shapes]="only on request: every shape"
+)
+default=(build bench tests sanitizer)
+known=("${default[@]}" compiled shapes)
+test_files=(
+    tests/kernels/test_triton_gather.py tests/kernels/test_triton_softmax.py
+    tests/ops/test_backends.py tests/ops/test_operators.py
+)
+python=${PYTHON:-python3}
+
+plan() {
+    printf '%-10s %4s s  %s\n' step max "what it does"
+    for name in "${known[@]}"; do
+        printf '%-10s %4s s  %s\n' "$name" "$((limit[$name] + grace))" "${what[$name]}"
+    done
+    printf 'tests: %s\n' "${test_files[*]}"
+}
+
+if [ $# -lt 1 ]; then sed -n '2,13p' "$0"; exit 2; fi
+if [ "$1" = --plan ]; then plan; exit 0; fi
+folder=$1
+shift
+steps=("$@")
+[ $# -gt 0 ] || steps=("${default[@]}")
+for name in "${steps[@]}"; do
+    if [ -z "${limit[$name]:-}" ]; then
+        echo "gpu_check.sh: unknown step '$name'; choices: ${known[*]}" >&2
+        exit 2
+    fi
+done
+mkdir -p "$folder" || exit 2
+out=$(cd "$folder" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET SSL_IB_OPS
-: > "$out/summary.txt"
 failed=0
 
-step() { # name, seconds it may take, command...
-    local name=$1 limit=$2 start=$SECONDS code
-    shift 2
-    timeout "$limit" "$@"
-    code=$?
-    [ $code -eq 0 ] || failed=1
-    echo "$name: exit $code after $((SECONDS - start)) s" | tee -a "$out/summary.txt"
+within() { # seconds, command...: interrupts the command after that time, so that it can still say what it found
+    timeout -s INT -k "$grace" "$@"
+}
+
+report() { # name, exit code, seconds it took
+    local text="passed"
+    case $2 in
+        0) ;;
+        124 | 137) text="stopped at its limit" failed=1 ;;
+        *) text="failed (exit $2)" failed=1 ;;
+    esac
+    echo "$1: $text after $3 s" | tee -a "$out/summary.txt"
+}
+
+run_build() {
+    within "${limit[build]}" "$python" -c 'from ssl_ib.ops import extension; print(extension.load())' \
+        > "$out/build.log" 2>&1
+    local code=$?
+    tail -3 "$out/build.log"
+    return $code
+}
+
+run_bench() { # name of the files, arguments of the benchmark...
+    local name=$1
+    shift
+    within "${limit[bench]}" "$python" -m ssl_ib.cli.bench --device cuda "$@" --json "$out/$name.json" 2>&1 |
+        tee "$out/$name.txt"
+    return "${PIPESTATUS[0]}"
+}
+
+run_tests() {
+    local workers=()
+    # Several processes compile Triton's variants side by side; the GPU runs them in turn.
+    if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi
+    within "${limit[tests]}" "$python" -m pytest -v --tb=short -p no:cacheprovider "${workers[@]}" "${test_files[@]}" \
+        > "$out/tests.log" 2>&1
+    local code=$?
+    tail -15 "$out/tests.log"
+    return $code
+}
+
+# Every op on small shapes: at first alone, which also builds csrc and fills Triton's cache, so that the sanitizer sees
+# nothing but the kernels. Torch's allocator hands out parts of large blocks, where memcheck would miss a read past a
+# tensor's end: it is off.
+run_sanitizer() {
+    local log=$out/sanitizer.log code worst=0 tool backend
+    : > "$log"
+    if ! command -v compute-sanitizer > /dev/null; then
+        skipped="compute-sanitizer is not installed"
+        return 0
+    fi
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    within 140 "$python" tools/small_shapes.py cuda triton >> "$log" 2>&1 || { tail -5 "$log"; return 1; }
+    for tool in memcheck racecheck; do
+        for backend in cuda triton; do
+            echo "==== $tool of $backend" >> "$log"
+            within 75 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/small_shapes.py "$backend" \
+                > "$log.part" 2>&1
+            code=$?
+            cat "$log.part" >> "$log"
+            if grep -q "Device not supported" "$log.part"; then
+                skipped="the machine refuses it (Device not supported)"
+                rm "$log.part"
+                return 0
+            fi
+            echo "$tool of $backend: exit $code, $(grep -E 'SUMMARY' "$log.part" || echo 'no summary')"
+            [ $code -eq 0 ] || worst=$code
+        done
+    done
+    rm "$log.part"
+    return $worst
 }
 
 {
     nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv
     nvcc --version | tail -2
-    python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+    "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
 } > "$out/machine.txt" 2>&1
 cat "$out/machine.txt"
 
-step build 180 python3 -c 'from ssl_ib.ops import extension; print(extension.load())' > "$out/build.log" 2>&1
-tail -3 "$out/build.log"
-# Several processes compile Triton's variants side by side; the GPU runs them in turn.
-workers=$(python3 -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
-# shellcheck disable=SC2086
-step tests 240 python3 -m pytest -q -p no:cacheprovider $workers tests/ops/test_backends.py tests/ops/test_operators.py \
-    tests/kernels/test_triton_gather.py tests/kernels/test_triton_softmax.py > "$out/tests.log" 2>&1
-tail -15 "$out/tests.log"
-if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
-        step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 tools/small_shapes.py cuda triton \
-            >> "$out/sanitizer.log" 2>&1
-    done
-    grep -E "ERROR SUMMARY|RACECHECK SUMMARY|not supported" "$out/sanitizer.log" | tail -4
-else
-    echo "sanitizer: compute-sanitizer is not installed" | tee -a "$out/summary.txt"
-fi
-if [ "$shapes" = --goals ]; then selection=(--goals --rounds 50); else selection=(--rounds 20 --baselines cross_entropy mae embed_all); fi
-step bench 600 python3 -m ssl_ib.cli.bench --device cuda "${selection[@]}" --json "$out/bench.json" > "$out/bench.txt" 2>&1
-cat "$out/bench.txt"
-cat "$out/summary.txt"
+# What is installed on some machine only is left to the full benchmark.
+others=(--baselines cross_entropy mae embed_all)
+for name in "${steps[@]}"; do
+    start=$SECONDS skipped=""
+    case $name in
+        build) run_build ;;
+        bench) run_bench bench --goals --rounds 50 "${others[@]}" ;;
+        tests) run_tests ;;
+        sanitizer) run_sanitizer ;;
+        compiled) run_bench compiled --goals --rounds 20 --baselines compiled ;;
+        shapes) run_bench shapes --rounds 20 "${others[@]}" ;;
+    esac
+    code=$?
+    if [ -n "$skipped" ]; then
+        echo "$name: skipped: $skipped" | tee -a "$out/summary.txt"
+    else
+        report "$name" $code $((SECONDS - start))
+    fi
+done
 exit $failed

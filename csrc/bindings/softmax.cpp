@@ -13,6 +13,7 @@
 #include <ATen/ops/where.h>
 
 #include <tuple>
+#include <utility>
 
 #include "../cuda/launch_softmax.h"
 #include "tensors.h"
@@ -35,6 +36,11 @@ Tensor operand(const Tensor& x) {
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
 Tensor as_int(const OptionalTensor& tensor) { return tensor ? tensor->to(at::kInt).contiguous() : Tensor(); }
+
+// Both sides' groups, or neither: one side's alone leave nothing out.
+std::pair<Tensor, Tensor> groups_of(const OptionalTensor& rows, const OptionalTensor& cols) {
+    return rows && cols ? std::pair{as_int(rows), as_int(cols)} : std::pair<Tensor, Tensor>{};
+}
 
 const int* int_pointer(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<int>() : nullptr; }
 
@@ -84,7 +90,8 @@ std::tuple<Tensor, Tensor> lse_(const Tensor& rows_, const Tensor& cols_, double
     if (num_rows == 0) return {lse, mean};
     if (cols_.size(0) == 0) return {lse.fill_(-INFINITY), mean.zero_()};
     const Tensor rows = operand(rows_), cols = operand(cols_);
-    const Tensor self = as_int(self_index), of_rows = as_int(row_group), of_cols = as_int(col_group);
+    const Tensor self = as_int(self_index);
+    const auto [of_rows, of_cols] = groups_of(row_group, col_group);
     const Logits logits = logits_of(rows, cols, width, temperature);
     const Tensor workspace = floats(rows, {forward_workspace(logits, with_mean, false)});
     lse_forward(logits, {int_pointer(self), int_pointer(of_rows), int_pointer(of_cols)}, lse.mutable_data_ptr<float>(),
@@ -146,9 +153,10 @@ std::tuple<Tensor, Tensor> lse_backward_(const Tensor& grad_, const Tensor& lse_
     }
     if (!want_cols && (!want_rows || from_mean)) return {drows, dcols};
     const Tensor rows = operand(rows_), cols = operand(cols_);
-    Side of_rows{grad, lse, Tensor(), as_int(row_group)};
-    if (self_index || row_group) of_rows.self = self_or_none(self_index, rows, num_rows);
-    const Side of_cols{Tensor(), Tensor(), Tensor(), as_int(col_group)};
+    const auto [group_of_rows, group_of_cols] = groups_of(row_group, col_group);
+    Side of_rows{grad, lse, Tensor(), group_of_rows};
+    if (self_index || group_of_rows.defined()) of_rows.self = self_or_none(self_index, rows, num_rows);
+    const Side of_cols{Tensor(), Tensor(), Tensor(), group_of_cols};
     if (want_rows && !from_mean) {
         drows = gradient_of_lse(device, rows, cols, width, temperature, of_rows, of_cols, 0);
     }
@@ -172,9 +180,10 @@ Tensor lse_backward_symmetric_(const Tensor& rows_, const Tensor& cols_, const T
                           or_undefined(col_group)};
     if (rows_.size(0) == 0 || cols_.size(0) == 0) return at::zeros(rows_.sizes(), rows_.options());
     const Tensor rows = operand(rows_), cols = operand(cols_);
-    const Side of_rows{grad_rows.contiguous(), lse_rows.contiguous(), as_int(self_rows), as_int(row_group)};
+    const auto [group_of_rows, group_of_cols] = groups_of(row_group, col_group);
+    const Side of_rows{grad_rows.contiguous(), lse_rows.contiguous(), as_int(self_rows), group_of_rows};
     const Side of_cols{grad_cols.contiguous(), lse_cols.contiguous(), self_or_none(self_cols, cols, cols.size(0)),
-                       as_int(col_group)};
+                       group_of_cols};
     return gradient_of_lse(device, rows, cols, rows_.size(1), temperature, of_rows, of_cols, first);
 }
 
@@ -215,15 +224,17 @@ Tensor bound_of(const Tensor& t, const Tensor& c, double temperature, const Tens
     return at::maximum(slope * std::max(1.0, 1.0 / temperature), largest(v, t) / kHalfValueRaise);
 }
 
+// Gradients to t and c. A term that is absent is zero, and so is the product of e and u where one of them is.
 std::tuple<Tensor, Tensor> posterior_backward_(const Tensor& t_, const Tensor& c_, double temperature,
-                                               const Tensor& lse_, const Tensor& r_, const OptionalTensor& h_,
-                                               const OptionalTensor& a_, const OptionalTensor& v_,
-                                               const OptionalTensor& e_, const OptionalTensor& u_,
-                                               const OptionalTensor& w_, bool want_t, bool want_c) {
+                                               const Tensor& lse_, const OptionalTensor& r_,
+                                               const OptionalTensor& h_, const OptionalTensor& a_,
+                                               const OptionalTensor& v_, const OptionalTensor& e_,
+                                               const OptionalTensor& u_, const OptionalTensor& w_, bool want_t,
+                                               bool want_c) {
     const OnDevice device{t_,
                           c_,
                           lse_,
-                          r_,
+                          or_undefined(r_),
                           or_undefined(h_),
                           or_undefined(a_),
                           or_undefined(v_),

@@ -109,7 +109,7 @@ def lse(
     """(logsumexp [N], mean column under the softmax [N, d] or empty), both float32, of rows [N, d] and cols [M, d].
 
     self_index int [N] or None: the column that a row leaves out, -1 for none; row_group int32 [N], col_group int32 [M]
-    or None: pairs of equal group are left out. A row with nothing left gives -inf and 0.
+    or None: pairs of equal group are left out, and none without both. A row with nothing left gives -inf and 0.
     """
     return forward(rows, cols, temperature, None, self_index, row_group, col_group, with_mean)[:2]
 

@@ -230,10 +230,12 @@ def posterior_backward(
 
     With dl[n, k] = p[n, k] (a[n] . c[k] + e[n] u[k] + w[k] + h[n] l[n, k] - r[n]) they are
     dt[n] = sum_k dl[n, k] c[k] / temperature and dc[k] = sum_n dl[n, k] t[n] / temperature + p[n, k] v[n].
-    lse [N], r [N], h [N], a [N, d], v [N, d], e [N], u [K], w [K]: float32, or None for a term that is absent; e and u
-    come together. a and v are rounded to the dtype of t.
+    lse [N], r [N], h [N], a [N, d], v [N, d], e [N], u [K], w [K]: float32, or None for a term that is absent; e u is
+    absent without one of them. a and v are rounded to the dtype of t.
     """
     d_t, d_c = t.new_empty(0), c.new_empty(0)
+    if e is None or u is None:
+        e = u = None
     vectors = {"lse": lse, "r": r, "h": h, "e": e, "u": u, "w": w}
     logits_matter = any(x is not None for x in (r, h, a, e, w))
     tensors = vectors | _operand("a", a, t.dtype)

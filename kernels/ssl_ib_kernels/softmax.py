@@ -324,6 +324,9 @@ def launch_walk(
 ) -> None:
     """Launches a kernel whose programs walk over y; the tensors, x [X, D] and y [Y, D] among them, by name."""
     tensors |= {name: padded(x) for name, x in tensors.items() if name in OPERANDS and x is not None}
+    if tensors.get("x_group") is None or tensors.get("y_group") is None:
+        # One side's groups alone leave nothing out.
+        tensors |= {name: None for name in ("x_group", "y_group") if name in tensors}
     x, y = tensors["x"], tensors["y"]
     launch(
         kernel,

@@ -11,7 +11,9 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import UserError
 from .baselines import Unsupported
 from .cases import Case
 
@@ -30,7 +31,10 @@ FLUSH = 1 << 28
 
 @dataclass
 class Result:
-    """What one contender did: seconds of each sample, bytes, and errors relative to the largest number of the truth."""
+    """What one contender did: seconds of each sample, bytes, and errors relative to the largest number of the truth.
+
+    failure: why there are no figures; broken: whether that is a defect, not a lack of memory or of a package.
+    """
 
     name: str
     forward: list[float] = field(default_factory=list)
@@ -41,6 +45,7 @@ class Result:
     gradient_error: float | None = None
     repeats: bool | None = None
     failure: str | None = None
+    broken: bool = False
 
     @property
     def total(self) -> list[float]:
@@ -113,38 +118,53 @@ class _Timer:
         return answer, start.elapsed_time(end) / 1e3
 
 
+@contextmanager
+def failing_alone(result: Result) -> Iterator[None]:
+    """Notes an exception in the contender's result, so that the other contenders are still measured."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        result.failure = "out of memory"
+    except Unsupported as error:
+        result.failure = str(error)
+    except Exception as error:
+        traceback.print_exc()
+        result.failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        result.broken = True
+
+
 def measure(case: Case, contenders: list[Contender], device: torch.device, rounds: int) -> list[Result]:
-    """Results in the order of the contenders. One that cannot do it has a `failure` and nothing else."""
+    """Results in the order of the contenders. One that cannot do it has a `failure`, and its figures mean nothing."""
     results = [Result(c.name) for c in contenders]
     timer, upstream = _Timer(device), {}
     for contender, result in zip(contenders, results, strict=True):
         if contender.unfused and case.unfused > 0.8 * available_bytes(device):
             result.failure = f"out of memory (needs {case.unfused / 2**30:.0f} GiB)"
             continue
-        try:
+        with failing_alone(result):
             start = time.perf_counter()
             inputs = _inputs(case, device, contender.dtype, 0)
             outputs = contender(inputs)
             upstream[contender.name] = _upstream(outputs, device)
             _gradients(outputs, inputs[: case.leaves], upstream[contender.name])
             result.compile_seconds = time.perf_counter() - start if "compiled" in contender.name else 0.0
-        except torch.OutOfMemoryError:
-            result.failure = "out of memory"
-        except (Unsupported, UserError) as error:
-            result.failure = str(error)
-    running = [(c, r) for c, r in zip(contenders, results, strict=True) if r.failure is None]
+    pairs = list(zip(contenders, results, strict=True))
     for number in range(rounds):
+        running = [(c, r) for c, r in pairs if r.failure is None]
         inputs = {dtype: _inputs(case, device, dtype, number) for dtype in {c.dtype for c, _ in running}}
         for contender, result in running:
-            mine = inputs[contender.dtype]
-            outputs, forward = timer(lambda c=contender, x=mine: c(x))
-            leaves, given = mine[: case.leaves], upstream[contender.name]
-            _, backward = timer(lambda o=outputs, x=leaves, u=given: _gradients(o, x, u))
-            result.forward.append(forward)
-            result.backward.append(backward)
-            del outputs
-    for contender, result in running:
-        _examine(case, contender, result, device, upstream[contender.name])
+            with failing_alone(result):
+                mine = inputs[contender.dtype]
+                outputs, forward = timer(lambda c=contender, x=mine: c(x))
+                leaves, given = mine[: case.leaves], upstream[contender.name]
+                _, backward = timer(lambda o=outputs, x=leaves, u=given: _gradients(o, x, u))
+                result.forward.append(forward)
+                result.backward.append(backward)
+            outputs = None
+    for contender, result in pairs:
+        if result.failure is None:
+            with failing_alone(result):
+                _examine(case, contender, result, device, upstream[contender.name])
     return results
 
 

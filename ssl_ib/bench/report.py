@@ -106,8 +106,10 @@ def verdict(table: list[dict[str, Any]]) -> str:
     """Which backend `auto` takes for this op and size, and which one was the fastest."""
     ran = {row["contender"]: row["total_ms"] for row in table if row["failure"] is None}
     backends = {name: ran[name] for name in BACKENDS if name in ran}
-    fastest = min(backends, key=backends.get)
     picked = table[0]["auto"]
-    if picked not in backends or picked == fastest:
+    if picked not in backends:
+        return f"auto takes {picked}"
+    fastest = min(backends, key=backends.get)
+    if picked == fastest:
         return f"auto takes {picked}"
     return f"auto takes {picked}, {backends[picked] / backends[fastest]:.2f} times the time of {fastest}"

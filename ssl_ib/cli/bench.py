@@ -1,12 +1,13 @@
 """`ssl-ib-bench`: time, memory and error of the ops, beside other ways to do the same. `--help` shows the usage.
 
-Exit codes: 0 done, 2 a mistake of the user's (one message on stderr).
+Exit codes: 0 done, 1 a contender broke (the others are measured), 2 a mistake of the user's (one message on stderr).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -74,7 +75,14 @@ def _contenders(case, device, baselines: list[str]) -> list:
     return found
 
 
-def _run(options: argparse.Namespace) -> None:
+def _write(file: Path, figures: dict) -> None:
+    """Replaces the file at once: whoever stops the benchmark keeps the figures so far."""
+    whole = file.with_name(f".{file.name}.part")
+    whole.write_text(json.dumps(figures, indent=2) + "\n")
+    os.replace(whole, file)
+
+
+def _run(options: argparse.Namespace) -> int:
     names = _chosen(options.ops or None, OPS, "op")
     others = _chosen(options.baselines, BASELINES, "baseline")
     if options.rounds is not None and options.rounds < 1:
@@ -83,6 +91,7 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"--json: {options.json.parent} is no folder")
     import torch
 
+    from .. import ops
     from ..bench import measure, report
     from ..bench.cases import cases
     from ..device import choose_device
@@ -104,31 +113,35 @@ def _run(options: argparse.Namespace) -> None:
     print(" | ".join(f"{key} {value}" for key, value in facts.items()), f"| {rounds} interleaved rounds")
     gemms = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items() if name != "copy")
     print(f"ceilings measured here: copy {rates['copy'] / 1e9:.3g} GB/s, products {gemms}")
-    records = []
+    for name in ("triton", "cuda") if device.type == "cuda" else ():
+        if (reason := ops.why_not(name, device.type)) is not None:
+            print(f"{name} is left out: {reason}")
+    records, broken = [], False
     for case in selected:
         contenders = _contenders(case, device, others)
         results = measure.measure(case, contenders, device, rounds)
         for contender, result in zip(contenders, results, strict=True):
             if result.failure is None:
-                result.memory = measure.measure_memory(case, contender, device)
+                with measure.failing_alone(result):
+                    result.memory = measure.measure_memory(case, contender, device)
+            broken = broken or result.broken
         dtypes = {c.name: str(c.dtype).removeprefix("torch.") for c in contenders}
         picked, _ = automatic(case.op, device.type, contenders[-1].dtype, case.work)
         table = report.rows(case, results, rates, dtypes, picked)
         print("\n".join([*report.lines(table), report.verdict(table)]), flush=True)
         records += table
         if options.json is not None:
-            text = json.dumps({"machine": facts, "ceilings": rates, "rounds": rounds, "rows": records}, indent=2)
-            options.json.write_text(text + "\n")
+            _write(options.json, {"machine": facts, "ceilings": rates, "rounds": rounds, "rows": records})
+    return 1 if broken else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     try:
-        _run(parser().parse_args(arguments))
+        return _run(parser().parse_args(arguments))
     except UserError as error:
         print(f"ssl-ib-bench: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

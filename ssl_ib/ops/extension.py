@@ -198,6 +198,8 @@ def _build(name: str, patterns: list[str], cxx_flags: list[str], nvcc_flags: lis
     try:
         with _locked(folder), _set(os.environ, "PATH", path), _set(vars(cpp_extension), "CUDA_HOME", home):
             _copy_changed(_sources_folder(), sources)
+            # Torch would number a name that this process has built from other sources, and so compile everything anew.
+            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)
             return cpp_extension.load(
                 name,
                 sorted(str(path) for pattern in patterns for path in sources.glob(pattern)),

@@ -7,12 +7,11 @@ named on the command line, or else a child that `test_interpreted.py` starts.
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from interpreter import not_compiled, rounding, variants  # noqa: F401
 
 #: The modules whose kernels run.
 MODULES = ("test_triton_gather.py", "test_triton_softmax.py")
@@ -29,27 +28,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if named.intersection(MODULES) and not ON_GPU:
         assert INTERPRETED or "triton" not in sys.modules, "triton was imported before its tests could choose"
         os.environ["TRITON_INTERPRET"] = "1"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def rounding() -> Iterator[None]:
-    """Lets the interpreter round float32 to bfloat16 to the nearest, as compiled kernels do: it truncates."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(numbers: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(numbers, source, target, mode)
-        return torch.from_numpy(np.array(numbers, np.float32)).bfloat16().view(torch.uint16).numpy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", rounded)
-        yield
 
 
 @pytest.fixture(params=MODULES)

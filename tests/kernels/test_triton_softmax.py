@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close
+from optional_tensors import ARGUMENTS, absences, check
+from parameters import spread
 
 pytest.importorskip("triton")
 
@@ -20,7 +22,18 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TEMPERATURE = 0.1
 
 #: Rows in one piece and in several, which for float32 begin at half the width; some do not begin on 16 bytes.
-WIDTHS = [(dtype, width) for dtype in DTYPES for width in (1, 7, 136, 300) if (dtype, width) != (torch.float32, 300)]
+WIDTHS = [
+    *((torch.float32, width) for width in (1, 7, 136)),
+    *((torch.bfloat16, width) for width in (136, 300)),
+    (torch.float16, 136),
+]
+
+KINDS = ["", "self", "self and group", "group"]
+
+KERNELS = {
+    **{name: getattr(lse_kernels, name) for name in ("lse", "lse_backward", "lse_backward_symmetric")},
+    **{name: getattr(posterior_kernels, name) for name in ("posterior", "posterior_backward")},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +56,13 @@ def unit(num, width, dtype, seed, device):
 
 
 def masks(kind, num_rows, num_cols, device):
-    """(self_index, row_group, col_group)"""
+    """(self_index, row_group, col_group); int32 numbers of columns where there are groups too."""
     generator = torch.Generator().manual_seed(7)
     itself = torch.randint(-1, num_cols, (num_rows,), generator=generator).to(device)
     groups = [
         torch.randint(0, 5, (n,), generator=generator, dtype=torch.int32).to(device) for n in (num_rows, num_cols)
     ]
+    itself = itself.int() if "group" in kind else itself
     return (
         itself if "self" in kind else None,
         *(groups if "group" in kind else (None, None)),
@@ -94,8 +108,7 @@ def check_lse(rows, cols, grad, *left_out, temperature=TEMPERATURE, **tolerance)
     assert_close("d_cols", kept[1], reference[3], truth[3], rows.dtype, **tolerance)
 
 
-@pytest.mark.parametrize("kind", ["", "self", "group", "self and group"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "dtype"), spread(KINDS, DTYPES))
 def test_lse(dtype, kind, device):
     rows, cols = unit(70, 24, dtype, 0, device), unit(135, 24, dtype, 1, device)
     check_lse(rows, cols, draw(70, seed=2, device=device), *masks(kind, 70, 135, device))
@@ -104,19 +117,19 @@ def test_lse(dtype, kind, device):
 @pytest.mark.parametrize(("dtype", "width"), WIDTHS)
 def test_lse_of_any_width(dtype, width, device):
     rows, cols = unit(9, width, dtype, 0, device), unit(67, width, dtype, 1, device)
-    check_lse(rows, cols, draw(9, seed=2, device=device), *masks("self", 9, 67, device))
+    check_lse(rows, cols, draw(9, seed=2, device=device), *masks("", 9, 67, device))
 
 
-def test_strides_and_index_types(device):
+def test_strides(device):
     rows = unit(24, 20, torch.float32, 0, device).T
     cols = unit(40, 48, torch.float32, 1, device)[:, ::2]
-    itself = torch.arange(20, dtype=torch.int32, device=device)
+    itself = torch.arange(20, device=device)
     check_lse(rows, cols, torch.ones(1, device=device).expand(20), itself, None, None)
 
 
 @pytest.mark.parametrize("far", [10**6, -7])
 def test_a_self_index_out_of_range_leaves_nothing_out(far, device):
-    rows, cols = unit(5, 8, torch.float32, 0, device), unit(6, 8, torch.float32, 1, device)
+    rows, cols = unit(5, 24, torch.float32, 0, device), unit(6, 24, torch.float32, 1, device)
     itself = torch.full((5,), far, device=device)
     answer, _ = lse_kernels.lse(rows, cols, TEMPERATURE, itself, None, None, False)
     assert torch.equal(answer, lse_kernels.lse(rows, cols, TEMPERATURE, None, None, None, False)[0])
@@ -126,14 +139,14 @@ def test_a_self_index_out_of_range_leaves_nothing_out(far, device):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_logits(dtype, sign, device):
     """Columns close to (or opposite to) the rows at a low temperature: nothing overflows, padding does not show."""
-    rows = F.normalize(1 + 0.1 * draw(5, 16, device=device), dim=1).to(dtype)
-    cols = (sign * F.normalize(1 + 0.1 * draw(67, 16, seed=1, device=device), dim=1)).to(dtype)
+    rows = F.normalize(1 + 0.1 * draw(5, 24, device=device), dim=1).to(dtype)
+    cols = (sign * F.normalize(1 + 0.1 * draw(67, 24, seed=1, device=device), dim=1)).to(dtype)
     grad = draw(5, seed=2, device=device)
     check_lse(rows, cols, grad, None, None, None, temperature=1e-3, logits=1e3, scale=1e3)
 
 
 def test_rows_with_nothing_left_give_exactly_zero(device):
-    rows, cols = unit(3, 8, torch.float32, 0, device), unit(70, 8, torch.float32, 1, device)
+    rows, cols = unit(3, 24, torch.float32, 0, device), unit(70, 24, torch.float32, 1, device)
     row_group = torch.tensor([4, 5, 5], dtype=torch.int32, device=device)
     col_group = torch.full((70,), 5, dtype=torch.int32, device=device)
     grad = torch.tensor([1.0, torch.nan, torch.inf], device=device)
@@ -176,15 +189,16 @@ def square(dtype, kind, width, device, scale=1.0):
     return z, grad, itself, group, gradient(torch.float64), gradient(torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["", "self", "group", "self and group"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "dtype"), spread(KINDS, DTYPES))
 def test_symmetric_gradient(dtype, kind, device):
     z, grad, itself, group, truth, reference = square(dtype, kind, 20, device)
     lse, _ = lse_kernels.lse(z, z, TEMPERATURE, itself, group, group, False)
     backward = lse_kernels.lse_backward_symmetric
     sides = (grad, lse, grad, lse, TEMPERATURE, itself, itself, group, group)
     assert_close("whole", backward(z, z, *sides, 0), reference, truth, dtype)
-    for first, last in ((0, 10), (10, 75)):
+    # Vectors that do not begin on 16 bytes are a compilation of their own.
+    middle = 10 if kind == "self" else 16
+    for first, last in ((0, middle), (middle, 75)):
         mine = [None if x is None else x[first:last] for x in (grad, lse, itself, group)]
         strip = backward(
             z[first:last], z, mine[0], mine[1], grad, lse, TEMPERATURE, mine[2], itself, mine[3], group, first
@@ -201,16 +215,16 @@ def test_symmetric_gradient_of_wide_rows(device):
 
 def test_small_gradients_survive_float16(device):
     """Weights of 1e-5 / M are far below the least number of float16."""
-    z, grad, itself, group, truth, reference = square(torch.float16, "self", 16, device, scale=1e-5)
+    z, grad, itself, group, truth, reference = square(torch.float16, "", 24, device, scale=1e-5)
     lse, mean = lse_kernels.lse(z, z, TEMPERATURE, itself, group, group, True)
     sides = (grad, lse, grad, lse, TEMPERATURE, itself, itself, group, group)
     assert_close("symmetric", lse_kernels.lse_backward_symmetric(z, z, *sides, 0), reference, truth, torch.float16)
-    rows, cols = unit(70, 16, torch.float16, 0, device), unit(200, 16, torch.float16, 1, device)
+    rows, cols = unit(70, 24, torch.float16, 0, device), unit(200, 24, torch.float16, 1, device)
     check_lse(rows, cols, 1e-5 * draw(70, seed=2, device=device), None, None, None)
-    tiny = {name: 1e-5 * x for name, x in gradients_of_posterior(70, 130, 16, device).items()}
-    check_posterior_backward(torch.float16, 70, 130, 16, device, tiny)
+    tiny = {name: 1e-5 * x for name, x in gradients_of_posterior(70, 130, 24, device).items()}
+    check_posterior_backward(torch.float16, 70, 130, 24, device, tiny)
     tiny |= {"v": tiny["a"], "u": 1e5 * tiny["u"]}
-    check_posterior_backward(torch.float16, 70, 130, 16, device, tiny)
+    check_posterior_backward(torch.float16, 70, 130, 24, device, tiny)
 
 
 @pytest.mark.parametrize(("dtype", "width"), WIDTHS)
@@ -281,8 +295,10 @@ def check_posterior_backward(dtype, num_rows, num_prototypes, width, device, ter
     assert torch.equal(alone[1][1], answer[1]) and alone[1][0].numel() == 0
 
 
-@pytest.mark.parametrize("terms", ["rhaveuw", "ra", "av", "v", "rh", "reu", "rw", "rhv", "w"])
-@pytest.mark.parametrize("dtype", DTYPES)
+TERMS = ["rhaveuw", "ra", "v", "av", "rhv", "reu", "w"]
+
+
+@pytest.mark.parametrize(("terms", "dtype"), spread(TERMS, DTYPES, when_slow=["rh", "rw"]))
 def test_posterior_backward(dtype, terms, device):
     given = gradients_of_posterior(70, 135, 20, device)
     check_posterior_backward(dtype, 70, 135, 20, device, {name: given[name] for name in terms})
@@ -297,8 +313,8 @@ def test_posterior_backward_of_any_width(dtype, width, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_value_that_is_also_the_direction(dtype, device):
     """v is a, as where the mean's gradient goes through the posterior too: read once, the same answer."""
-    given = gradients_of_posterior(20, 70, 16, device)
-    check_posterior_backward(dtype, 20, 70, 16, device, given | {"v": given["a"]})
+    given = gradients_of_posterior(20, 70, 24, device)
+    check_posterior_backward(dtype, 20, 70, 24, device, given | {"v": given["a"]})
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
@@ -310,11 +326,11 @@ def test_any_split_gives_the_same_answers(parts, device, monkeypatch):
         return used[-1]
 
     monkeypatch.setattr(tiling, "split", split)
-    rows, cols = unit(20, 16, torch.float32, 0, device), unit(300, 16, torch.float32, 1, device)
-    check_lse(rows, cols, draw(20, seed=2, device=device), *masks("self and group", 20, 300, device))
-    given = gradients_of_posterior(150, 200, 16, device)
-    check_posterior_backward(torch.bfloat16, 150, 200, 16, device, given)
-    t, c = unit(150, 16, torch.float32, 0, device), unit(200, 16, torch.float32, 1, device)
+    rows, cols = unit(20, 24, torch.float32, 0, device), unit(300, 24, torch.float32, 1, device)
+    check_lse(rows, cols, draw(20, seed=2, device=device), *masks("group", 20, 300, device))
+    given = gradients_of_posterior(150, 200, 24, device)
+    check_posterior_backward(torch.bfloat16, 150, 200, 24, device, given)
+    t, c = unit(150, 24, torch.float32, 0, device), unit(200, 24, torch.float32, 1, device)
     prior = draw(200, seed=2, device=device)
     answer = posterior_kernels.posterior(t, c, TEMPERATURE, prior, True)
     p = (t.double() @ c.double().T / TEMPERATURE).softmax(dim=1)
@@ -345,3 +361,20 @@ def test_the_walk_is_split_where_rows_alone_leave_multiprocessors_idle(device):
         busy = math.prod(walk.programs)
         assert busy >= 96 or walk.parts == blocks, (num_rows, num_cols, walk)
     assert tiling.grid(32768, 32768, 256, sizes, torch.device("cpu")).parts == 1
+
+
+every_kernel = pytest.mark.parametrize("name", [name for name in ARGUMENTS if name in KERNELS])
+
+
+@every_kernel
+def test_absent_tensors_are_neutral_ones(device, name):
+    """With everything given, and without all that may be absent."""
+    every = absences(KERNELS[name])
+    for absent in every if len(every) == 1 else (every[0], every[-1]):
+        check(KERNELS[name], name, absent, device, torch.float32)
+
+
+@every_kernel
+def test_an_absent_tensor_is_a_neutral_one(device, name, not_compiled):
+    for absent in absences(KERNELS[name])[1:-1]:
+        check(KERNELS[name], name, absent, device, torch.float32)

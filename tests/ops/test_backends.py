@@ -1,7 +1,10 @@
 """Every backend that this machine can run against the float64 truth: answers and all gradients, whatever the shape.
 
-On a machine without a GPU that is "chunked" on the CPU; with one, all of them there too.
+On a machine without a GPU that is "chunked" on the CPU, and "triton" where its interpreter is on; with one, all of them
+there too.
 """
+
+import os
 
 import pytest
 import torch
@@ -12,9 +15,16 @@ from ssl_ib import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RUNS = [("cpu", "chunked", dtype) for dtype in (torch.float64, *DTYPES)]
-if torch.cuda.is_available():
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if torch.cuda.is_available() and not INTERPRETED:
     RUNS += [("cuda", "chunked", torch.float64)]
-    RUNS += [("cuda", name, dtype) for name in ("chunked", "triton", "cuda") for dtype in DTYPES]
+    RUNS += [("cuda", name, dtype) for name in ("chunked", "cuda") for dtype in DTYPES]
+if torch.cuda.is_available() or INTERPRETED:
+    # Each dtype is compiled anew, and the kernels' own tests have all of them. Here it is how the ops use kernels.
+    RUNS += [
+        pytest.param("cpu" if INTERPRETED else "cuda", "triton", dtype, marks=() if exact else pytest.mark.slow)
+        for dtype, exact in zip(DTYPES, (True, False, False), strict=True)
+    ]
 every_run = pytest.mark.parametrize(("device", "name", "dtype"), RUNS, ids=lambda x: str(x).removeprefix("torch."))
 
 
@@ -27,12 +37,12 @@ def _deterministic_and_filled(monkeypatch):
 
 
 @pytest.fixture
-def pieces(monkeypatch):
-    """Pieces small enough that these shapes need several."""
+def pieces(monkeypatch, name):
+    """Pieces small enough that these shapes need several; whole tiles of 16 prototypes where kernels run."""
     from ssl_ib.ops.chunked import gather
 
-    monkeypatch.setattr(gather, "CPU_PIECE", 64)
-    monkeypatch.setattr(gather, "GPU_PIECE", 64)
+    for piece in ("CPU_PIECE", "GPU_PIECE"):
+        monkeypatch.setattr(gather, piece, 64 if name == "chunked" else 16 * 4 * 20)
 
 
 def compare(op, leaves, device, name, dtype, expected, logits=0.0):
@@ -79,24 +89,26 @@ KEEPS = {
     "all": distinct(3, 7, 7),
     "none": distinct(3, 7, 0),
     "repeats": torch.tensor([[1, 1, 5, 1], [0, 6, 6, 0], [2, 3, 4, 5]]),
-    "int32": distinct(3, 7, 3).int(),
 }
-every_keep = pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+INT32 = distinct(3, 7, 3).int()
+
+
+def every_keep(names: str, cases: list):
+    """All cases with all indices; int32 ones, for which a GPU compiles the kernels anew, with the last case alone."""
+    pairs = [(name, keep, case) for name, keep in KEEPS.items() for case in cases] + [("int32", INT32, cases[-1])]
+    params = [pytest.param(keep, *case, id="-".join(map(str, (name, *case)))) for name, keep, case in pairs]
+    return pytest.mark.parametrize(f"keep, {names}", params)
 
 
 @every_run
-@every_keep
-@pytest.mark.parametrize("width", [1, 5, 16])
+@every_keep("width", [(1,), (24,)])
 def test_token_gather(device, name, dtype, keep, width, pieces):
     expected = {"token_gather", "token_gather_backward"}
     compare(lambda x: ops.token_gather(x, keep.to(device)), [draw(3, 7, width)], device, name, dtype, expected)
 
 
 @every_run
-@every_keep
-@pytest.mark.parametrize(
-    ("num_prefix", "with_pos", "width"), [(0, False, 5), (2, True, 5), (1, True, 16), (1, False, 1)]
-)
+@every_keep("num_prefix, with_pos, width", [(0, False, 24), (2, True, 5), (1, True, 24)])
 def test_token_scatter(device, name, dtype, keep, num_prefix, with_pos, width, pieces):
     leaves = [draw(3, num_prefix + keep.shape[1], width), draw(width, seed=1)]
     leaves += [draw(num_prefix + 7, width, seed=2)] if with_pos else []
@@ -108,10 +120,10 @@ def test_token_scatter(device, name, dtype, keep, num_prefix, with_pos, width, p
 
 
 @every_run
-@every_keep
-@pytest.mark.parametrize(("channels", "side", "grid", "width"), [(3, 2, (7, 1), 5), (1, 4, (1, 7), 16)])
-@pytest.mark.parametrize("num_prefix", [0, 2])
-@pytest.mark.parametrize("with_bias", [True, False])
+@every_keep(
+    "channels, side, grid, width, num_prefix, with_bias",
+    [(3, 2, (7, 1), 5, 0, False), (1, 4, (1, 7), 16, 2, True)],
+)
 def test_patch_embed_gather(device, name, dtype, keep, channels, side, grid, width, num_prefix, with_bias, pieces):
     leaves = [draw(3, channels, grid[0] * side, grid[1] * side), draw(width, channels, side, side, seed=1)]
     leaves += [draw(7, width, seed=2)]
@@ -127,10 +139,9 @@ def test_patch_embed_gather(device, name, dtype, keep, channels, side, grid, wid
 
 
 @every_run
-@pytest.mark.parametrize("norm_pix", [False, True])
 @pytest.mark.parametrize("num_masks", [1, 3])
 @pytest.mark.parametrize("hidden", ["some", "all", "none"])
-@pytest.mark.parametrize(("channels", "side"), [(3, 2), (1, 4)])
+@pytest.mark.parametrize(("channels", "side", "norm_pix"), [(3, 2, True), (1, 4, False)])
 def test_masked_patch_mse(device, name, dtype, norm_pix, num_masks, hidden, channels, side, pieces):
     images = draw(2, channels, 2 * side, 3 * side).to(device=device, dtype=dtype)
     pred = draw(2 * num_masks, 6, channels * side * side, seed=1)
@@ -172,7 +183,7 @@ def test_info_nce_parts(device, name, dtype, case, temperature, drop_group, piec
     col_labels = None if m is None else integers(10**12, 5, seed=3)[torch.arange(m) % 5].to(device)
     self_index = case["self_index"].to(device) if "self_index" in case else None
     leaves = (
-        [unit(n, 6)] + ([] if m is None else [unit(m, 6, seed=1)]) + ([unit(n, 6, seed=2)] if "own" in case else [])
+        [unit(n, 20)] + ([] if m is None else [unit(m, 20, seed=1)]) + ([unit(n, 20, seed=2)] if "own" in case else [])
     )
 
     def op(rows, *rest):
@@ -191,14 +202,14 @@ def test_info_nce_of_rows_without_positives(device, name, dtype):
     def op(rows):
         return ops.info_nce(rows, None, labels, None, 0.2, torch.arange(7, device=device))
 
-    compare(op, [unit(7, 5)], device, name, dtype, SYMMETRIC, 5.0)
+    compare(op, [unit(7, 20)], device, name, dtype, SYMMETRIC, 5.0)
     with ops.use_backend(name):
-        assert torch.equal(op(unit(7, 5).to(device=device, dtype=dtype))[2:4], torch.zeros(2, device=device))
+        assert torch.equal(op(unit(7, 20).to(device=device, dtype=dtype))[2:4], torch.zeros(2, device=device))
 
 
 @every_run
 @pytest.mark.parametrize("length", [1.0, 30.0])
-@pytest.mark.parametrize(("n", "k", "d"), [(9, 23, 6), (1, 1, 1), (0, 4, 3), (5, 40, 17)])
+@pytest.mark.parametrize(("n", "k", "d"), [(9, 23, 20), (1, 1, 1), (0, 4, 3), (5, 40, 17)])
 def test_gmm_lse(device, name, dtype, n, k, d, length, pieces):
     leaves = [length * unit(n, d), unit(k, d, seed=1)]
     compare(lambda x, c: ops.gmm_lse(x, c, 0.1), leaves, device, name, dtype, ONE_WAY, 10 * length)
@@ -206,7 +217,7 @@ def test_gmm_lse(device, name, dtype, n, k, d, length, pieces):
 
 @every_run
 @pytest.mark.parametrize("tau", [0.04, 0.5, 0.005])
-@pytest.mark.parametrize(("n", "k", "d"), [(9, 23, 6), (1, 1, 1), (0, 4, 3), (5, 40, 17)])
+@pytest.mark.parametrize(("n", "k", "d"), [(9, 23, 20), (1, 1, 17), (0, 4, 3), (5, 40, 20)])
 @pytest.mark.parametrize(
     ("with_prior", "detach_p", "marginal"), [(False, False, True), (True, True, True), (True, False, False)]
 )
@@ -227,13 +238,13 @@ def test_gmm_posterior_whose_mean_alone_is_used(device, name, dtype, pieces):
     def op(c):
         return ops.gmm_posterior(teacher.to(c.dtype), c, 0.1, detach_p=True, marginal=False)[0]
 
-    teacher = unit(9, 6).to(device=device, dtype=dtype)
-    compare(op, [unit(23, 6, seed=1)], device, name, dtype, {"posterior", "posterior_backward"}, 10.0)
+    teacher = unit(9, 20).to(device=device, dtype=dtype)
+    compare(op, [unit(23, 20, seed=1)], device, name, dtype, {"posterior", "posterior_backward"}, 10.0)
 
 
 @every_run
 @pytest.mark.parametrize(
-    ("s", "t", "k", "d"), [(9, 5, 23, 6), (1, 1, 1, 1), (3, 0, 4, 3), (0, 3, 4, 3), (5, 7, 40, 17)]
+    ("s", "t", "k", "d"), [(9, 5, 23, 20), (1, 1, 1, 17), (3, 0, 4, 17), (0, 3, 4, 17), (5, 7, 40, 20)]
 )
 @pytest.mark.parametrize(
     ("with_prior", "detach_p", "marginal"), [(False, False, True), (True, True, True), (True, False, False)]
@@ -251,7 +262,7 @@ def test_gmm_crops(device, name, dtype, s, t, k, d, with_prior, detach_p, margin
 @every_run
 @pytest.mark.parametrize("used", ["lse", "posterior", "constant teacher", "constant prototypes"])
 def test_gmm_crops_of_which_a_part_is_used(device, name, dtype, used, pieces):
-    fixed = [unit(n, 6, seed=seed).to(device=device, dtype=dtype) for seed, n in enumerate((9, 5, 23))]
+    fixed = [unit(n, 20, seed=seed).to(device=device, dtype=dtype) for seed, n in enumerate((9, 5, 23))]
     moving = {"constant teacher": (0, 2), "constant prototypes": (0, 1)}.get(used, (0, 1, 2))
 
     def op(*leaves):
@@ -263,7 +274,7 @@ def test_gmm_crops_of_which_a_part_is_used(device, name, dtype, used, pieces):
 
     parts = {"lse": {"lse_backward"}, "posterior": {"posterior_backward"}}
     expected = {"lse", "posterior"} | parts.get(used, {"lse_backward", "posterior_backward"})
-    compare(op, [unit(len(fixed[i]), 6, seed=i) for i in moving], device, name, dtype, expected, 25.0)
+    compare(op, [unit(len(fixed[i]), 20, seed=i) for i in moving], device, name, dtype, expected, 25.0)
 
 
 def test_gmm_crops_makes_one_gradient_to_the_prototypes(monkeypatch):
@@ -290,9 +301,14 @@ def test_gmm_crops_makes_one_gradient_to_the_prototypes(monkeypatch):
 @every_run
 @pytest.mark.parametrize("detach_p", [False, True])
 def test_gmm_assign(device, name, dtype, detach_p, pieces):
-    leaves = [unit(9, 6), unit(9, 6, seed=1), unit(23, 6, seed=2)]
+    leaves = [unit(9, 20), unit(9, 20, seed=1), unit(23, 20, seed=2)]
     expected = {"posterior", "posterior_backward", *ONE_WAY}
     compare(lambda s, t, c: ops.gmm_assign(s, t, c, 0.1, 0.04, detach_p), leaves, device, name, dtype, expected, 25.0)
+
+    def cross_entropy_alone(s, t, c):
+        return ops.gmm_assign(s, t, c, 0.1, 0.04, detach_p)[0]
+
+    compare(cross_entropy_alone, leaves, device, name, dtype, expected, 25.0)
 
 
 @every_run
@@ -301,17 +317,17 @@ def test_inputs_need_not_be_contiguous(device, name, dtype):
         return x.transpose(0, 1).contiguous().transpose(0, 1)
 
     keep = KEEPS["some"].to(device).T.contiguous().T
-    mask = KEEPS["some"].to(device).T.contiguous().T > 3
+    mask = (draw(6, 3) > 0).to(device).T
     arguments = [
-        (lambda x: ops.token_gather(twisted(x), keep), [draw(3, 7, 4)]),
-        (lambda x, m: ops.token_scatter(twisted(x), keep, m, 7), [draw(3, 4, 5), draw(5)]),
+        (lambda x: ops.token_gather(twisted(x), keep), [draw(3, 7, 24)]),
+        (lambda x, m: ops.token_scatter(twisted(x), keep, m, 7), [draw(3, 4, 24), draw(24)]),
         (
             lambda i, w, p: ops.patch_embed_gather(twisted(i), keep, twisted(w), None, twisted(p)),
-            [draw(3, 2, 14, 2), draw(5, 2, 2, 2), draw(7, 5)],
+            [draw(3, 3, 14, 2), draw(5, 3, 2, 2), draw(7, 5)],
         ),
-        (lambda p: ops.masked_patch_mse(twisted(p), twisted(draw(3, 1, 4, 4)).to(p), mask), [draw(3, 4, 4)]),
-        (lambda x: ops.info_nce(twisted(x), None, torch.arange(6, device=device) // 2, None, 0.2), [draw(6, 5)]),
-        (lambda x, c: ops.gmm_posterior(twisted(x), twisted(c), 0.5), [draw(6, 5), draw(9, 5)]),
+        (lambda p: ops.masked_patch_mse(twisted(p), twisted(draw(3, 1, 8, 12)).to(p), mask), [draw(3, 6, 16)]),
+        (lambda x: ops.info_nce(twisted(x), None, torch.arange(6, device=device) // 2, None, 0.2), [unit(6, 20)]),
+        (lambda x, c: ops.gmm_posterior(twisted(x), twisted(c), 0.5), [unit(6, 20), unit(9, 20)]),
     ]
     for op, leaves in arguments:
         with ops.record() as ran, ops.use_backend(name):
@@ -323,11 +339,11 @@ def test_inputs_need_not_be_contiguous(device, name, dtype):
 
 @every_run
 def test_twice_is_bit_equal(device, name, dtype):
-    rows, labels = unit(64, 16).to(device=device, dtype=dtype), torch.arange(64, device=device) // 2
-    c, keep = unit(33, 16, seed=1).to(rows), distinct(8, 6, 3).to(device)
+    rows, labels = unit(64, 24).to(device=device, dtype=dtype), torch.arange(64, device=device) // 2
+    c, keep = unit(33, 24, seed=1).to(rows), distinct(8, 6, 3).to(device)
 
     def everything(rows, c):
-        full = ops.token_scatter(rows.view(8, 8, 16)[:, :3], keep, c[0], 6, c[:6])
+        full = ops.token_scatter(rows.view(8, 8, 24)[:, :3], keep, c[0], 6, c[:6])
         loss = ops.info_nce(rows, None, labels, None, 0.1, torch.arange(64, device=device)).sum()
         return loss + sum(x.sum() for x in ops.gmm_posterior(rows, c, 0.1)) + full.float().square().sum()
 

@@ -26,7 +26,8 @@ LN2 = math.log(2)
 class _Logits:
     """Logits in base 2, a tile at a time, each overwriting the last; what is left out is -inf.
 
-    self_index [N]: the column a row leaves out; row_group [N], col_group [M]: pairs of equal groups are left out.
+    self_index [N]: the column a row leaves out; row_group [N], col_group [M]: pairs of equal groups are left out, and
+    none without both.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class _Logits:
         tile = torch.mm(x, c.T, out=self.buffer[: len(x) * len(c)].view(len(x), len(c)))
         if self.self_index is not None:
             fill_at(tile, self.self_index[rows] - cols.start, -torch.inf)
-        if self.row_group is not None:
+        if self.row_group is not None and self.col_group is not None:
             tile.masked_fill_(self.row_group[rows, None] == self.col_group[cols], -torch.inf)
         return tile
 
@@ -255,12 +256,14 @@ def posterior_backward(
     dtype = logits.rows.dtype
     lse2 = _divisor(lse, dtype)
     r, h, a, v, e, u, w = (None if x is None else x.to(dtype) for x in (r, h, a, v, e, u, w))
+    through_prior = e is not None and u is not None
+    logits_matter = through_prior or any(x is not None for x in (r, h, a, w))
     d_t = torch.zeros_like(logits.rows) if want_t else logits.rows.new_empty(0)
     d_c = torch.zeros_like(logits.cols) if want_c else logits.rows.new_empty(0)
     buffer = torch.empty_like(logits.buffer)
     for rows, cols, tile in logits.tiles():
         slope = buffer[: tile.numel()].view_as(tile)
-        if r is not None:
+        if logits_matter:
             # What multiplies p in the gradient of the logits.
             if a is None:
                 slope.zero_()
@@ -268,15 +271,16 @@ def posterior_backward(
                 torch.mm(a[rows], logits.cols[cols].T, out=slope)
             if h is not None:
                 slope.addcmul_(tile, h[rows, None], value=LN2)
-            if e is not None:
+            if through_prior:
                 slope.addcmul_(e[rows, None], u[cols])
             if w is not None:
                 slope += w[cols]
-            slope -= r[rows, None]
+            if r is not None:
+                slope -= r[rows, None]
         p = tile.sub_(lse2[rows, None]).exp2_()
         if want_c and v is not None:
             d_c[cols].addmm_(p.T, v[rows], alpha=1 / LN2)
-        if r is not None:
+        if logits_matter:
             slope *= p
             if want_t:
                 d_t[rows].addmm_(slope, logits.cols[cols])

@@ -1,0 +1,25 @@
+"""csrc's bindings, emulated, without the tensors that they may do without: each one of them, and all at once."""
+
+import pytest
+import torch
+from optional_tensors import ARGUMENTS, absences, check, optional_tensors
+
+from ssl_ib.ops import chunked
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_every_binding_is_called_here(csrc):
+    """And it takes the same arguments as plain torch, with the same ones among them optional."""
+    bindings = {name for name, value in vars(csrc).items() if "torch.Tensor" in (getattr(value, "__doc__", "") or "")}
+    assert bindings == set(ARGUMENTS)
+    for name in bindings:
+        assert optional_tensors(getattr(csrc, name)) == optional_tensors(getattr(chunked, name)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_absent_tensor_is_a_neutral_one(csrc, name, dtype):
+    function = getattr(csrc, name)
+    for absent in absences(function):
+        check(function, name, absent, "cpu", dtype)
