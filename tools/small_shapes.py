@@ -99,7 +99,7 @@ def main() -> int:
                 try:
                     pairs = list(zip(answer(*problem, backend), expected[name], strict=True))
                 except Exception as error:
-                    traceback.print_exc()
+                    traceback.print_exc(limit=-4)
                     off, allowed = f"failed: {error}", None
                 else:
                     # A gradient that is nothing but zeros has to be one here too.
