@@ -1,12 +1,41 @@
-"""Shared set-up of the tests: few threads, and the folder of real images where there is one."""
+"""Shared set-up of the tests: few threads, workers where pytest-xdist is installed, and the folder of real images."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite takes a worker a core, unless the command line says otherwise or pytest-xdist is not there."""
+    options = config.option
+    if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:  # A worker comes here too.
+        return
+    if options.numprocesses is None and not options.file_or_dir:
+        options.numprocesses, options.dist = "logical", "worksteal"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The folder of the runs that tests only read (harness.py), one for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    folder.mkdir(exist_ok=True)
+    os.environ["SSL_IB_FINISHED_RUNS"] = str(folder)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests run in the background of a shell script, which has it ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture(scope="session")

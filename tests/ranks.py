@@ -1,12 +1,23 @@
-"""How the tests run one function in several processes. Each of them imports this file, so it imports little."""
+"""How the tests run one function in several processes.
 
+The processes are forked from one server, which has imported what nearly all of them need: importing takes each of them
+several seconds otherwise. It starts with the first of them, and ends with the tests.
+"""
+
+import multiprocessing
 import os
 import socket
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from ssl_ib import distributed
+
+#: What the server imports. It starts no thread, so that it can be forked.
+PRELOADED = ["torch", "torch.distributed", "timm", "ssl_ib.trainer", "ssl_ib.criterions", "ssl_ib.models", "pytest"]
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 
 def join(rank: int, ranks: int, port: int) -> None:
@@ -21,5 +32,8 @@ def answers_of(work, ranks: int, folder: Path) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        # The server has the path of a plain Python process, and not pytest's.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        torch.multiprocessing.start_processes(work, (port, str(folder)), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]

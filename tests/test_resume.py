@@ -78,7 +78,7 @@ def test_terminated_process(processes):
 
 
 @pytest.mark.parametrize("by, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals(tmp_path, capsys, by, code):
+def test_signals(tmp_path, capsys, ctrl_c, by, code):
     out = tmp_path / "run"
     assert stopped(out, 7, by=by) == code
     assert f"stopped by {by.name} at step 7" in capsys.readouterr().err
@@ -94,7 +94,14 @@ def test_signals(tmp_path, capsys, by, code):
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path, capsys, monkeypatch):
+def test_ctrl_c_stays_ignored(tmp_path, ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert stopped(tmp_path / "run", 3, by=signal.SIGINT) == 0
+    assert checkpoint(tmp_path / "run")["step"] == 2 * STEPS
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, capsys, ctrl_c, monkeypatch):
     parts().SIGNALS[3] = signal.SIGINT
     instance = trainer(*RECORDED, out=tmp_path / "run")
     # The second one comes while the first is being answered.

@@ -25,7 +25,7 @@ Pool = Literal["cls", "mean"]
 class Encoder(nn.Module):
     """A timm backbone without its classifier.
 
-    name, arguments: as for `timm.create_model`, and `stem: cifar` for a ResNet of small images (ssl_ib/backbone.py);
+    name, arguments: as for `timm.create_model`, and `stem: cifar` for a ResNet of small images (record/backbone.py);
                      the image size is set from `shape` where the model takes one.
     shape:           [C, H, W] of a view.
     pool:            what stands for the image in a vision transformer: the class token or the mean of the patches.

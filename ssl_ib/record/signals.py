@@ -18,14 +18,17 @@ class Stopped(Exception):
 class StopRequest:
     """While entered, SIGTERM and Ctrl-C only set `signum` (0 until then); a second Ctrl-C interrupts at once.
 
-    A second SIGTERM does not: batch systems send it to every process, and torchrun sends it on to them again.
+    A second SIGTERM does not: batch systems send it to every process, and torchrun sends it on to them again. A process
+    that was started with Ctrl-C ignored, as a script's background jobs are, goes on ignoring it.
     """
 
     def __init__(self):
         self.signum = 0
 
     def __enter__(self) -> StopRequest:
-        self._former = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        heeded = [signal.SIGTERM]
+        heeded += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
+        self._former = {s: signal.signal(s, self._ask) for s in heeded}
         return self
 
     def __exit__(self, *exception: object) -> None:

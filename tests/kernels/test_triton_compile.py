@@ -72,11 +72,11 @@ def test_every_variant_stands_in_the_table_without_spills(table, tasks):
 
 
 def test_some_variants_of_every_module_compile_as_the_table_says(table, tasks):
-    """The first and the last variant of a module, each for one architecture in turn."""
+    """One variant of a module: the first and the last in turn, for each architecture in turn."""
     chosen = []
     for i, module in enumerate(table.MODULES):
         mine = [task for task in tasks if task[0] == module and task[2] == table.CAPABILITIES[i % 3]]
-        chosen += [mine[0], mine[-1]]
+        chosen.append(mine[-(i % 2)])
     check(table, chosen)
 
 

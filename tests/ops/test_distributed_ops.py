@@ -1,11 +1,11 @@
 """The ops over several processes: answers and gradients of one process with all rows, however they are shared."""
 
-import os
-import socket
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import answers_of, join
 
 from ssl_ib import UserError, distributed, ops
 from ssl_ib.ops import distributed as several
@@ -65,10 +65,8 @@ def solve(shares: tuple[int, ...], rank: int | None, backend: str) -> dict[str, 
     return answers
 
 
-def work(rank: int, world: int, port: int, path: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    distributed.initialise("cpu")
+def work(rank: int, port: int, path: str, world: int) -> None:
+    join(rank, world, port)
     answers = {(s, b): solve(s, rank, b) for s in SHARES[world] for b in ("reference", "chunked")}
     torch.save(answers, f"{path}/{rank}.pt")
     distributed.shutdown()
@@ -76,12 +74,7 @@ def work(rank: int, world: int, port: int, path: str) -> None:
 
 @pytest.fixture(scope="module", params=SHARES)
 def ranks(request, tmp_path_factory) -> list[dict]:
-    path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (request.param, port, str(path)), nprocs=request.param)
-    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return answers_of(partial(work, world=request.param), request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

@@ -1,9 +1,11 @@
 """The grid: how values are cut, named and ordered, and that every mistake is found before anything runs."""
 
+from functools import partial
+
 import pytest
 from harness import PARTS, TINY
 
-from ssl_ib.cli.sweep import _configure
+from ssl_ib.config.config import configure as resolved
 from ssl_ib.errors import ConfigError
 from ssl_ib.sweep import points
 
@@ -80,7 +82,7 @@ def grid(vary=(), cases=(), overrides=(), seeds=None, configure=None, recipe=TIN
     problems = []
     axes = points.parse_axes(vary, cases, overrides, problems)
     assert problems == []
-    return points.grid(recipe, overrides, axes, seeds, configure or _configure([PARTS]))
+    return points.grid(recipe, overrides, axes, seeds, configure or partial(resolved, plugins=[PARTS]))
 
 
 def test_seeds_are_outermost_and_the_last_axis_is_fastest():

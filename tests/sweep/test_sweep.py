@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from harness import PARTS, ROOT, TINY, assert_same_run, finished, losses, rows
+from harness import PARTS, ROOT, STEPS, TINY, assert_same_run, finished, losses, rows
 
 from ssl_ib.cli.sweep import main
 from ssl_ib.errors import UserError
@@ -226,7 +226,7 @@ def test_a_signal_reaches_the_runs(tmp_path, capsys, started, jobs):
     assert [r["status"] for r in records(out)] == ["done"] * 3
 
 
-def test_a_second_interrupt_ends_the_runs_at_once(tmp_path, capsys, started):
+def test_a_second_interrupt_ends_the_runs_at_once(tmp_path, capsys, ctrl_c, started):
     started.behaviour |= {0.001: "stubborn"}
     out = tmp_path / "sweep"
     assert sweep(out, "--vary", LR) == 130
@@ -342,7 +342,7 @@ def test_a_run_that_is_stopped_half_way_is_continued(tmp_path, monkeypatch, caps
     arguments += ("--metric", "knn/top1", "loss/queue", "step")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("SSL_IB_TEST_PAUSE", "0.1")
+    monkeypatch.setenv("SSL_IB_TEST_PAUSE", "0.2")
 
     def stop_half_way():
         for _ in range(3000):
@@ -355,7 +355,7 @@ def test_a_run_that_is_stopped_half_way_is_continued(tmp_path, monkeypatch, caps
     thread.start()
     assert sweep(out, *arguments) == 128 + signal.SIGTERM
     thread.join()
-    assert 5 <= losses(run)[-1][0] < 44 and not (run / "results.json").exists()
+    assert 5 <= losses(run)[-1][0] < 2 * STEPS and not (run / "results.json").exists()
     assert "stopped by SIGTERM at step" in run.with_name("seed_0.log").read_text()
     assert "optim.lr_0.001 seed 0: stopped" in capsys.readouterr().out
     monkeypatch.setenv("SSL_IB_TEST_PAUSE", "0")
@@ -364,13 +364,13 @@ def test_a_run_that_is_stopped_half_way_is_continued(tmp_path, monkeypatch, caps
     knn = rows(run)[-1]["knn/top1"]
     (record,) = records(out)
     assert float(record["knn/top1"]) == knn and float(record["loss/queue"]) == rows(run)[-2]["loss/queue"]
-    assert table(out)[1] == ["0.001", f"{knn:.4f}", f"{rows(run)[-2]['loss/queue']:.3f}", "44.00", "1"]
+    assert table(out)[1] == ["0.001", f"{knn:.4f}", f"{rows(run)[-2]['loss/queue']:.3f}", f"{2 * STEPS}.00", "1"]
 
 
 def test_results_json(tmp_path):
     out = finished()
     found = json.loads((out / "results.json").read_text())
     assert list(found) == ["untrained", "raw_pixels", "trained", "seconds", "step"]
-    assert found["trained"]["linear/top1"] == rows(out)[-1]["linear/top1"] and found["step"] == 44
+    assert found["trained"]["linear/top1"] == rows(out)[-1]["linear/top1"] and found["step"] == 2 * STEPS
     assert found["untrained"]["knn/top1"] == rows(out)[0]["knn/top1"] and 0 < found["seconds"] < 600
     assert not list(out.glob("*.tmp"))
