@@ -58,8 +58,10 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERE
 unset TRITON_INTERPRET SSL_IB_OPS
 failed=0
 
-within() { # seconds, command...: interrupts the command after that time, so that it can still say what it found
-    timeout -s INT -k "$grace" "$@"
+# Interrupts a command after that time, so that it can still say what it found. Itself alone: pytest, interrupted along
+# with its workers, would print no failures.
+within() { # seconds, command...
+    timeout --foreground -s INT -k "$grace" "$@"
 }
 
 report() { # name, exit code, seconds it took
@@ -114,7 +116,8 @@ run_sanitizer() {
     for tool in memcheck racecheck; do
         for backend in cuda triton; do
             echo "==== $tool of $backend" >> "$log"
-            within 75 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/small_shapes.py "$backend" \
+            # With the process that it watches.
+            timeout -k "$grace" 75 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/small_shapes.py "$backend" \
                 > "$log.part" 2>&1
             code=$?
             cat "$log.part" >> "$log"

@@ -33,7 +33,7 @@ def test_in_the_interpreter(module, tmp_path):
     variants = tmp_path / "variants"
     child = run("-m", "not slow", module, **{VARIANTS: str(variants)})
     assert child.returncode == pytest.ExitCode.OK, child.stdout + child.stderr
-    assert 0 < len(variants.read_text().splitlines()) <= MOST[module.name]
+    assert 0 < len(set(variants.read_text().splitlines())) <= MOST[module.name]
 
 
 @pytest.mark.slow
