@@ -35,13 +35,15 @@ def build_optimizer(config: OptimConfig, roots: Iterable[Part]) -> torch.optim.O
 
     Each group is split in two, so that biases and other 1-D parameters never decay. Every torch group carries
     `lr_scale`, `own_lr` (or None) and `own_decay` (or None), which `set_rates` reads, and `clip`, the number of the
-    group it was split from, which `clip_gradients` reads.
+    part it belongs to, which `clip_gradients` reads.
     """
     if config.name not in list_optimizers():
         raise UserError(f"optim.name: unknown optimiser {config.name!r}{nearest(config.name, list_optimizers())}")
     adapt = {"always_adapt": True} if config.name in ADAPTIVE else {}
     groups: list[dict[str, Any]] = []
-    for number, group in enumerate(group for part in parts(*roots) for group in part.param_groups()):
+    for number, group in (
+        (number, group) for number, part in enumerate(parts(*roots)) for group in part.param_groups()
+    ):
         matrices = [p for n, p in group.params if _decays(n, p)]
         vectors = [p for n, p in group.params if not _decays(n, p)]
         common = {"name": group.name, "clip": number, "lr_scale": group.lr_scale, "own_lr": group.lr}
@@ -101,7 +103,8 @@ def set_rates(
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, mode: str) -> torch.Tensor:
     """Bounds the gradient's norm by `limit` (None: not at all) and returns the norm over all parameters before.
 
-    mode "group": the norm over each group of a part's as a whole; "param": over each parameter alone (DINO).
+    mode "part": the norm over all groups of a part together, so that a model is clipped as one, as published codes do;
+    "param": over each parameter alone (DINO).
     """
     whole: dict[int, list[nn.Parameter]] = {}
     for group in optimizer.param_groups:
@@ -110,7 +113,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, mode: 
     total = nn.utils.get_total_norm(everything)
     if limit is None:
         return total
-    if mode == "group":
+    if mode == "part":
         for params in whole.values():
             nn.utils.clip_grad_norm_(params, limit)
     else:

@@ -76,7 +76,7 @@ class Context:
 class ParamGroup:
     """Parameters that learn alike.
 
-    name:         shown in logs; clipping acts on one group at a time.
+    name:         shown in logs.
     params:       (name, parameter) pairs.
     lr_scale:     factor on the run's learning rate.
     lr:           a learning rate of its own, in place of the run's (it follows the same schedule shape).

@@ -122,7 +122,7 @@ def test_accumulating_a_plain_mean_changes_nothing():
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("mode", ["group", "param"])
+@pytest.mark.parametrize("mode", ["part", "param"])
 def test_clipping(mode):
     free, clipped = trainer(), trainer("optim.clip=0.01", f"optim.clip_mode={mode}")
     batch = sample(free)
@@ -133,7 +133,7 @@ def test_clipping(mode):
         torch.stack([g.double().square().sum() for g in gradients(free).values()]).sum().sqrt().item()
     )
     norms = [g.double().norm().item() for g in gradients(clipped).values()]
-    if mode == "group":
+    if mode == "part":
         assert math.hypot(*norms) == pytest.approx(0.01, rel=1e-3)
     else:
         assert max(norms) == pytest.approx(0.01, rel=1e-3) and max(norms) < 0.0101

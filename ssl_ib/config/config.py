@@ -52,7 +52,8 @@ class OptimConfig(Section):
     lr is used as it stands, or with `linear_scaling` as the base rate of lr x batch_size x samples_per_image / 256.
     It warms up linearly from 0 and then follows `shape` down to `min_lr`; a schedule in its place replaces both.
     weight_decay never acts on biases and other 1-D parameters, whose rate is multiplied by `bias_lr_scale`.
-    clip bounds the gradient's norm, over each parameter group or each parameter. args go to the optimiser as they are.
+    clip bounds the gradient's norm, over each part (model, criterion) or each parameter. args go to the optimiser as
+    they are.
     """
 
     name: str = "adamw"
@@ -66,7 +67,7 @@ class OptimConfig(Section):
     shape: Literal["cosine", "constant"] = "cosine"
     bias_lr_scale: Positive = 1.0
     clip: Positive | None = None
-    clip_mode: Literal["group", "param"] = "group"
+    clip_mode: Literal["part", "param"] = "part"
     args: dict[str, Any] = {}
 
 

@@ -59,8 +59,11 @@ class MIMAE(Criterion):
     club_clamp0:    L_min counts for no less than 0.
     w_approx:       0 leaves the network at its random start (table 3a, row d).
     approx_lr:      a learning rate of the network's own, or the run's.
-    gate:           L_min counts once L_rec is below gate_eps: "latch": from the first time its running mean is (which
-                    forgets at gate_momentum); "instant": in the steps where L_rec itself is; "none": from the start.
+    gate:           L_rec trains the encoder alone until it is below gate_eps (section 5.1); the others count "latch":
+                    from the first time its running mean is (which forgets at gate_momentum); "instant": in the steps
+                    where L_rec itself is; "none": from the start.
+    gate_terms:     what the gate holds back: "all" is L_max and L_min, "min" is L_min alone. L_approx, which gives the
+                    encoder no gradient, is never held back.
     gate_max_epoch: a gate is open from this epoch on, whatever the loss (null: it waits for the loss alone).
 
     Watched, in nats: `nce_nats`, log(candidates) - InfoNCE; `club_nats`, the bound; `log_likelihood` of the latents.
@@ -92,6 +95,7 @@ class MIMAE(Criterion):
         club_clamp0: bool = False,
         approx_lr: Positive | None = None,
         gate: GateMode = "latch",
+        gate_terms: Literal["all", "min"] = "all",
         gate_eps: Positive = 0.5,
         gate_momentum: Probability = 0.9,
         gate_max_epoch: Count | None = None,
@@ -106,7 +110,8 @@ class MIMAE(Criterion):
         self.approximates, self.bounds = bool(w_approx), bool(w_min or w_approx)
         if not (w_rec or w_max or w_min):
             raise UserError("w_rec, w_max and w_min are all 0: nothing would train the encoder")
-        if w_min and not w_rec and gate != "none":
+        held_back = w_min or (w_max and gate_terms == "all")
+        if held_back and not w_rec and gate != "none":
             raise UserError(f"gate={gate!r} waits for the reconstruction, which w_rec=0 leaves out: use gate=none")
         self._check_masks(info)
         if reconstruction is not None and (
@@ -129,7 +134,8 @@ class MIMAE(Criterion):
         )
         if self.approximation is not None and not w_approx:
             self.approximation.requires_grad_(False)
-        self.gate_of_min = Gate(gate, gate_eps, gate_momentum, gate_max_epoch)
+        self.gate, self.gated = Gate(gate, gate_eps, gate_momentum, gate_max_epoch), bool(held_back)
+        self.gate_terms = gate_terms
         self.requires = frozenset({"latents"} if xj == "pixels" or not self.bounds else {"latents", "visible"})
         self.requires |= self.reconstruction.requires if self.reconstruction is not None else frozenset()
 
@@ -174,10 +180,11 @@ class MIMAE(Criterion):
         ]
         means = {name: sum(view[name] for view in views) / len(views) for name in views[0]}
         weights = {"max": self.w_max, "approximation": self.w_approx}
-        if self.minimises:
-            gate = self.gate_of_min(terms.get("reconstruction", (None,))[0], progress)
+        if self.gated:
+            gate = self.gate(terms.get("reconstruction", (None,))[0], progress)
+            weights |= {"max": self.w_max * gate} if self.gate_terms == "all" else {}
             weights["min"] = self.w_min * gate
-            watched |= {"gate": gate, "gate_step": self.gate_of_min.opened_at.to(torch.float32)}
+            watched |= {"gate": gate, "gate_step": self.gate.opened_at.to(torch.float32)}
         for name in ("max", "min", "approximation"):
             if name in means:
                 terms[name] = (means.pop(name), weights[name])
@@ -272,19 +279,20 @@ class MIMAE(Criterion):
         self, outputs: dict[str, list[Tensor]], batch: Batch, terms: dict[str, Tensor], ctx: Context
     ) -> None:
         if "reconstruction" in terms:
-            self.gate_of_min.update(terms["reconstruction"], ctx.progress)
+            self.gate.update(terms["reconstruction"], ctx.progress)
 
     def on_epoch_end(self, ctx: Context) -> None:
-        gate, progress = self.gate_of_min, ctx.progress
-        if not self.minimises or gate.mode != "latch":
+        gate, progress = self.gate, ctx.progress
+        if not self.gated or gate.mode != "latch":
             return
+        waiting = "L_max and L_min" if self.gate_terms == "all" else "L_min"
         if gate.opened_in(progress):
-            _logger.info("mi_mae: the gate of L_min opened at step %d", int(gate.opened_at))
+            _logger.info("mi_mae: the gate opened at step %d: %s count from here on", int(gate.opened_at), waiting)
         elif int(gate.opened_at) < 0 and progress.epoch + 1 == progress.total_epochs:
             _logger.warning(
-                "mi_mae: the gate never opened, so L_min never counted: the running mean of L_rec ended at %.3f, and "
+                "mi_mae: the gate never opened, so %s never counted: the running mean of L_rec ended at %.3f, and "
                 "gate_eps is %g; gate_max_epoch opens it in any case",
-                float(gate.running_mean), gate.threshold,
+                waiting, float(gate.running_mean), gate.threshold,
             )  # fmt: skip
 
     @staticmethod

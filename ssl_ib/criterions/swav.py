@@ -71,7 +71,7 @@ class SwAV(Criterion):
         self.queue_epoch, self.freeze_epochs = queue_epoch, freeze_epochs
         width = info.width("student")
         self.num_global = info.global_views
-        self.prototypes = Prototypes(K, width)
+        self.prototypes = Prototypes(K, width, tangent=False)
         self.assignments = Assignments(K)
         rows = info.capped(queue)
         self.register_buffer("past", torch.zeros(self.num_global, rows, width))

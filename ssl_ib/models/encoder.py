@@ -201,7 +201,15 @@ class Encoder(nn.Module):
         )
 
     def freeze_patch_embed(self) -> None:
-        """Leaves the patch projection at its random start (MoCo v3's remedy for unstable training, section 4.2)."""
+        """Leaves the patch projection at its random start (MoCo v3's remedy for unstable training, section 4.2).
+
+        That start is the published code's: weights uniform within sqrt(6 / (fan in + fan out)), so of deviation 0.036
+        for ViT-B/16, where timm's are normal of deviation 0.02; no bias.
+        """
         if not self.is_vit:
             raise UserError(f"freeze_patch_embed needs a vision transformer, and {self.name!r} is none")
+        projection = self.backbone.patch_embed.proj
+        nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
         self.backbone.patch_embed.requires_grad_(False)

@@ -8,15 +8,15 @@ from torch import nn
 def mlp_head(in_width: int, hidden: int, out_width: int, layers: int, last_norm: bool) -> nn.Sequential:
     """Linear layers with batch norm and ReLU between them: [B, in_width] -> [B, out_width].
 
-    last_norm ends it with a batch norm that has no affine part, as SimCLR v2 and MoCo v3 do; without it the last layer
-    is a plain Linear with bias, as in BYOL and Barlow Twins. `layers` >= 1; one layer is a linear head.
+    No layer has a bias: a batch norm that follows has its own shift, and the published code of BYOL, Barlow Twins and
+    MoCo v3 gives the last layer none either. last_norm ends it with a batch norm that has no affine part (SimCLR v2,
+    MoCo v3). `layers` >= 1; one layer is a linear head.
     """
     widths = [in_width] + [hidden] * (layers - 1)
     modules: list[nn.Module] = []
     for a, b in zip(widths, widths[1:], strict=False):
-        # The batch norm that follows has its own shift, so these layers need no bias.
         modules += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
-    modules.append(nn.Linear(widths[-1], out_width, bias=not last_norm))
+    modules.append(nn.Linear(widths[-1], out_width, bias=False))
     if last_norm:
         modules.append(nn.BatchNorm1d(out_width, affine=False))
     return nn.Sequential(*modules)

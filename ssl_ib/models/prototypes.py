@@ -22,10 +22,15 @@ class Prototypes(Part):
     gradient. So a run keeps them at length 1: the gradient loses what points along a vector before the step, and the
     vectors are scaled back after it, both in place. Weights that anything else has set are normalised when used, and
     in a compiled graph, which could not ask.
+
+    tangent: whether the gradient loses what points along a vector, as it does where the forward normalises (DINO,
+    SVIB). SwAV's code normalises the vectors outside the graph before each step, so their gradient keeps that part: it
+    shortens no vector, but it enters the norms and moments of the optimiser.
     """
 
-    def __init__(self, num: int, width: int):
+    def __init__(self, num: int, width: int, tangent: bool = True):
         super().__init__()
+        self.tangent = tangent
         self.weight = nn.Parameter(torch.empty(num, width))
         nn.init.normal_(self.weight)
         self.rescale()
@@ -62,7 +67,7 @@ class Prototypes(Part):
 
     @torch.no_grad()
     def before_step(self, ctx: Context) -> None:
-        if self.weight.grad is None:
+        if self.weight.grad is None or not self.tangent:
             return
         # Some at a time, because the product of all with all gradients is the largest tensor once more.
         rows = max(PIECE // self.weight.shape[1], 1)

@@ -5,6 +5,7 @@ Shapes: B images, N masks an image, K visible patches of L, Dx width of a visibl
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ PROGRESS = Progress(3, 1, 20, 10)
 #: The weights of one term alone.
 ALONE = {
     "rec": {"w_max": 0.0, "w_min": 0.0, "w_approx": 0.0},
-    "max": {"w_rec": 0.0, "w_min": 0.0, "w_approx": 0.0},
+    "max": {"w_rec": 0.0, "w_min": 0.0, "w_approx": 0.0, "gate": "none"},
     "min": {"w_rec": 0.0, "w_max": 0.0, "w_approx": 0.0, "gate": "none"},
     # Something must train the encoder: what reaches it is taken from the term and not from the total.
     "approximation": {"w_rec": 0.0, "w_max": 0.0, "w_min": 1e-30, "gate": "none"},
@@ -363,7 +364,10 @@ def test_what_the_weights_leave_out():
     watched = build(w_max=0.0, w_min=0.0)(draw_outputs(), draw_batch(), PROGRESS)
     assert watched.weights == {"reconstruction": 1.0, "max": 0.0, "approximation": 1.0}
     for gate in ("latch", "instant", "none"):  # nothing to gate
-        assert "gate" not in terms(build(w_rec=0.0, w_min=0.0, gate=gate), draw_outputs())
+        assert "gate" not in terms(build(w_rec=0.0, w_min=0.0, gate=gate, gate_terms="min"), draw_outputs())
+    for gate in ("latch", "instant"):  # nothing to wait for
+        with pytest.raises(UserError, match="waits for the reconstruction, which w_rec=0 leaves out: use gate=none"):
+            build(w_rec=0.0, w_min=0.0, gate=gate)
 
 
 def test_scheduled_weights_that_are_zero_keep_everything_in_the_graph():
@@ -402,6 +406,9 @@ def steps(criterion: MIMAE, scales: list[float]) -> list[tuple[float, float, flo
         outputs = draw_outputs() | {"reconstruction": [(1 - scale) * target]}
         loss = criterion(outputs, batch, context(step).progress)
         answers.append((float(loss.weights["min"]), loss.terms["gate"].item(), loss.terms["gate_step"].item()))
+        # The paper's rule (section 5.1): before the gate opens there is L_rec only.
+        held_back = criterion.gate_terms == "all" and not loss.terms["gate"]
+        assert float(loss.weights["max"]) == (0.0 if held_back else 1.0) and loss.weights["approximation"] == 1.0
         assert loss.terms["reconstruction"].item() == pytest.approx(scale**2 * 0.75, rel=1e-4)
         with_gate = sum(float(w) * loss.terms[n].item() for n, w in loss.weights.items())
         assert loss.total.item() == pytest.approx(with_gate)
@@ -410,19 +417,32 @@ def steps(criterion: MIMAE, scales: list[float]) -> list[tuple[float, float, flo
     return answers
 
 
-def test_the_gate_decides_whether_l_min_counts(caplog):
+@pytest.mark.parametrize("gate_terms, waiting", [("all", "L_max and L_min"), ("min", "L_min")])
+def test_the_gate_decides_what_counts(caplog, gate_terms, waiting):
+    make = partial(build, gate_terms=gate_terms)
     caplog.set_level("INFO")
     losses = [1.0, 0.5, 1.0, 1.0]  # L_rec .75, .19, .75, .75
     open_, shut = 10.0, 0.0
-    assert [w for w, _, _ in steps(build(gate="none"), losses)] == [open_] * 4
-    assert [w for w, _, _ in steps(build(gate="instant"), losses)] == [shut, open_, shut, shut]
-    assert [w for w, _, _ in steps(build(gate="latch"), losses)] == [shut] * 4
+    assert [w for w, _, _ in steps(make(gate="none"), losses)] == [open_] * 4
+    assert [w for w, _, _ in steps(make(gate="instant"), losses)] == [shut, open_, shut, shut]
+    assert [w for w, _, _ in steps(make(gate="latch"), losses)] == [shut] * 4
     assert not caplog.records
-    latched = steps(build(gate="latch", gate_momentum=0.2), losses)
+    latched = steps(make(gate="latch", gate_momentum=0.2), losses)
     assert latched == [(shut, 0, -1), (shut, 0, -1), (open_, 1, 1), (open_, 1, 1)]
-    assert [r.getMessage() for r in caplog.records] == ["mi_mae: the gate of L_min opened at step 1"]
-    assert [w for w, _, _ in steps(build(gate_eps=0.8), losses)] == [shut] + [open_] * 3
-    assert [w for w, _, _ in steps(build(gate_max_epoch=1), losses)] == [shut, shut, open_, open_]  # two steps an epoch
+    assert [r.getMessage() for r in caplog.records] == [
+        f"mi_mae: the gate opened at step 1: {waiting} count from here on"
+    ]
+    assert [w for w, _, _ in steps(make(gate_eps=0.8), losses)] == [shut] + [open_] * 3
+    assert [w for w, _, _ in steps(make(gate_max_epoch=1), losses)] == [shut, shut, open_, open_]  # two steps an epoch
+
+
+def test_before_the_gate_opens_the_encoder_learns_from_the_reconstruction_alone():
+    latents, visible = draw_outputs()["latents"][0], draw_outputs()["visible"][0]
+    for gate_terms, moved in (("all", False), ("min", True)):
+        z = latents.clone().requires_grad_()
+        outputs = draw_outputs() | {"latents": [z], "visible": [visible]}
+        build(gate_terms=gate_terms)(outputs, draw_batch(), PROGRESS).total.backward()
+        assert bool(z.grad.any()) == moved
 
 
 def test_the_gates_state_is_in_the_checkpoint():

@@ -238,7 +238,7 @@ def one_step(name: str, batch: Batch, parallel: bool = False) -> dict[str, torch
         step.criterion.after_forward(detached(outputs), batch, detached(loss.terms), context(number))
     found = {f"grad/{n}": p.grad for n, p in step.named_parameters()}
     found |= {n: distributed.all_reduce_mean(t.detach().double()) for n, t in loss.terms.items()}
-    return found | {"running_mean": step.criterion.gate_of_min.running_mean}
+    return found | {"running_mean": step.criterion.gate.running_mean}
 
 
 def work(rank: int, port: int, path: str) -> None:

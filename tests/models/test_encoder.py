@@ -1,5 +1,7 @@
 """The encoder is timm's, on all patches or on the visible ones alone."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -236,6 +238,12 @@ def test_freezing_the_patches():
     net.freeze_patch_embed()
     frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
     assert frozen == {"backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"}
+    # MoCo v3's start: uniform within sqrt(6 / (fan in + fan out)).
+    weight = net.backbone.patch_embed.proj.weight
+    limit = math.sqrt(6 / (weight[0].numel() + len(weight)))
+    assert 0.95 * limit < weight.abs().max() <= limit
+    assert weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
+    assert not net.backbone.patch_embed.proj.bias.any()
 
 
 # --- other backbones --------------------------------------------------------------------------------------------------

@@ -97,6 +97,24 @@ def test_length_is_no_degree_of_freedom():
     torch.testing.assert_close(prototypes(x), before)
 
 
+def test_a_gradient_that_is_not_tangent():
+    """SwAV's: the gradient at vectors of length 1 that the forward does not normalise."""
+    tangent, whole = Prototypes(K, D).double(), Prototypes(K, D, tangent=False).double()
+    whole.load_state_dict(tangent.state_dict())
+    for prototypes in (tangent, whole):
+        prototypes.rescale()
+    x = F.normalize(draw(N, D), dim=1)
+    for prototypes in (tangent, whole):
+        prototypes(x).square().sum().backward()
+        prototypes.before_step(None)
+    free = whole.weight.detach().clone().requires_grad_()
+    (x @ free.T).square().sum().backward()
+    torch.testing.assert_close(whole.weight.grad, free.grad)
+    across = (free * free.grad).sum(dim=1, keepdim=True)
+    assert across.abs().min() > 1e-3
+    torch.testing.assert_close(tangent.weight.grad, (free.grad - across * free).detach())
+
+
 def test_cosines_are_not_rounded_under_autocast():
     prototypes, x = Prototypes(K, D), F.normalize(draw(N, D), dim=1).float()
     with torch.autocast("cpu", torch.bfloat16):

@@ -147,7 +147,7 @@ def test_heads(depth, norm):
     linear = [m for m in head if isinstance(m, torch.nn.Linear)]
     widths = {1: [(6, 4)], 3: [(6, 5), (5, 5), (5, 4)]}[depth]
     assert [(m.in_features, m.out_features) for m in linear] == widths
-    assert [m.bias is not None for m in linear] == [False] * (depth - 1) + [not norm]
+    assert [m.bias for m in linear] == [None] * depth
     out = head(torch.randn(64, 6))
     assert out.shape == (64, 4)
     if norm:
