@@ -107,11 +107,16 @@ class SimMIM(MaskedImageModel):
         return height // self.mask_unit, width // self.mask_unit
 
     def param_groups(self) -> Iterable[ParamGroup]:
-        """All but the backbone's positions and class token, and those, which do not decay, as published."""
-        spared = {f"encoder.backbone.{name}" for name in self.backbone.no_weight_decay()}
+        """All but the backbone's absolute positions and class token, and those, which do not decay, as published.
+
+        Swin's relative position tables decay: the published code means to spare them, and its keyword matches none.
+        """
+        spared = {f"encoder.backbone.{name}" for name in self.backbone.no_weight_decay() if "relative" not in name}
         for group in super().param_groups():
+            positions = [(n, p) for n, p in group.params if n in spared]
             yield replace(group, params=[(n, p) for n, p in group.params if n not in spared])
-            yield ParamGroup("positions", [(n, p) for n, p in group.params if n in spared], weight_decay=0.0)
+            if positions:
+                yield ParamGroup("positions", positions, weight_decay=0.0)
 
     def outputs_of(self, view: Tensor, masks: Masks | None) -> dict[str, Tensor]:
         height, width = view.shape[2:]
