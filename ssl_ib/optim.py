@@ -72,11 +72,13 @@ def build_optimizer(config: OptimConfig, roots: Iterable[Part]) -> torch.optim.O
 
 
 def learning_rate(config: OptimConfig, lr: float, epoch: float, epochs: float) -> float:
-    """The rate after `epoch` epochs (a fraction counts): linear from 0 to lr, then `shape` down to min_lr."""
+    """The rate after `epoch` epochs (a fraction counts): linear from 0 to lr, then as `shape` says (OptimConfig)."""
     if epoch < config.warmup_epochs:
         return lr * epoch / config.warmup_epochs
     if config.shape == "constant":
         return lr
+    if config.shape == "step":
+        return lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     t = (epoch - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-12)
     return config.min_lr + (lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(t, 1.0)))
 

@@ -207,6 +207,9 @@ def test_warmup_and_cosine():
         assert learning_rate(settings, 0.4, epoch, 50) == pytest.approx(expected)
     assert learning_rate(settings, 0.4, 50, 50) == pytest.approx(1e-3)
     assert learning_rate(config(), 0.4, 0, 50) == 0.4
+    steps = config(shape="step", milestones=(30, 60), gamma=0.5, warmup_epochs=10)
+    rates = [learning_rate(steps, 0.4, epoch, 100) for epoch in (5, 10, 29.9, 30, 59.9, 60, 100)]
+    assert rates == pytest.approx([0.2, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1])
     constant = config(shape="constant", warmup_epochs=10)
     assert [learning_rate(constant, 0.4, e, 50) for e in (5, 10, 49)] == [0.2, 0.4, 0.4]
 

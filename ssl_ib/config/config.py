@@ -14,7 +14,16 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Interval
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from ..errors import ConfigError
 from .hints import Count, NonNegative, Positive, PositiveInt
@@ -50,7 +59,8 @@ class OptimConfig(Section):
     """The optimiser, by timm's name (its `sgd` is Nesterov's; `momentum` is the plain one).
 
     lr is used as it stands, or with `linear_scaling` as the base rate of lr x batch_size x samples_per_image / 256.
-    It warms up linearly from 0 and then follows `shape` down to `min_lr`; a schedule in its place replaces both.
+    It warms up linearly from 0 and then follows `shape`: cosine goes down to `min_lr`, step multiplies by `gamma` at
+    each of the epochs `milestones`, constant stays. A schedule in place of lr replaces both warm-up and shape.
     weight_decay never acts on biases and other 1-D parameters, whose rate is multiplied by `bias_lr_scale`.
     clip bounds the gradient's norm, over each part (model, criterion) or each parameter. args go to the optimiser as
     they are.
@@ -64,11 +74,20 @@ class OptimConfig(Section):
     momentum: float = 0.9
     warmup_epochs: NonNegative = 0.0
     min_lr: NonNegative = 0.0
-    shape: Literal["cosine", "constant"] = "cosine"
+    shape: Literal["cosine", "step", "constant"] = "cosine"
+    milestones: tuple[NonNegative, ...] = Field((), validate_default=True)
+    gamma: Positive = 0.1
     bias_lr_scale: Positive = 1.0
     clip: Positive | None = None
     clip_mode: Literal["part", "param"] = "part"
     args: dict[str, Any] = {}
+
+    @field_validator("milestones")
+    @classmethod
+    def _belong_to_steps(cls, milestones: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if (info.data.get("shape") == "step") != bool(milestones):
+            raise ValueError("the epochs at which shape=step lowers the rate, and none with another shape")
+        return milestones
 
 
 class CheckpointConfig(Section):
