@@ -11,7 +11,7 @@ contrastive one) forwards nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +33,8 @@ class RunInfo:
     num_global:  how many of the views, the first ones, are global crops: those a teacher sees; None for all.
     cap:         the largest number of rows a bank of past features may have (a dry run makes it small), or None.
     images:      how many training images there are; a call, because it may have to read the source.
+    deviation:   standard deviation of each channel of the source's pixels in [0, 1], by which views are divided; a
+                 call, because it may have to read the source.
     grid:        patches (rows, columns) the model cuts a view of a given shape into, or None; known once the model is.
     width:       size of the last dimension of an output of the model, by name; known once the model is.
     masks:       how many masks an image gets on a grid, and how many patches each keeps, or None without a masker.
@@ -44,6 +46,7 @@ class RunInfo:
     num_global: int | None = None
     cap: int | None = None
     images: Callable[[], int] = lambda: 0
+    deviation: Callable[[], Sequence[float]] = lambda: (1.0,)
     grid: Callable[[tuple[int, ...]], tuple[int, int] | None] = lambda shape: None
     width: Callable[[str], int] = lambda name: 1
     masks: Callable[[tuple[int, int]], tuple[int, int] | None] = lambda grid: None

@@ -97,6 +97,7 @@ def build_run(config: Config, dry: bool = False) -> Run:
             "num_global": getattr(views, "num_global", None),
             "cap": DRY_BANK_BATCHES * batch_size if dry else None,
             "images": (lambda: len(source.train())) if source is not None else (lambda: 0),
+            "deviation": (lambda: source.statistics()[1]) if source is not None else (lambda: (1.0,)),
             "masks": partial(_masks, masker),
         }
         model = build("model", info=RunInfo(**info))

@@ -5,6 +5,7 @@ Shapes: B images, N masks an image, L patches, P = p*p*C pixels a patch, V views
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from .. import ops
 from ..config.hints import NonNegative
 from ..config.registry import register_criterion
 from ..errors import UserError
-from ..part import Criterion
+from ..part import Criterion, RunInfo
 from ..types import Batch, Loss, Progress
 from .info_nce import InfoNCE
 from .reconstruction import unstandardised
@@ -31,7 +32,13 @@ class MRCL(Criterion):
 
     contrastive: the criterion it regularises, of any kind (default: info_nce at temperature 0.2).
     norm_pix:    reconstruct pixels standardised within their patch, as MAE does.
-    rec_reduce:  "group": mean over pixels, then over the group's patches (a group without patches gives 0);
+    rec_unit:    unit of the errors, which the paper does not state: "pixel", in which white is 1 and black is 0; or
+                 "standardised", in which views are given to the encoder. Weights are absolute, so that the unit
+                 changes what they do: where a channel's deviation is 0.25, the same error is 16 times as large when it
+                 is standardised. With norm_pix the errors have no unit.
+    rec_reduce:  "group": mean over pixels, then over the group's patches (a group without patches gives 0). So one
+                 hidden patch weighs w_masked / w_unmasked x (1 - ratio) / ratio times as much as a visible one: at
+                 weights 8 and 5 and a mask ratio of 0.2, 6.4 times;
                  "all":   the group's errors divided by all L, so equal weights w give w x the plain squared error;
                  "sum":   sum over an image's pixels and patches, mean over images.
     con:         "native": the contrastive criterion as it is; "eq16": as the equation prints it, which needs an
@@ -44,14 +51,19 @@ class MRCL(Criterion):
         w_masked: NonNegative = 8.0,
         w_unmasked: NonNegative = 5.0,
         norm_pix: bool = False,
+        rec_unit: Literal["pixel", "standardised"] = "pixel",
         rec_reduce: Literal["group", "all", "sum"] = "group",
         con: Literal["native", "eq16"] = "native",
+        info: RunInfo | None = None,
     ):
         super().__init__()
         self.contrastive = InfoNCE(temperature=0.2) if contrastive is None else contrastive
         self.num_views = self.contrastive.num_views
         self.w_masked, self.w_unmasked = w_masked, w_unmasked
         self.norm_pix, self.rec_reduce, self.con = norm_pix, rec_reduce, con
+        self.in_pixels = rec_unit == "pixel" and not norm_pix
+        # Read at the first step, as the source may have to be read for it; without a run, views are in pixels.
+        self._deviation = cache(lambda device: torch.tensor(info.deviation() if info else [1.0], device=device))
         if con == "eq16":
             if not isinstance(self.contrastive, InfoNCE):
                 raise UserError(
@@ -85,6 +97,10 @@ class MRCL(Criterion):
         """Error over hidden and over visible patches: pred [B*N, L, P], view [B, C, H, W], mask bool [B*N, L]."""
         if mask is None:
             mask = torch.zeros(pred.shape[:2], dtype=torch.bool, device=pred.device)
+        if self.in_pixels:
+            deviation = self._deviation(view.device)
+            # Channels run fastest within a patch.
+            pred, view = pred * deviation.repeat(pred.shape[2] // len(deviation)), view * deviation[:, None, None]
         masked, unmasked = ops.masked_patch_mse(pred, view, mask, self.norm_pix)
         if self.rec_reduce == "group":
             return masked, unmasked

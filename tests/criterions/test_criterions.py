@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ssl_ib import Batch, Criterion, Loss, Masks, Progress, UserError, ops
+from ssl_ib import Batch, Criterion, Loss, Masks, Progress, RunInfo, UserError, ops
 from ssl_ib.config.registry import CRITERIONS, build_part, check_part
 from ssl_ib.criterions.barlow_twins import BarlowTwins
 from ssl_ib.criterions.byol import BYOL
@@ -244,6 +244,30 @@ def test_mrcl(rec_reduce, keeps):
     assert loss.terms["reconstruction_unmasked"].item() == pytest.approx(unmasked)
     assert loss.weights == {"info_nce": 1.0, "reconstruction_masked": 3.0, "reconstruction_unmasked": 0.5}
     assert set(inner.terms) <= set(loss.terms)
+
+
+def test_mrcl_in_units_of_pixels():
+    """The errors are those of the pixels that the views were standardised from, channel by channel."""
+    mean, deviation = torch.tensor([0.4, 0.5, 0.3]), torch.tensor([0.25, 0.5, 0.125])  # powers of 2: exact
+    pixels = [torch.rand(2, 3, 4, 4, dtype=torch.float64) for _ in range(2)]
+    rebuilt = [torch.rand(2, 4, 12, dtype=torch.float64) for _ in range(2)]
+    keep = Masks.from_keep(torch.tensor([[0, 3], [1, 2]]), 4)
+    info = RunInfo(((3, 4, 4),) * 2, batch_size=2, deviation=deviation.tolist)
+
+    def errors(criterion, views, patches):
+        batch = Batch(views, [keep, keep], torch.arange(2), torch.zeros(2))
+        terms = score(criterion, draw_outputs(2) | {"reconstruction": patches}, batch).terms
+        return torch.stack([terms["reconstruction_masked"], terms["reconstruction_unmasked"]])
+
+    standardised = [(x - mean[:, None, None]) / deviation[:, None, None] for x in pixels]
+    patches = [(x - mean.repeat(4)) / deviation.repeat(4) for x in rebuilt]
+    plain = errors(MRCL(rec_unit="standardised"), pixels, rebuilt)
+    torch.testing.assert_close(errors(MRCL(info=info), standardised, patches), plain)
+    torch.testing.assert_close(errors(MRCL(), pixels, rebuilt), plain)  # alone, it takes its views for pixels
+    assert (errors(MRCL(info=info, rec_unit="standardised"), standardised, patches) > 3 * plain).all()
+    # Standardised within their patch, pixels have no unit.
+    a, b = (errors(MRCL(norm_pix=True, info=i), standardised, patches) for i in (info, None))
+    assert torch.equal(a, b)
 
 
 def test_mrcl_with_norm_pix_reconstructs_standardised_patches():
