@@ -68,14 +68,14 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
     if "=" in options.recipe:
         raise UserError(f"expected RECIPE first, got {options.recipe!r}")
-    config = _configuration(options)
+    config = configuration(options)
     if options.print_config:
         print(config.yaml(), end="")
         return 0
     return _train(config, options)
 
 
-def _configuration(options: argparse.Namespace) -> Config:
+def configuration(options: argparse.Namespace) -> Config:
     from ..config.config import configure
 
     swaps = [f"{kind}={getattr(options, kind)}" for kind in SWAPS if getattr(options, kind)]

@@ -1,0 +1,100 @@
+"""Every `ssl-ib-train` and `ssl-ib-sweep` line of the documents is a command that works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ssl_ib.cli import sweep, train
+from ssl_ib.config.config import configure
+from ssl_ib.run import build_run
+from ssl_ib.sweep import points
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page and line, words) of each command in a code block, with shell variables in their places."""
+    found = []
+    for page in PAGES:
+        variables: dict[str, str] = {}
+        inside, kept = False, ""
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.startswith("```"):
+                inside, kept = not inside and line == "```", ""
+                continue
+            if not inside:
+                continue
+            kept += line
+            if not re.match(r"\w+=|ssl-ib-", kept):  # A diagram, a table, another command.
+                kept = ""
+                continue
+            if kept.endswith("\\"):
+                kept = kept[:-1]
+                continue
+            kept = re.sub(r"\$(\w+)", lambda m, known=variables: known.get(m[1], ""), kept)
+            words, kept = shlex.split(kept, comments=True), ""
+            while words and (assigned := re.fullmatch(r"(\w+)=(.*)", words[0])):
+                variables[assigned[1]] = assigned[2]
+                words.pop(0)
+            if words and words[0] in ("ssl-ib-train", "ssl-ib-sweep"):
+                found.append((f"{page.name}:{number}", words))
+    return found
+
+
+COMMANDS = commands()
+named = pytest.mark.parametrize("words", [pytest.param(words, id=place) for place, words in COMMANDS])
+
+
+def on_digits(text: str) -> str:
+    """Overrides without those of an image set that may be absent."""
+    return " ".join(word for word in text.split(" ") if not word.startswith("source."))
+
+
+def resolved(words: list[str]) -> list:
+    """The configurations that a command trains, on digits. Raises UserError where there is a mistake in it."""
+    if words[0] == "ssl-ib-train":
+        options = train.parser().parse_intermixed_args(words[1:])
+        if options.list or options.describe or options.plugin:
+            return []
+        options.overrides = [text for text in options.overrides if not text.startswith("source")] + ["source=digits"]
+        return [train.configuration(options)]
+    options = sweep.parser().parse_intermixed_args(words[1:])
+    overrides = [text for text in options.overrides if not text.startswith("source")] + ["source=digits"]
+    problems: list[str] = []
+    axes = points.parse_axes(options.vary, [on_digits(case) for case in options.case], overrides, problems)
+    seeds = points.parse_seeds(options.seeds, problems) if options.seeds else None
+    assert not problems
+    return [run.config for run in points.grid(options.recipe, overrides, axes, seeds, configure)]
+
+
+def test_there_are_commands_on_every_page_of_a_method():
+    assert {place.split(":")[0] for place, _ in COMMANDS} >= {
+        "README.md",
+        "mrcl.md",
+        "mi_mae.md",
+        "svib.md",
+        "sweeps.md",
+    }
+
+
+@named
+def test_a_documented_command_resolves(words):
+    resolved(words)
+
+
+@named
+def test_what_a_documented_command_trains_can_be_built(words, request):
+    small = [config for config in resolved(words) if not config.recipe.endswith(("imagenet", "imagenet_400ep"))]
+    # The first and the last point of a grid, with its first seed.
+    for config in {id(config): config for config in small[:1] + small[-1:]}.values():
+        build_run(config, dry=True)
+
+
+@pytest.mark.slow
+@named
+def test_every_point_of_a_documented_command_can_be_built(words):
+    for config in resolved(words):
+        build_run(config, dry=True)
