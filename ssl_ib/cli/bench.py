@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -75,13 +74,6 @@ def _contenders(case, device, baselines: list[str]) -> list:
     return found
 
 
-def _write(file: Path, figures: dict) -> None:
-    """Replaces the file at once: whoever stops the benchmark keeps the figures so far."""
-    whole = file.with_name(f".{file.name}.part")
-    whole.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(whole, file)
-
-
 def _run(options: argparse.Namespace) -> int:
     names = _chosen(options.ops or None, OPS, "op")
     others = _chosen(options.baselines, BASELINES, "baseline")
@@ -96,6 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     from ..bench.cases import cases
     from ..device import choose_device
     from ..ops.backend import automatic
+    from ..record.files import replace
 
     device = choose_device(options.device)
     torch.compiler.reset()
@@ -131,7 +124,9 @@ def _run(options: argparse.Namespace) -> int:
         print("\n".join([*report.lines(table), report.verdict(table)]), flush=True)
         records += table
         if options.json is not None:
-            _write(options.json, {"machine": facts, "ceilings": rates, "rounds": rounds, "rows": records})
+            figures = {"machine": facts, "ceilings": rates, "rounds": rounds, "rows": records}
+            # At once, so that whoever stops the benchmark keeps the figures so far.
+            replace(options.json, json.dumps(figures, indent=2) + "\n")
     return 1 if broken else 0
 
 
