@@ -178,6 +178,12 @@ def absences(function: Callable) -> list[list[str]]:
     return [[], *([name] for name in optional), *([optional] if len(optional) > 1 else [])]
 
 
+def extremes(function: Callable) -> list[list[str]]:
+    """Of `absences` the first and the last: with everything given, and without all that may be absent."""
+    every = absences(function)
+    return every if len(every) == 1 else [every[0], every[-1]]
+
+
 def check(function: Callable, name: str, absent: list[str], device: str, dtype: torch.dtype) -> None:
     """The function's answer without some tensors against that of plain torch in float64 with neutral ones."""
 
