@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,20 +30,19 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
 
 
-def build_optimizer(config: OptimConfig, roots: Iterable[Part]) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimConfig, roots: Sequence[Part]) -> torch.optim.Optimizer:
     """The optimiser over every part's groups. Raises UserError for a name or arguments that timm does not take.
 
     Each group is split in two, so that biases and other 1-D parameters never decay. Every torch group carries
     `lr_scale`, `own_lr` (or None) and `own_decay` (or None), which `set_rates` reads, and `clip`, the number of the
-    part it belongs to, which `clip_gradients` reads.
+    root it belongs to, which `clip_gradients` reads.
     """
     if config.name not in list_optimizers():
         raise UserError(f"optim.name: unknown optimiser {config.name!r}{nearest(config.name, list_optimizers())}")
     adapt = {"always_adapt": True} if config.name in ADAPTIVE else {}
     groups: list[dict[str, Any]] = []
-    for number, group in (
-        (number, group) for number, part in enumerate(parts(*roots)) for group in part.param_groups()
-    ):
+    root_of = {id(part): number for number, root in enumerate(roots) for part in parts(root)}
+    for number, group in ((root_of[id(part)], group) for part in parts(*roots) for group in part.param_groups()):
         matrices = [p for n, p in group.params if _decays(n, p)]
         vectors = [p for n, p in group.params if not _decays(n, p)]
         common = {"name": group.name, "clip": number, "lr_scale": group.lr_scale, "own_lr": group.lr}
@@ -105,8 +104,8 @@ def set_rates(
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, mode: str) -> torch.Tensor:
     """Bounds the gradient's norm by `limit` (None: not at all) and returns the norm over all parameters before.
 
-    mode "part": the norm over all groups of a part together, so that a model is clipped as one, as published codes do;
-    "param": over each parameter alone (DINO).
+    mode "part": the norm over all that a root trains together, so that a model is clipped as one with the parts inside
+    it, as published codes do; "param": over each parameter alone (DINO).
     """
     whole: dict[int, list[nn.Parameter]] = {}
     for group in optimizer.param_groups:

@@ -75,6 +75,12 @@ def build_run(config: Config, dry: bool = False) -> Run:
             problems.append(f"ops.backend: {ops.wanted()!r} cannot run here: {reason}")
     except UserError as error:
         problems.append(f"ops.backend: {error}")
+    first, last = config.optim.warmup_epochs, config.epochs
+    if not all(first <= milestone < last for milestone in config.optim.milestones):
+        problems.append(
+            f"optim.milestones: expected epochs from the warm-up's end, {first:g}, to before the run's, {last}, got "
+            f"{', '.join(f'{milestone:g}' for milestone in config.optim.milestones)}"
+        )
     world, batch_size = distributed.world_size(), config.batch_size
     pieces = world * config.accumulate
     if batch_size % pieces:

@@ -20,10 +20,12 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for page in PAGES:
         variables: dict[str, str] = {}
-        inside, kept = False, ""
+        fenced = inside = False
+        kept = ""
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
             if line.startswith("```"):
-                inside, kept = not inside and line == "```", ""
+                inside = not fenced and line == "```"  # A block with a language is no terminal's.
+                fenced, kept = not fenced, ""
                 continue
             if not inside:
                 continue
@@ -34,7 +36,7 @@ def commands() -> list[tuple[str, list[str]]]:
             if kept.endswith("\\"):
                 kept = kept[:-1]
                 continue
-            kept = re.sub(r"\$(\w+)", lambda m, known=variables: known.get(m[1], ""), kept)
+            kept = re.sub(r"\$(\w+)", lambda m, known=variables: known[m[1]], kept)
             words, kept = shlex.split(kept, comments=True), ""
             while words and (assigned := re.fullmatch(r"(\w+)=(.*)", words[0])):
                 variables[assigned[1]] = assigned[2]
@@ -68,6 +70,13 @@ def resolved(words: list[str]) -> list:
     seeds = points.parse_seeds(options.seeds, problems) if options.seeds else None
     assert not problems
     return [run.config for run in points.grid(options.recipe, overrides, axes, seeds, configure)]
+
+
+def test_no_command_is_left_out():
+    """All that a line of a page begins with, but for the README's first, which pip precedes."""
+    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    begun = [line for line in lines if re.match(r"\s*(\w+=\S+ )*ssl-ib-(train|sweep) ", line)]
+    assert len(begun) == len(COMMANDS) and not any(line.strip() == "\\" for line in lines)
 
 
 def test_there_are_commands_on_every_page_of_a_method():

@@ -294,6 +294,17 @@ def test_a_part_is_clipped_as_a_whole(part):
     assert all(torch.equal(b, a) for b, a in zip(before[1], after[1], strict=True))
 
 
+def test_a_part_is_clipped_with_those_inside_it():
+    outer, other = Net(), Net(seed=1)
+    outer.inner = Net(seed=2)
+    optimizer = build_optimizer(config(), [outer, other])
+    for seed, net in enumerate((outer, outer.inner, other), start=1):
+        set_gradients(net, seed)
+    clip_gradients(optimizer, 1.0, "part")
+    for root in (outer, other):
+        assert norm(*(p.grad for p in root.parameters() if p.grad is not None)) == pytest.approx(1.0, rel=1e-4)
+
+
 def test_each_parameter_is_clipped_alone():
     before, after, _ = clipped("param", 0.5)
     for b, a in zip(before[0] + before[1], after[0] + after[1], strict=True):

@@ -40,7 +40,11 @@ plan() {
 }
 
 if [ $# -lt 1 ]; then sed -n '2,13p' "$0"; exit 2; fi
-if [ "$1" = --plan ]; then plan; exit 0; fi
+case $1 in
+    --plan) plan; exit 0 ;;
+    -h | --help) sed -n '2,13p' "$0"; exit 0 ;;
+    -*) echo "gpu_check.sh: unknown option '$1'; --plan prints the steps" >&2; exit 2 ;;
+esac
 folder=$1
 shift
 steps=("$@")
@@ -111,14 +115,14 @@ run_sanitizer() {
         skipped="compute-sanitizer is not installed"
         return 0
     fi
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    within 140 "$python" tools/small_shapes.py cuda triton >> "$log" 2>&1 || { tail -5 "$log"; return 1; }
+    local uncached=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1)
+    within 140 "${uncached[@]}" "$python" tools/small_shapes.py cuda triton >> "$log" 2>&1 || { tail -5 "$log"; return 1; }
     for tool in memcheck racecheck; do
         for backend in cuda triton; do
             echo "==== $tool of $backend" >> "$log"
             # With the process that it watches.
-            timeout -k "$grace" 75 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/small_shapes.py "$backend" \
-                > "$log.part" 2>&1
+            timeout -k "$grace" 75 "${uncached[@]}" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                "$python" tools/small_shapes.py "$backend" > "$log.part" 2>&1
             code=$?
             cat "$log.part" >> "$log"
             if grep -q "Device not supported" "$log.part"; then

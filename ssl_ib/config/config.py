@@ -62,8 +62,8 @@ class OptimConfig(Section):
     It warms up linearly from 0 and then follows `shape`: cosine goes down to `min_lr`, step multiplies by `gamma` at
     each of the epochs `milestones`, constant stays. A schedule in place of lr replaces both warm-up and shape.
     weight_decay never acts on biases and other 1-D parameters, whose rate is multiplied by `bias_lr_scale`.
-    clip bounds the gradient's norm, over each part (model, criterion) or each parameter. args go to the optimiser as
-    they are.
+    clip bounds the gradient's norm, over the whole model and over the whole criterion, or over each parameter. args go
+    to the optimiser as they are.
     """
 
     name: str = "adamw"

@@ -43,7 +43,7 @@ class MIMAE(Criterion):
     L_approx equation 9: minus the log-likelihood of z_j given X_j, both constants: it trains the network and no more.
 
     Reads `latents` [B, N, D], `visible` [B*N, K, Dx] (unless xj is "pixels"), and what the reconstruction's criterion
-    reads. With w_max or w_min 0 the term is still watched, and moves nothing.
+    reads. A term whose weight is 0 is still computed and logged, but gives no gradient.
 
     temperature:    of L_max.
     nce_denom:      the denominator's candidates: "all" other latents, siblings among them, so that the term's least

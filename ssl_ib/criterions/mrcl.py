@@ -35,7 +35,8 @@ class MRCL(Criterion):
     rec_unit:    unit of the errors, which the paper does not state: "pixel", in which white is 1 and black is 0; or
                  "standardised", in which views are given to the encoder. Weights are absolute, so that the unit
                  changes what they do: where a channel's deviation is 0.25, the same error is 16 times as large when it
-                 is standardised. With norm_pix the errors have no unit.
+                 is standardised. "pixel" costs a float32 copy of view and prediction. With norm_pix the errors have no
+                 unit.
     rec_reduce:  "group": mean over pixels, then over the group's patches (a group without patches gives 0). So one
                  hidden patch weighs w_masked / w_unmasked x (1 - ratio) / ratio times as much as a visible one: at
                  weights 8 and 5 and a mask ratio of 0.2, 6.4 times;
@@ -99,6 +100,11 @@ class MRCL(Criterion):
             mask = torch.zeros(pred.shape[:2], dtype=torch.bool, device=pred.device)
         if self.in_pixels:
             deviation = self._deviation(view.device)
+            if len(deviation) not in (1, view.shape[1]):
+                raise UserError(
+                    f"rec_unit=pixel: the source has {len(deviation)} channels and a view has {view.shape[1]}: use "
+                    "rec_unit=standardised"
+                )
             # Channels run fastest within a patch.
             pred, view = pred * deviation.repeat(pred.shape[2] // len(deviation)), view * deviation[:, None, None]
         masked, unmasked = ops.masked_patch_mse(pred, view, mask, self.norm_pix)

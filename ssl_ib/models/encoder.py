@@ -83,6 +83,7 @@ class Encoder(nn.Module):
             if isinstance(patch, int) and (height % patch or width % patch):
                 raise self._indivisible(height, width, patch) from None
             raise UserError(f"timm could not build {self.name!r} with {arguments}: {error}") from None
+        self.pretrained = bool(arguments.get("pretrained") or arguments.get("checkpoint_path"))
         # What rebuilds it: not where its first weights came from.
         self.arguments = {key: value for key, value in arguments.items() if not key.startswith("pretrained")}
         return backbone
@@ -201,15 +202,16 @@ class Encoder(nn.Module):
         )
 
     def freeze_patch_embed(self) -> None:
-        """Leaves the patch projection at its random start (MoCo v3's remedy for unstable training, section 4.2).
+        """Leaves the patch projection as it starts (MoCo v3's remedy for unstable training, section 4.2).
 
-        That start is the published code's: weights uniform within sqrt(6 / (fan in + fan out)), so of deviation 0.036
-        for ViT-B/16, where timm's are normal of deviation 0.02; no bias.
+        Pretrained weights stay. A random start is the published code's: weights uniform within
+        sqrt(6 / (fan in + fan out)), so of deviation 0.036 for ViT-B/16, and no bias.
         """
         if not self.is_vit:
             raise UserError(f"freeze_patch_embed needs a vision transformer, and {self.name!r} is none")
         projection = self.backbone.patch_embed.proj
-        nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
-        if projection.bias is not None:
-            nn.init.zeros_(projection.bias)
+        if not self.pretrained:
+            nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
         self.backbone.patch_embed.requires_grad_(False)

@@ -1,7 +1,7 @@
 """The gather kernels as torch operators: fake tensors and gradients for every backend but the reference.
 
-An operator's last argument names its backend, so that a compiled graph holds the choice. Gradients are operators of
-their own; they are not differentiable again (the reference is).
+An operator's last argument names its backend, so that a compiled graph holds the choice. Each gradient is its
+own operator. Only the reference backend has second derivatives.
 
 Shapes: B images, L patches, K kept, D width, P prefix tokens, C channels, p patch side, G reconstructions.
 """

@@ -244,6 +244,11 @@ def test_freezing_the_patches():
     assert 0.95 * limit < weight.abs().max() <= limit
     assert weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
     assert not net.backbone.patch_embed.proj.bias.any()
+    # Pretrained weights stay.
+    loaded = encoder()
+    loaded.pretrained, before = True, loaded.backbone.patch_embed.proj.weight.clone()
+    loaded.freeze_patch_embed()
+    assert torch.equal(loaded.backbone.patch_embed.proj.weight, before) and not encoder().pretrained
 
 
 # --- other backbones --------------------------------------------------------------------------------------------------
