@@ -95,7 +95,7 @@ def test_a_documented_command_resolves(words):
 
 
 @named
-def test_what_a_documented_command_trains_can_be_built(words, request):
+def test_what_a_documented_command_trains_can_be_built(words):
     small = [config for config in resolved(words) if not config.recipe.endswith(("imagenet", "imagenet_400ep"))]
     # The first and the last point of a grid, with its first seed.
     for config in {id(config): config for config in small[:1] + small[-1:]}.values():
