@@ -68,6 +68,9 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
     if "=" in options.recipe:
         raise UserError(f"expected RECIPE first, got {options.recipe!r}")
+    # What was chosen for the user (where images are held, say) is said once: every process finds the same.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ssl_ib").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     config = configuration(options)
     if options.print_config:
         print(config.yaml(), end="")
@@ -93,9 +96,6 @@ def _train(config: Config, options: argparse.Namespace) -> int:
     from ..run import build_run
     from ..trainer import Trainer
 
-    # What was chosen for the user (where images are held, say) is said once.
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("ssl_ib").setLevel(logging.INFO)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.parallel == "none":
         raise UserError("several processes were started; say how they share the work: parallel=ddp")
     device = choose_device(config.device)
@@ -103,9 +103,6 @@ def _train(config: Config, options: argparse.Namespace) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     distributed.initialise(device)
-    if not distributed.is_main():
-        # Every process finds the same; one says it.
-        logging.getLogger("ssl_ib").setLevel(logging.ERROR)
     try:
         out = None if options.dry_run else options.out or Path("runs") / config.recipe
         state = folder.examine(out, config, options.resume, options.overwrite) if out else None

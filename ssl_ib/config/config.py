@@ -7,6 +7,7 @@ run: `ssl-ib-train runs/x/config.yaml --out elsewhere`.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -28,9 +29,11 @@ from pydantic import (
 from ..errors import ConfigError
 from .hints import Count, NonNegative, Positive, PositiveInt
 from .plugins import load_plugins
-from .recipe import PARTS, YamlDumper, YamlLoader, find_recipe, merge, named, read_recipe
+from .recipe import PARTS, Dropped, YamlDumper, YamlLoader, find_recipe, merge, named, read_recipe, without_dropped
 from .registry import REGISTRIES, check_part, is_schedule, problems_of
 from .schedule import Schedule
+
+_logger = logging.getLogger(__name__)
 
 
 def _number(value: Any) -> Any:
@@ -170,6 +173,14 @@ def _path(key: str) -> list[str]:
     return path[:-1] if path[0] in PARTS and path[1:] and path[-1] == "name" else path
 
 
+def _laid_over(data: dict[str, Any], overrides: Iterable[tuple[str, Any]], problems: list[str]) -> dict[str, Any]:
+    """A recipe's data with the overrides laid over it, one after the other."""
+    data = dict(data)
+    for key, value in overrides:
+        _apply(data, key, value, problems)
+    return data
+
+
 def _apply(data: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
     """Sets a dotted key in nested mappings."""
     path = _path(key)
@@ -219,15 +230,16 @@ def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] =
     Raises ConfigError with every problem, or UserError where the recipe cannot be read.
     """
     path = find_recipe(recipe)
-    data = read_recipe(path)
+    dropped: list[Dropped] = []
+    data = read_recipe(path, dropped=dropped)
     data.setdefault("recipe", path.stem)
     data |= {"plugins": list(plugins)} if plugins else {}
     problems: list[str] = []
     # What a recipe leaves to the defaults can be overridden key by key like anything else.
     defaults = {name: f.default for name, f in Config.model_fields.items() if name in PARTS and not f.is_required()}
     data = {**defaults, **data}
-    for key, value in _parse_overrides(overrides, problems):
-        _apply(data, key, value, problems)
+    parsed = _parse_overrides(overrides, problems)
+    data = _laid_over(without_dropped(data, _laid_over(data, parsed, []), dropped), parsed, problems)
 
     checked = dict(data)
     for kind in PARTS:
@@ -239,6 +251,8 @@ def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] =
         problems += problems_of(error, "", _keys)
     if problems:
         raise ConfigError(problems)
+    for line in filter(None, (one.line(config.plain()) for one in dropped)):
+        _logger.info(line)
     return config
 
 

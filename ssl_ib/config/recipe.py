@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from .registry import is_schedule
 
 #: The sections of a recipe that name a registered part, in the order in which they are shown.
 PARTS = ("task", "model", "criterion", "masker", "source", "views")
+#: Arguments of a part that were chosen for the value of another one: where that changes, they are dropped.
+BELONGING = {"backbone": ("backbone_args", "positions")}
 
 
 def named(value: Any) -> Any:
@@ -57,21 +60,26 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """A shipped recipe's file by name, or a path. Raises UserError with the nearest names."""
+    """A shipped recipe's file by name, a path, or the `config.yaml` in a run's folder. Raises UserError otherwise."""
     shipped = recipes_folder() / f"{name}.yaml"
     if shipped.is_file():
         return shipped
     if Path(name).is_file():
         return Path(name)
+    if Path(name).is_dir():
+        if (Path(name) / "config.yaml").is_file():
+            return Path(name) / "config.yaml"
+        raise UserError(f"expected a recipe or the folder of a run, and {name!r} is a folder without a config.yaml")
     if Path(name).suffix in (".yaml", ".yml") or "/" in name:
         raise UserError(f"there is no recipe file {name!r}")
     raise UserError(f"unknown recipe {name!r}{nearest(name, recipe_names())}")
 
 
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_recipe(path: Path, above: tuple[Path, ...] = (), dropped: list[Dropped] | None = None) -> dict[str, Any]:
     """A recipe merged over its `base`. Raises UserError where the file is not a YAML mapping.
 
     above: the recipes whose base this is. A recipe may have the name of its base, which is then the shipped one.
+    dropped: what the recipe drops of its base is added here.
     """
     above = (*above, path.resolve())
     try:
@@ -89,19 +97,82 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     below = below if below.is_file() and below.resolve() != above[-1] else find_recipe(str(base))
     if below.resolve() in above:
         raise UserError(f"{path}: base {base!r} leads back to {below}: a recipe cannot be its own base")
-    return merge(read_recipe(below, above), data)
+    below = read_recipe(below, above, dropped)
+    return merge(without_dropped(below, merge(below, data), [] if dropped is None else dropped), data)
 
 
 def merge(base: Any, over: Any, section: str | None = None) -> Any:
     """`over` laid over `base`, both of them of `section` (default: whole recipes).
 
-    Mappings merge key by key; a part that names another one replaces the old part whole.
+    Mappings merge key by key, and an empty one empties; a part that names another one replaces the old part whole.
     """
     if section in PARTS:
         base = named(base) if isinstance(over, dict) else base
         over = named(over) if isinstance(base, dict) and "name" in base else over
-    if not isinstance(base, dict) or not isinstance(over, dict) or is_schedule(over):
+    if not isinstance(base, dict) or not isinstance(over, dict) or is_schedule(over) or (section and not over):
         return over
     if section in PARTS and over.get("name", base.get("name")) != base.get("name"):
         return over
     return base | {key: merge(base.get(key), value, section or key) for key, value in over.items()}
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The arguments that the value `old` of `key` had, and that were dropped when it became `new`.
+
+    key: the path of a part's argument, such as (model, backbone).
+    """
+
+    key: tuple[str, ...]
+    old: Any
+    new: Any
+    arguments: dict[str, Any]
+
+    def line(self, config: dict[str, Any]) -> str | None:
+        """What to tell the user of a resolved configuration; None where nothing of it is different there."""
+        *place, owner = self.key
+        for step in place:
+            config = config.get(step) if isinstance(config, dict) else None
+        if not isinstance(config, dict) or config.get(owner) != self.new:
+            return None
+        lost = {}
+        for key, value in self.arguments.items():
+            now = config.get(key)
+            if isinstance(value, dict):
+                value = {k: v for k, v in value.items() if not isinstance(now, dict) or now.get(k) != v}
+            if value not in (now, None, {}):
+                lost[key] = value
+        if not lost:
+            return None
+        text = yaml.dump(lost, Dumper=YamlDumper, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
+        change = f"{'.'.join(self.key)}={self.new}"
+        return (
+            f"{change}: drops what was for {self.old or 'the default one'} (give again what is to stay): {text[1:-1]}"
+        )
+
+
+def without_dropped(base: dict[str, Any], laid: dict[str, Any], dropped: list[Dropped]) -> dict[str, Any]:
+    """A recipe without the arguments that belong to a value (`BELONGING`) which is another one in `laid`.
+
+    laid: what comes of the recipe when something is laid over it. What is laid over the answer in its place keeps the
+    arguments that it gives itself. dropped: a line is added for each value that loses arguments.
+    """
+    parts = {kind: _part_without(base[kind], laid.get(kind), (kind,), dropped) for kind in PARTS if kind in base}
+    return base | parts
+
+
+def _part_without(part: Any, laid: Any, place: tuple[str, ...], dropped: list[Dropped]) -> Any:
+    part, laid = named(part), named(laid)
+    if not isinstance(part, dict) or not isinstance(laid, dict) or part.get("name") != laid.get("name"):
+        return part
+    gone: dict[str, Any] = {}
+    for owner, owned in BELONGING.items():
+        arguments = {key: part[key] for key in owned if key in part}
+        if arguments and part.get(owner) != laid.get(owner):
+            dropped.append(Dropped((*place, owner), part.get(owner), laid.get(owner), arguments))
+            gone |= arguments
+    return {
+        key: _part_without(value, laid.get(key), (*place, key), dropped) if isinstance(value, dict) else value
+        for key, value in part.items()
+        if key not in gone
+    }

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Generic, TypeVar
 
-from ..errors import UserError, nearest
+from ..errors import ConfigError, UserError, nearest
 from .hints import show
 from .schedule import Schedule
 
@@ -254,7 +255,8 @@ def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **suppl
     """Builds a part from what `check_part` returned; supplied arguments go to the constructors that ask for them.
 
     path: where the recipe has it, for messages (default: the kind). Raises UserError for a schedule on a number that
-    the part does not keep, and what the constructors raise.
+    the part does not keep, and what the constructors raise, with the arguments that it names (`pool=mean`) as recipes
+    and command lines spell them (`model.pool=mean`).
     """
     registry, name, path = REGISTRIES[kind], spec["name"], path or kind
     schema = registry.schema(name)
@@ -274,7 +276,13 @@ def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **suppl
     checked = _validate(kind, name, plain)
     arguments = {key: inner.get(key, getattr(checked, key)) for key in schema}
     arguments |= {key: supplied[key] for key in registry.takes(name) if key in supplied}
-    part = registry[name](**arguments)
+    try:
+        part = registry[name](**arguments)
+    except ConfigError:
+        raise
+    except UserError as error:
+        own = rf"(?<![\w.])(?=(?:{'|'.join(schema) or '$'})(?:\.\w|=))"
+        raise UserError(re.sub(own, f"{path}.", str(error))) from error
     for key, schedule in numbers.items():
         kept = getattr(part, key, None)
         if not isinstance(kept, int | float) or kept != arguments[key]:

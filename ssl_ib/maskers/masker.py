@@ -32,7 +32,8 @@ class Masker(ABC):
         if kept < 1:
             raise UserError(
                 f"mask ratio {self.ratio} on a grid of {rows} x {columns} patches keeps {kept} of them: "
-                f"expected at least 1 (a ratio of at most {1 - 1 / (rows * columns):.4g})"
+                f"expected at least 1 (a ratio of at most {1 - 1 / (rows * columns):.4g}), "
+                "or smaller patches (backbone_args.patch_size of the model)"
             )
         return kept
 

@@ -5,6 +5,7 @@ Shapes: B images, L patches, K kept, P prefix tokens (class, registers), D width
 
 from __future__ import annotations
 
+import math
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ class Encoder(nn.Module):
     is_vit says whether it is timm's plain vision transformer, with positions added to its patches: only that can be
     masked and gives tokens. Others, distilled and hybrid ones among them, are run as timm runs them.
 
-    Raises UserError for a name or argument timm does not take, or an image the patches do not divide.
+    Raises UserError for a name or argument timm does not take, or a view that it cannot read.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Encoder(nn.Module):
             if positions == "sincos":
                 self.fix_positions()
         elif positions == "sincos":
-            raise UserError(f"positions=sincos needs a vision transformer, and {name!r} is none")
+            raise UserError(f"positions=sincos needs a vision transformer, and {name!r} is none: use positions=learned")
 
     def _create(self, height: int, width: int) -> nn.Module:
         if not timm.is_model(self.name):
@@ -89,11 +90,31 @@ class Encoder(nn.Module):
         return backbone
 
     @staticmethod
-    def _indivisible(height: int, width: int, patch: int) -> UserError:
+    def _indivisible(height: int, width: int, patch: int, others: tuple[int, ...] = ()) -> UserError:
+        """others: sides of the views besides, which the patches have to divide too."""
+        side = math.gcd(height, width, *others)
+        fits = [size for size in range(2, min(patch, side // 2 + 1)) if side % size == 0]
+        smaller = f"use backbone_args.patch_size={fits[-1]}, or " if fits else ""
         return UserError(
-            f"a view of {height} x {width} pixels cannot be cut into patches of {patch}: change the size of the views "
-            "(views.size, and views.local_size of local crops)"
+            f"a view of {height} x {width} pixels cannot be cut into patches of {patch}: {smaller}change the size of "
+            "the views (views.size, and views.local_size of local crops)"
         )
+
+    @torch.no_grad()
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raises UserError where the backbone cannot read a view of shape [C, H, W]."""
+        if self.is_vit:
+            self.grid(shape)
+            return
+        try:
+            self.backbone.eval()(torch.zeros(1, *shape))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self.name!r} cannot read a view of {shape[1]} x {shape[2]} pixels ({error}): choose larger views "
+                "(views.size, and views.local_size of local crops), or another backbone"
+            ) from None
+        finally:
+            self.backbone.train()
 
     def fix_positions(self) -> None:
         """Replaces learned positions by fixed sines and cosines. Raises UserError where the width is not 4 x n."""
@@ -115,7 +136,7 @@ class Encoder(nn.Module):
             return None
         _, height, width = shape
         if height % self.patch_size or width % self.patch_size:
-            raise self._indivisible(height, width, self.patch_size)
+            raise self._indivisible(height, width, self.patch_size, self.backbone.patch_embed.img_size)
         return height // self.patch_size, width // self.patch_size
 
     def _embedding(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -208,7 +229,10 @@ class Encoder(nn.Module):
         sqrt(6 / (fan in + fan out)), so of deviation 0.036 for ViT-B/16, and no bias.
         """
         if not self.is_vit:
-            raise UserError(f"freeze_patch_embed needs a vision transformer, and {self.name!r} is none")
+            raise UserError(
+                f"freeze_patch_embed=true needs a vision transformer, and {self.name!r} is none: "
+                "use freeze_patch_embed=false"
+            )
         projection = self.backbone.patch_embed.proj
         if not self.pretrained:
             nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))

@@ -58,7 +58,10 @@ class MAE(MaskedImageModel):
         shape = one_shape("mae", info.view_shapes)
         self.encoder = Encoder(backbone, backbone_args or {}, shape, pool)
         if not self.encoder.is_vit:
-            raise UserError(f"model 'mae' needs a plain vision transformer of timm's, and {backbone!r} is none")
+            raise UserError(
+                f"model 'mae' needs a plain vision transformer of timm's, and {backbone!r} is none: "
+                "choose one, such as backbone=vit_tiny_patch16_224"
+            )
         self.encoder.fix_positions()
         if z == "cls" and not self.encoder.backbone.has_class_token:
             raise UserError(f"z=cls needs a class token, and {backbone!r} has none: use z=mean")

@@ -42,7 +42,8 @@ class MRCL(Model):
         if "tokens" not in self.contrastive.provides:
             raise UserError(
                 "model 'mrcl' needs a contrastive model that gives 'tokens' (siamese with a vision transformer does); "
-                f"{type(self.contrastive).__name__} gives {', '.join(sorted(self.contrastive.provides))}"
+                f"{type(self.contrastive).__name__} gives {', '.join(sorted(self.contrastive.provides))}: choose a "
+                "vision transformer, such as contrastive.backbone=vit_tiny_patch16_224"
             )
         encoder, shape = self.contrastive.encoder, one_shape("mrcl", info.view_shapes)
         self.decoder = PatchDecoder(

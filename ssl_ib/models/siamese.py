@@ -59,7 +59,7 @@ class Siamese(EncoderModel):
             raise UserError(f"model 'siamese' needs views with equal channels, got {info.view_shapes}")
         self.encoder = Encoder(backbone, backbone_args or {}, info.view_shapes[0], pool, positions)
         for shape in info.view_shapes:
-            self.encoder.grid(shape)
+            self.encoder.check(shape)
         if freeze_patch_embed:
             self.encoder.freeze_patch_embed()
         self.projector = mlp_head(self.encoder.width, projector_hidden, projector_dim, projector_layers, projector_norm)

@@ -65,7 +65,8 @@ class SimMIM(MaskedImageModel):
         timms = self.encoder.backbone
         if not (self.encoder.is_vit or isinstance(timms, SwinTransformer)):
             raise UserError(
-                f"model 'simmim' needs a Swin or a plain vision transformer of timm's, and {backbone!r} is neither"
+                f"model 'simmim' needs a Swin or a plain vision transformer of timm's, and {backbone!r} is neither: "
+                "choose one, such as backbone=vit_tiny_patch16_224"
             )
         if "cls" in (z, pool) and not (self.encoder.is_vit and timms.has_class_token):
             which = "z" if z == "cls" else "pool"
@@ -97,7 +98,10 @@ class SimMIM(MaskedImageModel):
         """
         _, height, width = shape
         if self.mask_unit % self.patch_size:
-            raise UserError(f"mask_unit={self.mask_unit} is not a multiple of the patch size {self.patch_size}")
+            raise UserError(
+                f"mask_unit={self.mask_unit} is not a multiple of the patch size {self.patch_size}: "
+                f"use mask_unit={self.patch_size}, or backbone_args.patch_size={self.mask_unit}"
+            )
         for what, side in (
             (f"mask units of {self.mask_unit}", self.mask_unit),
             (f"the backbone's total stride of {self.stride}", self.stride),

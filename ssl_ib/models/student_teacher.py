@@ -96,11 +96,14 @@ class StudentTeacher(EncoderModel):
         self.momentum, self.freeze_last_epochs = momentum, freeze_last_epochs
         self.num_global = info.global_views
         self.student = Encoder(backbone, backbone_args or {}, info.view_shapes[0], pool, positions)
-        for shape in info.view_shapes:
-            self.student.grid(shape)
         if not self.student.is_vit and get_pretrained_cfg_value(backbone, "fixed_input_size"):
             if len(set(info.view_shapes)) > 1:
-                raise UserError(f"backbone {backbone!r} takes views of one size, got {sorted(set(info.view_shapes))}")
+                raise UserError(
+                    f"backbone {backbone!r} takes views of one size, got {sorted(set(info.view_shapes))}: give "
+                    "views.local_size the value of views.size, or choose another backbone"
+                )
+        for shape in info.view_shapes:
+            self.student.check(shape)
         self.head = ProjectionHead(self.student.width, head_hidden, head_dim, head_layers, head_norm, prototypes)
         self.teacher = None if momentum is None else MomentumCopy(self.student, self.head)
         if self.teacher is None and eval_net == "teacher":

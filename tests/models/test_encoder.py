@@ -314,7 +314,7 @@ def test_feature_maps():
             VIT,
             {"patch_size": 5},
             SHAPE,
-            "a view of 16 x 24 pixels cannot be cut into patches of 5: change the size of the views",
+            "a view of 16 x 24 pixels cannot be cut into patches of 5: use backbone_args.patch_size=4, or change",
         ),
         (VIT, {}, SHAPE, "a view of 16 x 24 pixels cannot be cut into patches of 16"),
         (VIT, {**SIZE, "num_heads": 5}, SHAPE, "timm could not build .*divisible"),
