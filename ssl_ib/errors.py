@@ -22,9 +22,19 @@ class ConfigError(UserError):
         super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """A hint for an unknown name: `; did you mean 'x'?` where something is close, then the choices."""
+def nearest(name: str, choices: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """A hint for an unknown name: `; did you mean 'x'?` where something is close, then the choices.
+
+    elsewhere: dotted keys, which are suggested where the last step of one is closer than every choice.
+    """
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    by_last_step: dict[str, list[str]] = {}
+    for key in elsewhere:
+        by_last_step.setdefault(key.rpartition(".")[2], []).append(key)
+    # Among the choices a weak likeness is a hint; among the many keys elsewhere only a strong one is.
+    best = difflib.get_close_matches(name, {*close, *by_last_step}, n=1, cutoff=0.8 if close else 0.6)
+    if best and best[0] not in close:
+        close = by_last_step[best[0]][:3]
     hint = f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
     return f"{hint or ';'} choices: {', '.join(choices) or '(none)'}"

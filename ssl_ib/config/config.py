@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from .hints import Count, NonNegative, Positive, PositiveInt
 from .plugins import load_plugins
 from .recipe import PARTS, Dropped, YamlDumper, YamlLoader, find_recipe, merge, named, read_recipe, without_dropped
-from .registry import REGISTRIES, check_part, is_schedule, problems_of
+from .registry import REGISTRIES, check_part, is_schedule, part_keys, problems_of
 from .schedule import Schedule
 
 _logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tupl
     parsed = []
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key):
             problems.append(f"expected KEY=VALUE, such as optim.lr=1e-3, got {text!r}")
             continue
         try:
@@ -241,14 +241,15 @@ def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] =
     parsed = _parse_overrides(overrides, problems)
     data = _laid_over(without_dropped(data, _laid_over(data, parsed, []), dropped), parsed, problems)
 
+    elsewhere = section_keys() + [key for kind in PARTS for key in part_keys(kind, data.get(kind), kind)]
     checked = dict(data)
     for kind in PARTS:
         if data.get(kind) is not None:
-            checked[kind] = check_part(kind, data[kind], kind, problems)
+            checked[kind] = check_part(kind, data[kind], kind, problems, elsewhere)
     try:
         config = Config.model_validate_json(json.dumps(checked, default=str))
     except ValidationError as error:
-        problems += problems_of(error, "", _keys)
+        problems += problems_of(error, "", _keys, elsewhere=elsewhere)
     if problems:
         raise ConfigError(problems)
     for line in filter(None, (one.line(config.plain()) for one in dropped)):
@@ -256,12 +257,27 @@ def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] =
     return config
 
 
-def _keys(place: tuple[str, ...]) -> Iterable[str]:
-    """The keys of a section, given those that lead to it."""
+def _section(place: Iterable[str]) -> type[Section]:
+    """A section, given the keys that lead to it."""
     section = Config
     for key in place:
         section = section.model_fields[key].annotation
-    return section.model_fields
+    return section
+
+
+def _keys(place: tuple[str, ...]) -> Iterable[str]:
+    return _section(place).model_fields
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def section_keys(place: tuple[str, ...] = ()) -> list[str]:
+    """The dotted keys of a section and of those in it, the shallow ones first (default: of the whole configuration)."""
+    fields = _section(place).model_fields
+    below = [key for name, f in fields.items() if _is_section(f.annotation) for key in section_keys((*place, name))]
+    return [".".join((*place, name)) for name in fields] + below
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

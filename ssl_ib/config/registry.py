@@ -14,6 +14,7 @@ Importing this module is cheap: the built-in parts are imported when a registry 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -22,6 +23,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..errors import ConfigError, UserError, nearest
@@ -70,6 +73,13 @@ class Registry(Generic[T]):
         """All registered names, sorted."""
         self._load()
         return sorted(self._entries)
+
+    def listed(self) -> list[str]:
+        """The same without the time that importing takes: built-in names are read from the decorators in the source."""
+        folder = Path(importlib.util.find_spec(self.package).origin).parent
+        decorator = re.compile(rf'^@register_{self.kind}\("(\w+)"\)', re.MULTILINE)
+        built_in = (decorator.findall(file.read_text(encoding="utf-8")) for file in folder.glob("*.py"))
+        return sorted({*self._entries, *chain.from_iterable(built_in)})
 
     def __contains__(self, name: str) -> bool:
         self._load()
@@ -162,12 +172,17 @@ def _validate(kind: str, name: str, plain: dict[str, Any]) -> Any:
 
 
 def problems_of(
-    error: Any, prefix: str, known: Callable[[tuple], Iterable[str]], hints: Mapping[str, Any] | None = None
+    error: Any,
+    prefix: str,
+    known: Callable[[tuple], Iterable[str]],
+    hints: Mapping[str, Any] | None = None,
+    elsewhere: Iterable[str] = (),
 ) -> list[str]:
     """A pydantic ValidationError as lines `path: what is wrong, got ...`.
 
-    known: the keys there are at a place (the keys that lead to it), to suggest one for an unknown key.
-    hints: type hints of first-level keys, for those that take one of several types.
+    known:     the keys there are at a place (the keys that lead to it), to suggest one for an unknown key.
+    hints:     type hints of first-level keys, for those that take one of several types.
+    elsewhere: the dotted keys of the whole configuration, to suggest one that was meant.
     """
     lines = []
     for item in error.errors():
@@ -179,7 +194,7 @@ def problems_of(
             lines.append(f"{key}: expected {show(hint)}, got {item['input']!r}")
         elif item["type"] == "extra_forbidden":
             *place, key = item["loc"]
-            lines.append(f"{path}: unknown key{nearest(str(key), known(tuple(place)))}")
+            lines.append(f"{path}: unknown key{nearest(str(key), known(tuple(place)), elsewhere)}")
         elif item["type"] == "missing":
             lines.append(f"{path}: required, but not given")
         else:
@@ -193,10 +208,30 @@ def is_schedule(value: Any) -> bool:
     return isinstance(value, dict) and {"from", "to"} <= set(value)
 
 
-def check_part(kind: str, spec: Any, path: str, problems: list[str]) -> dict[str, Any]:
+def part_keys(kind: str, spec: Any, path: str) -> list[str]:
+    """The dotted keys of a part, as `check_part` takes it, and of the parts and mappings in it, the shallow ones first.
+
+    What is no part has none.
+    """
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(spec, dict) or spec.get("name") not in REGISTRIES[kind]:
+        return []
+    keys, below = [], []
+    for key, parameter in REGISTRIES[kind].schema(spec["name"]).items():
+        keys.append(f"{path}.{key}")
+        value, nested = spec.get(key), part_kind(parameter.annotation)
+        if nested:
+            below += part_keys(nested, value, keys[-1])
+        elif isinstance(value, dict) and not is_schedule(value):
+            below += [f"{keys[-1]}.{inner}" for inner in value]
+    return keys + below
+
+
+def check_part(kind: str, spec: Any, path: str, problems: list[str], elsewhere: Iterable[str] = ()) -> dict[str, Any]:
     """Completes a part's spec (`"name"` or `{name: ..., key: value}`) with its defaults.
 
-    Appends what is wrong to `problems`, each line beginning with the dotted path. Returns plain data, fit for YAML.
+    elsewhere: the dotted keys of the whole configuration, to suggest one for an unknown key. Appends what is wrong to
+    `problems`, each line beginning with the dotted path. Returns plain data, fit for YAML.
     """
     if isinstance(spec, str):
         spec = {"name": spec}
@@ -215,7 +250,7 @@ def check_part(kind: str, spec: Any, path: str, problems: list[str]) -> dict[str
         hint = schema[key].annotation if key in schema else None
         nested = part_kind(hint)
         if nested and not (value is None and type(None) in _options(hint)):
-            done[key] = check_part(nested, value, f"{path}.{key}", problems)
+            done[key] = check_part(nested, value, f"{path}.{key}", problems, elsewhere)
             plain[key] = None
         elif is_schedule(value):
             if typing.get_origin(hint) is typing.Literal:
@@ -236,7 +271,7 @@ def check_part(kind: str, spec: Any, path: str, problems: list[str]) -> dict[str
             checked = _validate(kind, name, plain | numbers)
         except pydantic.ValidationError as error:
             hints = {key: parameter.annotation for key, parameter in schema.items()}
-            found += problems_of(error, path, lambda place: () if place else schema, hints)
+            found += problems_of(error, path, lambda place: () if place else schema, hints, elsewhere)
     # What is wrong within a schedule has been said.
     wrong = tuple(f"{path}.{key}: expected" for key, schedule in schedules.items() if schedule is None)
     problems.extend(line for line in dict.fromkeys(found) if not line.startswith(wrong))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: The name of the axis of `--case`.
 CASE = "case"
-_KEY = re.compile(r"[A-Za-z_][\w.]*")
+_KEY = re.compile(r"[A-Za-z_][\w.-]*")
 #: The longest folder name of a value, and of a point, before it is cut short.
 _VALUE_LENGTH, _POINT_LENGTH = 60, 200
 
