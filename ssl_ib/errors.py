@@ -33,7 +33,8 @@ def nearest(name: str, choices: Iterable[str], elsewhere: Iterable[str] = ()) ->
     for key in elsewhere:
         by_last_step.setdefault(key.rpartition(".")[2], []).append(key)
     # Among the choices a weak likeness is a hint; among the many keys elsewhere only a strong one is.
-    best = difflib.get_close_matches(name, {*close, *by_last_step}, n=1, cutoff=0.8 if close else 0.6)
+    best = difflib.get_close_matches(name, {*close, *by_last_step}, n=1, cutoff=0.8)
+    best = best or [step for step in by_last_step if step.startswith(f"{name}_") and not close]
     if best and best[0] not in close:
         close = by_last_step[best[0]][:3]
     hint = f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -15,7 +17,13 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 def exit_code(program: str, run: Callable[[], int], interrupted: str = "interrupted") -> int:
     """What `run` answers, or 2 after a mistake of the user's or a refusal of the machine's, 130 after Ctrl-C."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output (`head`, say) has seen enough. What is left to print goes nowhere, at the exit too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UserError as error:
         message = str(error)
     except OSError as error:

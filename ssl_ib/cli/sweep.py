@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import __version__
 from ..errors import ConfigError, UserError, nearest
 from .exits import exit_code
 
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder (default: sweeps/RECIPE)")
     p.add_argument("--dry-run", action="store_true", help="check all, print the commands, run and write nothing")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
 
@@ -81,7 +83,12 @@ def _main(options: argparse.Namespace, command: str) -> int:
     readable = [axis for axis in axes if axis.choices]
     try:
         runs = points.grid(
-            options.recipe, options.overrides, readable, seeds or None, partial(configure, plugins=options.plugin)
+            options.recipe,
+            options.overrides,
+            readable,
+            seeds or None,
+            # Many points may have the same to say; it is said once.
+            partial(configure, plugins=options.plugin, say=cache(partial(print, file=sys.stderr))),
         )
     except ConfigError as error:
         problems += error.problems

@@ -10,10 +10,12 @@ import logging
 import os
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError, nearest
+from .. import __version__
+from ..errors import UserError
 from .exits import exit_code
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="examples: ssl-ib-train mrcl_digits | ssl-ib-train simclr_cifar10 source.path=cifar10.tar.xz "
         "optim.lr=1e-3 --masker block | ssl-ib-train --list recipes | ssl-ib-train --describe masker:random",
     )
-    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a path")
+    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, a path, or a run's folder")
     p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted, as in optim.lr=1e-3 masker.ratio=0.5")
     for kind in SWAPS:
         p.add_argument(f"--{kind}", metavar="NAME", help=f"use another registered {kind}")
@@ -39,13 +41,22 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
     group = p.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="continue the run in the folder from its last checkpoint")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in the folder from its last checkpoint; RECIPE may be that folder, and all is said",
+    )
     group.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in the folder")
     p.add_argument("--dry-run", action="store_true", help="build all, run two small steps and one evaluation, no files")
     p.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     p.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--list", nargs="?", const="all", metavar="KIND", help="names: tasks, models, ..., recipes")
-    p.add_argument("--describe", metavar="KIND:NAME", help="a part's arguments, defaults and documentation")
+    p.add_argument(
+        "--describe",
+        metavar="KIND:NAME",
+        help="a part's arguments, defaults and documentation; also recipe:NAME, and keys such as optim (config: all)",
+    )
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
 
@@ -62,15 +73,14 @@ def _main(options: argparse.Namespace) -> int:
 
     if options.list or options.describe:
         load_plugins(options.plugin)
-        print(_listing(options.list) if options.list else _description(options.describe), end="")
+        from .listing import description, listing
+
+        print(listing(options.list) if options.list else description(options.describe), end="")
         return 0
     if options.recipe is None:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
-    if "=" in options.recipe:
+    if "=" in options.recipe and not Path(options.recipe).exists():
         raise UserError(f"expected RECIPE first, got {options.recipe!r}")
-    # What was chosen for the user (where images are held, say) is said once: every process finds the same.
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("ssl_ib").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     config = configuration(options)
     if options.print_config:
         print(config.yaml(), end="")
@@ -83,7 +93,9 @@ def configuration(options: argparse.Namespace) -> Config:
 
     swaps = [f"{kind}={getattr(options, kind)}" for kind in SWAPS if getattr(options, kind)]
     device = [f"device={options.device}"] if options.device else []
-    return configure(options.recipe, [*swaps, *device, *options.overrides], options.plugin)
+    # Every process that torchrun starts finds the same; one says it.
+    say = partial(print, file=sys.stderr) if os.environ.get("RANK", "0") == "0" else lambda line: None
+    return configure(options.recipe, [*swaps, *device, *options.overrides], options.plugin, say)
 
 
 def _train(config: Config, options: argparse.Namespace) -> int:
@@ -96,6 +108,9 @@ def _train(config: Config, options: argparse.Namespace) -> int:
     from ..run import build_run
     from ..trainer import Trainer
 
+    # What was chosen for the user (where images are held, say) is said once.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ssl_ib").setLevel(logging.INFO)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.parallel == "none":
         raise UserError("several processes were started; say how they share the work: parallel=ddp")
     device = choose_device(config.device)
@@ -103,8 +118,11 @@ def _train(config: Config, options: argparse.Namespace) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     distributed.initialise(device)
+    if not distributed.is_main():
+        # Every process finds the same; one says it.
+        logging.getLogger("ssl_ib").setLevel(logging.ERROR)
     try:
-        out = None if options.dry_run else options.out or Path("runs") / config.recipe
+        out = None if options.dry_run else options.out or _folder(config, options)
         state = folder.examine(out, config, options.resume, options.overwrite) if out else None
         trainer = Trainer(build_run(config, dry=options.dry_run), out)
         # Every process has found its arguments right and looked at the folder before one of them changes it.
@@ -123,7 +141,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
                 trainer.fit()
             except Stopped as stop:
                 if distributed.is_main():
-                    where = f"; saved {stop.saved}, continue with --resume" if stop.saved else ""
+                    where = f"; saved {stop.saved}, continue with ssl-ib-train {out} --resume" if stop.saved else ""
                     print(f"ssl-ib-train: stopped by {stop} at step {trainer.step}{where}", file=sys.stderr)
                 return 128 + stop.signum
             if distributed.is_main():
@@ -136,6 +154,16 @@ def _train(config: Config, options: argparse.Namespace) -> int:
         return 0
     finally:
         distributed.shutdown()
+
+
+def _folder(config: Config, options: argparse.Namespace) -> Path:
+    """Where a run goes without --out: --resume and --overwrite mean the folder that was given as RECIPE, if it was."""
+    from ..config.recipe import find_recipe
+
+    named_by_folder = find_recipe(options.recipe) == Path(options.recipe) / "config.yaml"
+    if named_by_folder and (options.resume or options.overwrite):
+        return Path(options.recipe)
+    return Path("runs") / config.recipe
 
 
 def _heading(trainer, out: Path | None) -> str:
@@ -198,30 +226,6 @@ def _shown(kind: str, spec: dict) -> str:
         elif value != default:
             given.append(f"{key}={value}")
     return f"{spec['name']}({', '.join(given)})" if given else spec["name"]
-
-
-def _listing(kind: str) -> str:
-    """Names of one kind (singular or plural), or of all."""
-    from ..config.recipe import recipe_names
-    from ..config.registry import REGISTRIES
-
-    names = {f"{kind.removesuffix('s')}s": registry.names for kind, registry in REGISTRIES.items()}
-    names["recipes"] = recipe_names
-    if kind == "all":
-        return "".join(f"{plural:<11} {', '.join(get())}\n" for plural, get in names.items())
-    plural = f"{kind.removesuffix('s')}s"
-    if plural not in names:
-        raise UserError(f"--list: unknown kind {kind!r}{nearest(kind, names)}")
-    return "".join(f"{name}\n" for name in names[plural]())
-
-
-def _description(text: str) -> str:
-    from ..config.registry import REGISTRIES, describe
-
-    kind, colon, name = text.partition(":")
-    if not colon or kind not in REGISTRIES:
-        raise UserError(f"--describe: expected KIND:NAME, got {text!r}{nearest(kind, REGISTRIES)}")
-    return describe(kind, name)
 
 
 if __name__ == "__main__":

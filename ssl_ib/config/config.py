@@ -6,11 +6,13 @@ run: `ssl-ib-train runs/x/config.yaml --out elsewhere`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable
+import typing
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -27,7 +29,7 @@ from pydantic import (
 )
 
 from ..errors import ConfigError
-from .hints import Count, NonNegative, Positive, PositiveInt
+from .hints import Count, NonNegative, Positive, PositiveInt, show
 from .plugins import load_plugins
 from .recipe import PARTS, Dropped, YamlDumper, YamlLoader, find_recipe, merge, named, read_recipe, without_dropped
 from .registry import REGISTRIES, check_part, is_schedule, part_keys, problems_of
@@ -51,7 +53,7 @@ def _number(value: Any) -> Any:
 
 
 #: A number of at least 0 or a schedule of it, as plain data.
-Number = Annotated[Any, PlainValidator(_number)]
+Number = Annotated[Any, PlainValidator(_number), "float >= 0, or a schedule {from: .., to: .., shape: ..}"]
 
 
 class Section(BaseModel):
@@ -125,14 +127,22 @@ class EvalConfig(Section):
 
 
 class OpsConfig(Section):
+    """How the ops are computed: auto, reference, chunked, triton or cuda. `auto` says once what it chose."""
+
     backend: str = "auto"
 
 
-PartSpec = Annotated[dict[str, Any], BeforeValidator(named)]
+PartSpec = Annotated[dict[str, Any], BeforeValidator(named), "a name, or {name: ..., KEY: VALUE}"]
 
 
 class Config(Section):
-    """A whole run. The six parts are `{name: ..., key: value}`, completed with their constructors' defaults."""
+    """A whole run. The six parts are `{name: ..., key: value}`, completed with their constructors' defaults.
+
+    recipe names the run's folder. batch_size counts the images of an optimiser step over all processes; `accumulate`
+    cuts it into so many forward passes of each. device is auto, cpu, cuda or cuda:N. workers decode streamed images;
+    log_every counts steps. deterministic takes, on CUDA, slower operations that give the same numbers every time.
+    parallel=ddp is for processes that torchrun starts. plugins are imported before the parts are looked up.
+    """
 
     recipe: str
     task: PartSpec = {"name": "views"}
@@ -211,22 +221,32 @@ def _parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tupl
     return sorted(parsed, key=lambda pair: len(_path(pair[0])))
 
 
-def configure(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] = ()) -> Config:
+def configure(
+    recipe: str,
+    overrides: Iterable[str] = (),
+    plugins: Iterable[str] = (),
+    say: Callable[[str], None] = _logger.info,
+) -> Config:
     """The configuration of a run, after the plugins that the recipe remembers and the given ones were loaded.
 
-    recipe: a shipped name or a path; overrides: `KEY=VALUE` texts; plugins: as `load_plugins` takes them. Raises what
-    `load_plugins` and `resolve` raise.
+    recipe: as `find_recipe` takes it; overrides: `KEY=VALUE` texts; plugins: as `load_plugins` takes them; say: called
+    with a line for each value whose change dropped other arguments. Raises what `load_plugins` and `resolve` raise.
     """
     remembered = read_recipe(find_recipe(recipe)).get("plugins") or []
     remembered = [remembered] if isinstance(remembered, str) else remembered
-    return resolve(recipe, overrides, load_plugins(list(dict.fromkeys([*remembered, *plugins]))))
+    return resolve(recipe, overrides, load_plugins(list(dict.fromkeys([*remembered, *plugins]))), say)
 
 
-def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] = ()) -> Config:
+def resolve(
+    recipe: str,
+    overrides: Iterable[str] = (),
+    plugins: Iterable[str] = (),
+    say: Callable[[str], None] = _logger.info,
+) -> Config:
     """The configuration of a run.
 
-    recipe: a shipped name or a path; overrides: `KEY=VALUE` texts; plugins: those loaded, the recipe's own among them,
-    to be remembered.
+    recipe: as `find_recipe` takes it; overrides: `KEY=VALUE` texts; plugins: those loaded, the recipe's own among them,
+    to be remembered; say: called with a line for each value whose change dropped other arguments.
     Raises ConfigError with every problem, or UserError where the recipe cannot be read.
     """
     path = find_recipe(recipe)
@@ -253,7 +273,7 @@ def resolve(recipe: str, overrides: Iterable[str] = (), plugins: Iterable[str] =
     if problems:
         raise ConfigError(problems)
     for line in filter(None, (one.line(config.plain()) for one in dropped)):
-        _logger.info(line)
+        say(line)
     return config
 
 
@@ -278,6 +298,27 @@ def section_keys(place: tuple[str, ...] = ()) -> list[str]:
     fields = _section(place).model_fields
     below = [key for name, f in fields.items() if _is_section(f.annotation) for key in section_keys((*place, name))]
     return [".".join((*place, name)) for name in fields] + below
+
+
+def describe_key(key: str) -> str:
+    """What `--describe KEY` prints of a dotted key that is no part, or of "config", which stands for all keys."""
+    place = [] if key == "config" else key.split(".")
+    hint = _section(place[:-1]).model_fields[place[-1]].annotation if place else Config
+    if _is_section(hint):
+        lines = [key, *(f"  {name}: {_described(hint, name, place)}" for name in hint.model_fields)]
+    else:
+        hint = _section(place[:-1])
+        lines = [f"{key}: {_described(hint, place[-1])}"]
+    return "\n".join([*lines, "", inspect.getdoc(hint), ""])
+
+
+def _described(section: type[Section], name: str, place: Iterable[str] = ()) -> str:
+    """Type and default of a section's key; place: the keys that lead to the section."""
+    field = section.model_fields[name]
+    if _is_section(field.annotation):
+        return f"a section: --describe {'.'.join((*place, name))}"
+    hint = show(typing.get_type_hints(section, include_extras=True)[name])
+    return f"{hint}, {'required' if field.is_required() else f'default {field.default!r}'}"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -21,6 +21,9 @@ def show(hint: Any) -> str:
     """A hint as a reader would write it: `float in [0, 1)`, `int >= 1`, `'cls' | 'mean'`, `(float, float)`."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
+        # A text stands for what types and bounds cannot say.
+        if texts := [bound for bound in inner[1:] if isinstance(bound, str)]:
+            return texts[0]
         return " ".join([show(inner[0]), *filter(None, map(_range, inner[1:]))])
     if origin is Literal:
         return " | ".join(map(repr, inner))

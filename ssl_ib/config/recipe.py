@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,13 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"unknown recipe {name!r}{nearest(name, recipe_names())}")
 
 
-def read_recipe(path: Path, above: tuple[Path, ...] = (), dropped: list[Dropped] | None = None) -> dict[str, Any]:
-    """A recipe merged over its `base`. Raises UserError where the file is not a YAML mapping.
+def leading_comment(path: Path) -> str:
+    """What a recipe says of itself in its first lines, as one line; empty where it says nothing."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return " ".join(line.lstrip("# ").rstrip() for line in takewhile(lambda line: line.startswith("#"), lines))
 
-    above: the recipes whose base this is. A recipe may have the name of its base, which is then the shipped one.
-    dropped: what the recipe drops of its base is added here.
-    """
-    above = (*above, path.resolve())
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -90,11 +91,30 @@ def read_recipe(path: Path, above: tuple[Path, ...] = (), dropped: list[Dropped]
         raise UserError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
-    base = data.pop("base", None)
+    return data
+
+
+def base_of(path: Path, data: dict[str, Any] | None = None) -> Path | None:
+    """The recipe that a recipe, of what is in `data` where that was read, names as its base; None without one."""
+    base = (_read(path) if data is None else data).get("base")
     if base is None:
-        return data
+        return None
     below = path.parent / f"{base}.yaml"
-    below = below if below.is_file() and below.resolve() != above[-1] else find_recipe(str(base))
+    return below if below.is_file() and below.resolve() != path.resolve() else find_recipe(str(base))
+
+
+def read_recipe(path: Path, above: tuple[Path, ...] = (), dropped: list[Dropped] | None = None) -> dict[str, Any]:
+    """A recipe merged over its `base`. Raises UserError where the file is not a YAML mapping.
+
+    above: the recipes whose base this is. A recipe may have the name of its base, which is then the shipped one.
+    dropped: what the recipe drops of its base is added here.
+    """
+    above = (*above, path.resolve())
+    data = _read(path)
+    below = base_of(path, data)
+    base = data.pop("base", None)
+    if below is None:
+        return data
     if below.resolve() in above:
         raise UserError(f"{path}: base {base!r} leads back to {below}: a recipe cannot be its own base")
     below = read_recipe(below, above, dropped)

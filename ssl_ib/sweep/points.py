@@ -201,6 +201,7 @@ def grid(
     """
     runs: list[Run] = []
     found: dict[str, list[str]] = {}
+    tried: list[tuple[Point, Sequence[str]]] = []
     points = [Point(choices, _name(axes, choices)) for choices in product(*(axis.choices for axis in axes))]
     for seed in [None] if seeds is None else seeds:
         for point in points:
@@ -212,9 +213,14 @@ def grid(
             except UserError as error:
                 for problem in getattr(error, "problems", [str(error)]):
                     found.setdefault(problem, []).append(point.name)
+                if isinstance(error, ConfigError):
+                    tried.append((point, error.problems))
                 continue
+            tried.append((point, ()))
             runs.append(Run(point, config.seed, start, tuple(given), config))
-    problems = told_once(found, len(points))
+    clearer = _unknown_to_some_cases(overrides, axes, tried)
+    problems = told_once({problem: names for problem, names in found.items() if problem not in clearer}, len(points))
+    problems += dict.fromkeys(clearer.values())
     seen: dict[str, str] = {}
     for run in runs:
         former = seen.setdefault(json.dumps(run.config.plain()), run.point.name)
@@ -223,6 +229,41 @@ def grid(
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return runs
+
+
+def _unknown_to_some_cases(
+    overrides: Sequence[str], axes: Sequence[Axis], tried: Sequence[tuple[Point, Sequence[str]]]
+) -> dict[str, str]:
+    """What to say in place of some problems: that a key is unknown which all cases are given, and only some have.
+
+    tried: the points, each with the problems of its configuration.
+    """
+    if not axes or axes[0].name != CASE:
+        return {}
+    clearer = {}
+    given = {text.partition("=")[0]: text for text in overrides} | {key: "" for axis in axes[1:] for key in axis.keys}
+    for key, text in given.items():
+        steps = key.split(".")
+        unknown = tuple(f"{'.'.join(steps[:n])}: unknown key" for n in range(1, len(steps) + 1))
+        lacking, having = {}, {}
+        for point, problems in tried:
+            said = next((problem for problem in problems if problem.startswith(unknown)), None)
+            (having if said is None else lacking).setdefault(point.choices[0].label, (point.choices[0], said))
+        if not having or not lacking:
+            continue
+        who = (
+            f"the case{'s' * (len(lacking) > 1)} {', '.join(lacking)} ha{'ve' if len(lacking) > 1 else 's'} no such key"
+        )
+        case, _ = next(iter(having.values()))
+        words = " ".join(filter(None, [case.recipe, *case.overrides, text or f"{key}=..."]))
+        example = f'--case "{case.label}: {words}"'
+        line = (
+            f"{text} is given to every case, but {who}: write it in the cases that have it, as in {example}"
+            if text
+            else f"--vary {key}: {who}: write each value as a case, as in {example}"
+        )
+        clearer |= {said: line for _, said in lacking.values()}
+    return clearer
 
 
 def told_once(found: dict[str, list[str]], num_points: int) -> list[str]:
@@ -246,7 +287,7 @@ def shown(value: Any) -> str:
 def safe(text: str, length: int = _VALUE_LENGTH) -> str:
     """A text as part of a folder's name: letters, digits, `.`, `_`, `-`; what that loses is told apart by a hash.
 
-    No `=`, which `ssl-ib-train` would take for an override where the path of a `config.yaml` is given as the recipe.
+    No `=`, so that no path looks like an override.
     """
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:length]
     if plain == text:
