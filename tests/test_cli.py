@@ -1,11 +1,29 @@
 """The command line: every mistake is one message and exit code 2, and nothing is touched that is not the run's own."""
 
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from harness import PARTS, ROOT, STEPS, TINY, checkpoint, finished, losses, rows, train
+from harness import (
+    PARTS,
+    ROOT,
+    STEPS,
+    TINY,
+    assert_same_run,
+    checkpoint,
+    environment,
+    finished,
+    losses,
+    parts,
+    rows,
+    train,
+)
 
+from ssl_ib import __version__
+from ssl_ib.cli.sweep import main as sweep
 from ssl_ib.cli.train import main
 from ssl_ib.config.config import resolve
 from ssl_ib.config.recipe import recipe_names
@@ -76,7 +94,12 @@ def refused(capsys, *arguments: str) -> str:
         ([TINY, "--plugin", "absent_plugin"], "plugin 'absent_plugin' is neither a path nor an importable module"),
         ([TINY, "--list", "modls"], "--list: unknown kind 'modls'; did you mean 'models'?"),
         (["--describe", "masker:randm"], "unknown masker 'randm'; did you mean 'random'?"),
-        (["--describe", "random"], "--describe: expected KIND:NAME, got 'random'"),
+        (["--describe", "random"], "or a key such as optim, got 'random'; did you mean 'masker:random'?"),
+        (["--describe", "mrcl_digits"], "got 'mrcl_digits'; did you mean 'recipe:mrcl_digits'?"),
+        (["--describe", "lr"], "got 'lr'; did you mean 'optim.lr' or 'eval.linear.lr'?"),
+        (["--describe", "masker"], "--describe: which masker? masker:block, masker:grid"),
+        (["--describe", "recipe:mrcl_digit"], "unknown recipe 'mrcl_digit'; did you mean 'mrcl_digits'"),
+        ([str(ROOT / "tests")], "is a folder without a config.yaml"),
         ([TINY, "--device", "gpu"], "device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
         ([TINY, "ops.backend=cuda", "device=cpu"], "ops.backend: 'cuda' cannot run here: it runs on a GPU"),
         ([TINY, "ops.backend=chunkd"], "ops.backend: unknown backend of the ops 'chunkd'; did you mean 'chunked'"),
@@ -132,6 +155,30 @@ def test_our_own_bugs_keep_their_traceback(here, monkeypatch):
         main([TINY])
 
 
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_version(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        (main if command == "train" else sweep)(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"ssl-ib-{command} {__version__}\n"
+
+
+def test_ctrl_c_while_modules_are_imported(here, ctrl_c):
+    # A library that answers an interrupt with an error of its own.
+    Path("odd.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT), time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('broken off')\n"
+    )
+    command = [sys.executable, "-m", "ssl_ib.cli.train", "--list", "--plugin", "odd.py"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "ssl-ib-train: interrupted\n")
+
+
+def test_a_reader_that_has_seen_enough(here):
+    command = f"{sys.executable} -m ssl_ib.cli.train --list recipes | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout in ("141\n", "0\n")
+
+
 # --- the run's folder -------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +227,26 @@ def test_config_yaml_repeats_the_run(tmp_path):
     assert (again / "config.yaml").read_text() == (first / "config.yaml").read_text()
 
 
+def test_the_folder_is_all_that_resuming_needs(here, capsys, monkeypatch):
+    overrides = ("criterion=recorded", "criterion.inner=info_nce")
+    parts().SIGNALS[7] = signal.SIGTERM
+    # No override would take this for a recipe.
+    out = here / "elsewhere" / "lr=1"
+    assert train(out, *overrides) == 143
+    assert f"continue with ssl-ib-train {out} --resume" in capsys.readouterr().err
+    for name in ("loss_curves", "knn_curve", "reconstructions", "attention"):
+        monkeypatch.setattr(f"ssl_ib.record.figures.{name}", lambda *given, **more: None)
+    assert "--resume cannot change epochs: 2 -> 3" in refused(capsys, str(out), "--resume", "epochs=3")
+    assert main([str(out), "--resume", "log_every=1"]) == 0
+    assert "resumed    at step 7" in capsys.readouterr().out and not Path("runs").exists()
+    assert_same_run(out, finished(*overrides))
+    # Without --resume it is a recipe for a new run, with --overwrite the same run anew.
+    Path("runs/tiny/mine").mkdir(parents=True)
+    capsys.readouterr()
+    assert "runs/tiny is not empty" in refused(capsys, str(out))
+    assert main([str(out), "--overwrite", "epochs=1"]) == 0 and len(losses(out)) == STEPS
+
+
 # --- looking without running ------------------------------------------------------------------------------------------
 
 
@@ -200,6 +267,30 @@ def test_list_and_describe(here, capsys):
     assert set(capsys.readouterr().out.split()) >= {"block", "grid", "none", "random"}
     assert main(["--describe", "criterion:info_nce"]) == 0
     assert "temperature" in capsys.readouterr().out
+
+
+def test_listed_recipes_say_what_they_are(capsys):
+    assert main(["--list", "recipes"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert [*lines] == recipe_names() and lines["mae_digits"].startswith("MAE on real handwritten digits")
+
+
+def test_describe_a_recipe(here, capsys):
+    assert main(["--describe", "recipe:mi_mae_cifar10"]) == 0
+    output = capsys.readouterr().out
+    assert "\nMI-MAE on CIFAR-10: a quarter of" in output and "\n  base:  mae_cifar10 < _cifar10\n" in output
+    assert "needs: images at cifar10.tar.xz, which is not here: give source.path" in output
+    assert "criterion: {name: mi_mae, gate_max_epoch: 5}" in output and "decoder_depth: 1" in output
+    Path("cifar10.tar.xz").touch()
+    assert main(["--describe", "recipe:mi_mae_cifar10"]) == 0 and "not here" not in capsys.readouterr().out
+    Path("mine.yaml").write_text(f"base: mae_digits\nplugins: {PARTS}")
+    assert main(["--describe", "recipe:mine.yaml"]) == 0
+    assert f"  base:  mae_digits\n  needs: plugin {PARTS}\n" in capsys.readouterr().out
+
+
+def test_describe_a_section(capsys):
+    assert main(["--describe", "eval.linear"]) == 0
+    assert "lr_scale: 'raw' | 'linear', default 'raw'" in capsys.readouterr().out
 
 
 def test_help(capsys):

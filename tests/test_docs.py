@@ -61,6 +61,8 @@ def resolved(words: list[str]) -> list:
         options = train.parser().parse_intermixed_args(words[1:])
         if options.list or options.describe or options.plugin:
             return []
+        # The folder that a run of a recipe leaves is a recipe too.
+        options.recipe = options.recipe.removeprefix("runs/")
         options.overrides = [text for text in options.overrides if not text.startswith("source")] + ["source=digits"]
         return [train.configuration(options)]
     options = sweep.parser().parse_intermixed_args(words[1:])

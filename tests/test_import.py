@@ -47,6 +47,15 @@ def test_help_needs_no_torch(command):
     assert "ssl_ib" in loaded and not loaded & (HEAVY | {"torch", "annotated_types"})
 
 
+@pytest.mark.parametrize("arguments", [["--list"], ["--list", "recipes"], ["--describe", "recipe:mrcl_digits"]])
+def test_names_need_no_torch(arguments):
+    loaded = modules_after(
+        "import contextlib, io\nfrom ssl_ib.cli import train\n"
+        f"with contextlib.redirect_stdout(io.StringIO()): assert train.main({arguments}) == 0"
+    )
+    assert "yaml" in loaded and not loaded & ((HEAVY | {"torch"}) - {"yaml"})
+
+
 def test_public_names():
     code = "import ssl_ib; assert {*ssl_ib.__all__} <= {*dir(ssl_ib)}; from ssl_ib import *; print('names', len(dir()))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)

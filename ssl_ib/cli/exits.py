@@ -12,6 +12,31 @@ from ..errors import UserError
 
 #: What the machine may refuse (space, permission): no bug of ours, and its own message says it.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+#: What `_end` calls the command.
+_program = ""
+
+
+def end_at_interrupts(program: str) -> None:
+    """From here to `heed_interrupts`, Ctrl-C ends the process at once, with one line: while modules are being imported.
+
+    Only for a process of the command line's own. An import that is broken off by KeyboardInterrupt may raise anything
+    in its place. Where Ctrl-C is ignored, as in a script's background jobs, it stays ignored.
+    """
+    global _program
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        _program = program
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(signum: int, frame: object) -> None:
+    os.write(sys.stderr.fileno(), f"{_program}: interrupted\n".encode())
+    os._exit(128 + signum)
+
+
+def heed_interrupts() -> None:
+    """All is imported: from here on Ctrl-C is an exception again, and what was begun can be ended in order."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def exit_code(program: str, run: Callable[[], int], interrupted: str = "interrupted") -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import ConfigError, UserError, nearest
-from .exits import exit_code
+from .exits import end_at_interrupts, exit_code, heed_interrupts
 
 if TYPE_CHECKING:
     from ..sweep.points import Axis, Run
@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        end_at_interrupts("ssl-ib-sweep")
+        arguments = sys.argv[1:]
     options = parser().parse_intermixed_args(arguments)
     command = shlex.join(["ssl-ib-sweep", *arguments])
     return exit_code("ssl-ib-sweep", lambda: _main(options, command), "interrupted; runs were ended without saving")
@@ -103,6 +105,7 @@ def _main(options: argparse.Namespace, command: str) -> int:
     if options.dry_run:
         _print_commands(runs, out, options.plugin)
         return 0
+    heed_interrupts()
     with folder.locked(out) as lock:
         folder.remember(out, base, command)
         return _run(options, axes, runs, out, lock, command)

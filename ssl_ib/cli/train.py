@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import UserError
-from .exits import exit_code
+from .exits import end_at_interrupts, exit_code, heed_interrupts
 
 if TYPE_CHECKING:
     from ..config.config import Config
@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     # Deterministic matrix products on CUDA need this before the first of them (cuBLAS, "Results reproducibility").
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if arguments is None:
+        end_at_interrupts("ssl-ib-train")
     options = parser().parse_intermixed_args(arguments)
     return exit_code("ssl-ib-train", lambda: _main(options))
 
@@ -108,6 +110,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
     from ..run import build_run
     from ..trainer import Trainer
 
+    heed_interrupts()
     # What was chosen for the user (where images are held, say) is said once.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ssl_ib").setLevel(logging.INFO)

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from ssl_ib import ConfigError, UserError
-from ssl_ib.config.config import differences, resolve
-from ssl_ib.config.recipe import PARTS, find_recipe, recipe_names, recipes_folder
+from ssl_ib.config.config import describe_key, differences, resolve, section_keys
+from ssl_ib.config.recipe import PARTS, find_recipe, leading_comment, recipe_names, recipes_folder
 
 RECIPE = """
 model: {name: siamese, backbone: vit_tiny_patch16_224, backbone_args: {patch_size: 4, depth: 4}, projector_dim: 32}
@@ -125,6 +125,77 @@ def test_deep_keys(mrcl):
     assert config.model["contrastive"]["projector_dim"] == 32
 
 
+ARGUMENTS = {"patch_size": 4, "depth": 4}
+
+
+def test_another_backbone_drops_what_was_for_the_old_one(recipe, mrcl):
+    path = recipe("base: plain\nmodel: {positions: sincos, pool: mean}")
+    said = []
+    model = resolve(path, ["model.backbone=resnet18"], say=said.append).model
+    assert (model["backbone"], model["backbone_args"], model["positions"]) == ("resnet18", None, "learned")
+    assert (model["pool"], model["projector_dim"]) == ("mean", 32)
+    assert said == [
+        "model.backbone=resnet18: drops what was for vit_tiny_patch16_224 (give again what is to stay): "
+        "backbone_args: {patch_size: 4, depth: 4}, positions: sincos"
+    ]
+    # Inside another part.
+    said.clear()
+    text = "base: mrcl\nmodel: {contrastive: {backbone: vit_tiny_patch16_224, backbone_args: {depth: 2}}}"
+    model = resolve(recipe(text), ["model.contrastive.backbone=resnet18"], say=said.append).model
+    assert model["contrastive"]["backbone_args"] is None and model["contrastive"]["projector_dim"] == 32
+    assert len(said) == 1 and said[0].startswith("model.contrastive.backbone=resnet18: drops")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["model.backbone=resnet18", "model.backbone_args.stem=cifar"],
+        ["model.backbone_args.stem=cifar", "model.backbone=resnet18"],
+        ["model.backbone_args={stem: cifar}", "model.backbone=resnet18"],
+        ["model={backbone_args: {stem: cifar}}", "model.backbone=resnet18"],
+        ["model={backbone: resnet18, backbone_args: {stem: cifar}}"],
+    ],
+)
+def test_what_is_given_with_a_backbone_is_kept(plain, given):
+    said = []
+    assert resolve(plain, given, say=said.append).model["backbone_args"] == {"stem": "cifar"}
+    assert len(said) == 1 and said[0].endswith("backbone_args: {patch_size: 4, depth: 4}")
+
+
+def test_the_same_backbone_drops_nothing(plain, recipe):
+    said = []
+    same = "model.backbone=vit_tiny_patch16_224"
+    assert resolve(plain, [same, "model.backbone_args.depth=2"], say=said.append).model["backbone_args"]["depth"] == 2
+    assert resolve(plain, [same], say=said.append).model["backbone_args"] == ARGUMENTS
+    # Nothing is lost here either: what was dropped is given again, or is the default.
+    again = ["model.backbone=vit_small_patch16_224", "model.backbone_args={patch_size: 4, depth: 4}"]
+    saved = recipe(resolve(plain).yaml(), "saved")
+    assert resolve(saved, again, say=said.append).model["backbone_args"] == ARGUMENTS
+    assert said == []
+
+
+def test_a_recipe_drops_what_its_base_gave_its_backbone(recipe):
+    said = []
+    path = recipe("base: plain\nmodel: {backbone: resnet18, backbone_args: {drop_path_rate: 0.1}}")
+    assert resolve(path, say=said.append).model["backbone_args"] == {"drop_path_rate": 0.1}
+    assert [line.partition(":")[0] for line in said] == ["model.backbone=resnet18"]
+    # A third one: what is told is what came of it.
+    said.clear()
+    assert resolve(path, ["model.backbone=resnet50"], say=said.append).model["backbone_args"] is None
+    assert said == [
+        "model.backbone=resnet50: drops what was for resnet18 (give again what is to stay): "
+        "backbone_args: {drop_path_rate: 0.1}"
+    ]
+
+
+def test_an_empty_mapping_empties(plain, recipe):
+    assert resolve(plain, ["model.backbone_args={}"]).model["backbone_args"] == {}
+    given = ["model.backbone_args={}", "model.backbone_args.depth=2"]
+    assert resolve(plain, given).model["backbone_args"] == {"depth": 2}
+    assert resolve(recipe("base: plain\nmodel: {backbone_args: {}}")).model["backbone_args"] == {}
+    assert resolve(recipe("base: plain")).epochs == 7
+
+
 def test_the_last_of_two_wins(plain):
     assert resolve(plain, ["seed=1", "seed=2"]).seed == 2
 
@@ -196,6 +267,22 @@ def test_unknown_recipes():
     for missing in ("nowhere/x.yaml", "nowhere.yaml", "./nowhere"):
         with pytest.raises(UserError, match="there is no recipe file"):
             find_recipe(missing)
+
+
+def test_the_folder_of_a_run_is_a_recipe(plain, tmp_path):
+    config = resolve(plain, ["epochs=3"])
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="run' is a folder without a config.yaml"):
+        find_recipe(str(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text(config.yaml())
+    assert resolve(str(tmp_path / "run")) == config
+
+
+@pytest.mark.parametrize("name", [path.stem for path in recipes_folder().glob("*.yaml")])
+def test_every_shipped_recipe_says_what_it_is(name):
+    first, _, rest = leading_comment(find_recipe(name)).partition(". ")
+    # One sentence for `--list recipes`.
+    assert 10 < len(first) < 180 and first[0].isupper()
 
 
 def test_bases(recipe):
@@ -285,6 +372,38 @@ def test_all_mistakes_at_once(plain):
 def test_single_mistakes(plain, override, message):
     found = problems(plain, [override])
     assert len(found) == 1 and found[0].startswith(message)
+
+
+@pytest.mark.parametrize(
+    "override, meant",
+    [
+        ("lr=0.1", "'optim.lr' or 'eval.linear.lr'"),
+        ("epoch=3", "'epochs'"),
+        ("batch-size=32", "'batch_size'"),
+        ("warmup=3", "'optim.warmup_epochs'"),
+        ("criterion.temperatur=1", "'criterion.contrastive.temperature'"),
+        ("model.backbone=resnet18", "'model.contrastive.backbone'"),
+        ("patch_size=8", "'model.contrastive.backbone_args.patch_size'"),
+        ("masker.ration=0.3", "'ratio'"),
+        ("optim.warmup=3", "'warmup_epochs'"),
+    ],
+)
+def test_the_key_that_was_meant(override, meant):
+    (line,) = problems("mrcl_digits", [override])
+    assert f"{override.partition('=')[0]}: unknown key; did you mean {meant}?" in line
+
+
+def test_nothing_like_it():
+    assert "unknown key; choices: accumulate, batch_size" in problems("mrcl_digits", ["gpu=1"])[0]
+
+
+def test_every_key_has_a_description():
+    for key in ["config", *section_keys()]:
+        text = describe_key(key)
+        assert text.startswith(key) and len(text.splitlines()) > 2
+    assert "  lr: float >= 0, or a schedule" in describe_key("optim") and "warms up" in describe_key("optim")
+    assert "  linear: a section: --describe eval.linear" in describe_key("eval")
+    assert describe_key("seed").startswith("seed: int in [0, 4294967296), default 0\n")
 
 
 def test_a_part_that_is_missing(recipe):

@@ -62,6 +62,11 @@ class Puzzling(Scored):
         super().__init__()
 
 
+class Refusing(Scored):
+    def __init__(self, mode: Literal["mean", "sum"] = "sum", options: dict[str, Any] | None = None):
+        raise UserError("mode=sum needs options.x=1, and no own.mode=sum: use mode=mean")
+
+
 class Silent(Scored):
     """Takes nothing."""
 
@@ -80,6 +85,7 @@ def mine(monkeypatch):
         "unhinted": Unhinted,
         "puzzling": Puzzling,
         "silent": Silent,
+        "refusing": Refusing,
         "made": make_plain,
     }
     for name, maker in entries.items():
@@ -145,6 +151,21 @@ def test_a_registry_reads_its_package_when_asked(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(RuntimeError, match="read"):
             mine.names()
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_what_is_listed_without_imports_is_what_registers(kind):
+    registry = REGISTRIES[kind]
+    assert registry.listed() == registry.names()
+    built_in = {n for n, maker in registry._entries.items() if maker.__module__.startswith(f"{registry.package}.")}
+    assert built_in and built_in <= set(Registry(kind, registry.package).listed()) == built_in
+
+
+def test_a_constructor_s_message_names_its_arguments_as_recipes_do():
+    path = "criterion.inner"
+    with pytest.raises(UserError) as caught:
+        build(name="holder", inner="refusing")
+    assert str(caught.value) == f"{path}.mode=sum needs {path}.options.x=1, and no own.mode=sum: use {path}.mode=mean"
 
 
 def test_every_built_in_part_has_a_schema_and_a_description():

@@ -129,6 +129,24 @@ def test_every_problem_is_told_once_with_where_it_is():
     assert "got 'fast'" in problems and "masker.ratio: expected" in problems
 
 
+def test_a_key_that_some_cases_lack():
+    cases = ["MRCL: mrcl_digits epochs=3", "SimCLR: simclr_digits", "none: masker=none"]
+    with pytest.raises(ConfigError) as caught:
+        grid(cases=cases, overrides=["masker.ratio=0.25"], seeds=[0, 1])
+    assert caught.value.problems == [
+        "masker.ratio=0.25 is given to every case, but the cases SimCLR, none have no such key: write it in the cases "
+        'that have it, as in --case "MRCL: mrcl_digits epochs=3 masker.ratio=0.25"'
+    ]
+    with pytest.raises(ConfigError) as caught:
+        grid(["criterion.contrastive.temperature=0.1,0.2"], cases[:2])
+    (problem,) = caught.value.problems
+    assert problem.startswith("--vary criterion.contrastive.temperature: the case SimCLR has no such key: write each")
+    # What none of them has is a mistake in the key.
+    with pytest.raises(ConfigError) as caught:
+        grid(cases=cases, overrides=["masker.ration=0.25"])
+    assert all("masker.ration: unknown key" in problem for problem in caught.value.problems)
+
+
 def test_points_that_are_the_same_configuration():
     with pytest.raises(ConfigError, match="case_a and case_b are the same configuration"):
         grid(cases=["a: optim.lr=1e-3", "b: optim={lr: 0.001}"], seeds=[0, 1])
