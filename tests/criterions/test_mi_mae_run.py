@@ -132,7 +132,7 @@ def test_one_optimiser_step_moves_the_network_at_its_own_rate():
         (["masker=none"], "at least 2 masks an image, and the masker gives none: use masker=orthogonal"),
         (["masker=random"], "at least 2 masks an image, and the masker gives 1: use masker=orthogonal"),
         (["criterion.w_rec=0", "criterion.w_max=0", "criterion.w_min=0"], "w_rec, w_max and w_min are all 0"),
-        (["criterion.w_rec=0"], "gate='latch' waits for the reconstruction, which w_rec=0 leaves out: use gate=none"),
+        (["criterion.w_rec=0"], "which criterion.w_rec=0 leaves out: use criterion.gate=none"),
         (["criterion.w_rec=0", "criterion.gate=instant"], "gate='instant' waits for the reconstruction"),
         (["model=siamese", "model.backbone=vit_tiny_patch16_224"], "requires latents, reconstruction, visible"),
         (["criterion.temperature=0"], "criterion.temperature: expected greater than 0"),
@@ -148,10 +148,10 @@ def test_mistakes(overrides, said):
 
 def test_a_class_token_is_needed_where_it_is_the_latent():
     arguments = f"{VIT[:-1]}, class_token: false, global_pool: avg}}"
-    with pytest.raises(ConfigError, match=r"z=cls needs a class token, .* use z=mean"):
+    with pytest.raises(ConfigError, match=r"z=cls needs a class token, .* use model.z=mean"):
         tiny_run(f"model.backbone_args={arguments}", "model.pool=mean")
     # timm would then norm the pooled features and no token: L_rec and L_max alike would read what no norm has seen.
-    with pytest.raises(ConfigError, match="norms or pools what comes after: set backbone_args.fc_norm=false"):
+    with pytest.raises(ConfigError, match="norms or pools what comes after: set model.backbone_args.fc_norm=false"):
         tiny_run(f"model.backbone_args={arguments}", "model.pool=mean", "model.z=mean")
     arguments = f"{arguments[:-1]}, fc_norm: false}}"
     run = tiny_run(f"model.backbone_args={arguments}", "model.pool=mean", "model.z=mean", "criterion.gate=none")

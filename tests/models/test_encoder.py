@@ -301,6 +301,18 @@ def test_feature_maps():
             assert all(m.shape[1:] == (24, 4, 6) for m in maps)
 
 
+def test_a_view_that_the_backbone_cannot_read():
+    encoder = Encoder("convnext_atto", {}, (3, 32, 32))
+    encoder.check((3, 32, 32))
+    assert encoder.backbone.training
+    with pytest.raises(UserError, match=r"cannot read a view of 16 x 16 pixels \(.*\): choose larger views"):
+        encoder.check((3, 16, 16))
+    vit = Encoder("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 24}, (3, 16, 16))
+    # What divides this view and the other one, into 2 x 2 patches at least.
+    with pytest.raises(UserError, match="cannot be cut into patches of 16: use backbone_args.patch_size=4, or change"):
+        vit.check((3, 8, 8))
+
+
 @pytest.mark.parametrize(
     "name, arguments, shape, message",
     [
