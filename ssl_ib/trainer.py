@@ -41,7 +41,8 @@ class Trainer:
     Building one decodes the images that are held in memory and writes nothing. Raises UserError where they are too few
     or too many of them cannot be read.
 
-    results: evaluations that the run is judged by: `untrained`, `raw_pixels` and `trained`, each metrics by name.
+    results: evaluations that the run is judged by: `untrained`, `raw_pixels`, `trained` and `chance`, each metrics by
+        name.
     """
 
     def __init__(self, run: Run, out: Path | None):
@@ -238,6 +239,8 @@ class Trainer:
             self.results[name] = metrics
         if name == "untrained" and self.main:
             self.results["raw_pixels"] = self.online.raw_pixels()
+        if name == "trained" and self.main:
+            self.results["chance"] = self.online.chance()
         distributed.barrier()
         if metrics:
             self._write(metrics)
@@ -298,6 +301,12 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint. Raises UserError where it was saved on other images or other parts."""
+        held_out, unlabelled = self.run.source.val(), bool((self.images.labels < 0).all())
+        if unlabelled and held_out is not None and "held_out/loss" not in state["results"]["untrained"]:
+            raise UserError(
+                f"--resume: the run began without held-out images, and now there are {len(held_out)}: set "
+                f"source.val_fraction to 0 in {self.out}/config.yaml, and resume with that file as the recipe"
+            )
         if state["images"] != len(self.images):
             raise UserError(
                 f"--resume: the run was trained on {state['images']} images, and now there are {len(self.images)}"

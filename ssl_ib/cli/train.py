@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -190,6 +191,7 @@ def _heading(trainer, out: Path | None) -> str:
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     lines += [
         f"  data       {len(trainer.images):,} training images ({place}), {held}",
+        f"  labels     {_labels(trainer.images, run.source.notes)}",
         f"  parameters {counts['all']:,}, of which {counts['trained']:,} are trained",
         f"  batch      {_batch(run)} a step, {config.epochs} epochs, {steps:,} steps",
         f"  optimiser  {config.optim.name}, learning rate {lr}{scaled}",
@@ -204,6 +206,20 @@ def _heading(trainer, out: Path | None) -> str:
             f"evaluation on at most {DRY_IMAGES} images"
         )
     return "\n".join(lines)
+
+
+def _labels(images, notes: Sequence[str]) -> str:
+    """The classes of a set of images with their counts, the first by name; then what the source says, a line each."""
+    counts = images.labels[images.labels >= 0].bincount(minlength=len(images.classes)).tolist()
+    names = [f"{name} {n:,}" for name, n in zip(images.classes, counts, strict=True) if n]
+    missing = int((images.labels < 0).sum())
+    if names:
+        shown = f"{len(names)} class{'es' * (len(names) > 1)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+        lines = [f"{shown}; {missing:,} images without a label" if missing else shown, *notes]
+    else:
+        # The first note says why.
+        lines = [": ".join(["none", *notes[:1]]), *notes[1:]]
+    return "\n             ".join(lines)
 
 
 def _batch(run) -> str:

@@ -78,7 +78,9 @@ def decode_file(read: Callable[[str], bytes], name: str, max_side: int) -> Tenso
     except UnidentifiedImageError:
         return Unreadable(name, "not an image that Pillow knows")
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes, and so do archives.
-        return Unreadable(name, " ".join(f"{type(error).__name__}: {error}".split())[:120])
+        if isinstance(error, OSError) and error.strerror:
+            return Unreadable(name, error.strerror)
+        return Unreadable(name, " ".join(f"cannot be decoded, {type(error).__name__}: {error}".split())[:120])
 
 
 def pack(images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

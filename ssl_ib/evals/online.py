@@ -18,6 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from .. import distributed, random
 from ..data.loader import ordered
+from ..data.sources.base import stratified
 from ..run import Run
 from ..types import Batch, Progress, Sample
 from . import features, health
@@ -59,7 +60,7 @@ class Online:
     def evaluate(self, progress: Progress, final: bool = False) -> dict[str, float]:
         """`knn/top1`, `health/*`, `held_out/*`, and where `final` asks for it `linear/top1`.
 
-        Without labels there are no accuracies, without held-out images no `held_out/*`.
+        Without two classes there are no accuracies, without held-out images no `held_out/*`.
         """
         with self.evaluating():
             metrics = self._health(progress) | self._held_out(progress)
@@ -74,7 +75,7 @@ class Online:
         return metrics
 
     def raw_pixels(self) -> dict[str, float]:
-        """`knn/top1` on the pixels themselves: what the encoder has to beat. Empty without labels.
+        """`knn/top1` on the pixels themselves: what the encoder has to beat. Empty without two classes.
 
         Images above RAW_SIDE pixels are shrunk: ImageNet's would not fit into memory.
         """
@@ -82,6 +83,16 @@ class Online:
             return {}
         train, test = (_labelled(features.raw_pixels(samples, self._small)) for samples in self._splits())
         return {"knn/top1": self._knn(train, test)}
+
+    def chance(self) -> dict[str, float]:
+        """What the accuracies have to be held against: `knn/top1` of always naming the most frequent class.
+
+        `images` is the number of held-out images that are scored. Empty without two classes.
+        """
+        if not self._has_labels():
+            return {}
+        labels = self.run.source.val().labels[self._chosen("val")]
+        return {"knn/top1": int(labels.bincount().max()) / len(labels), "images": len(labels)}
 
     def collect(self, name: str, n: int, draw: int | None = None) -> Tensor:
         """The model's output `name`, of its first view, for n plain training images (or all): [n, ...].
@@ -130,14 +141,22 @@ class Online:
         return {f"held_out/{name}": float(value) / batches for name, value in sums.items()}
 
     def _has_labels(self) -> bool:
-        train, val = self.run.source.train(), self.run.source.val()
-        return val is not None and len(val) > 0 and bool((train.labels >= 0).any())
+        """Whether there is anything to tell apart: two classes in the training images and in the held-out ones."""
+        sets = self.run.source.train(), self.run.source.val()
+        return all(images is not None and len(images.labels[images.labels >= 0].unique()) > 1 for images in sets)
+
+    def _chosen(self, split: str) -> Tensor:
+        """The labelled images of the split "train" or "val" that are scored: their numbers, int64 [n]."""
+        labels = getattr(self.run.source, split)().labels
+        labelled = (labels >= 0).nonzero()[:, 0]
+        limit = min(filter(None, (self.limit, getattr(self.config, f"{split}_images"))), default=len(labelled))
+        return labelled[stratified(labels[labelled], limit)]
 
     def _splits(self) -> Iterator[Iterator[Sample]]:
-        """The images of the training and of the held-out split that are evaluated, in batches."""
+        """The images of the training and of the held-out split that are scored, in batches."""
         for name in ("train", "val"):
-            limits = self.limit, getattr(self.config, f"{name}_images")
-            yield self._samples(getattr(self.run.source, name)(), min(filter(None, limits), default=None))
+            images = getattr(self.run.source, name)()
+            yield map(images.gather, self._chosen(name).split(self.config.batch_size))
 
     def _samples(self, images, limit: int | None) -> Iterator[Sample]:
         return ordered(images, self.config.batch_size, limit)

@@ -98,8 +98,9 @@ def finish(
 def write_results(out: Path, results: dict[str, Any]) -> None:
     """Writes `results.json`, the last of a run's files, so that its presence says that the run is done.
 
-    results: the evaluations by name (`untrained`, `raw_pixels`, `trained`), `seconds` and `step`. Numbers that are not
-    finite become the strings that metrics.jsonl has.
+    results: the evaluations by name (`untrained`, `raw_pixels`, `trained`), `chance` (the accuracy of always naming the
+    most frequent class, and `images`, the number of those scored), `seconds` and `step`. Numbers that are not finite
+    become the strings that metrics.jsonl has.
     """
     plain = json.loads(json.dumps(results), parse_constant=str)
     replace(out / "results.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
@@ -151,12 +152,20 @@ def draw_attention(run: Run, evaluating: Evaluating, path: Path) -> None:
 
 
 def summary(out: Path, results: dict[str, Any]) -> list[str]:
-    """How trained compares with untrained features and raw pixels, on the same split; time; folder."""
+    """How trained compares with chance, untrained features and raw pixels, on the same split; time; folder.
+
+    Without labels: how the held-out loss and the rank of the features changed.
+    """
     minutes, seconds = divmod(round(results["seconds"]), 60)
     ending = f"{minutes} min {seconds:02d} s | {out}"
-    scores = {name: results[name].get("knn/top1") for name in ("untrained", "raw_pixels", "trained")}
+    names = ("chance", "untrained", "raw_pixels", "trained")
+    scores = {name: results.get(name, {}).get("knn/top1") for name in names}
     if scores["trained"] is None:
-        return [f"no labels, so no kNN | {ending}"]
+        changes = [
+            _change("held-out loss", "first", "last", results, "held_out/loss", ".4f"),
+            _change("RankMe", "untrained", "trained", results, "health/rankme", ".2f"),
+        ]
+        return [" | ".join(["no accuracy without labels of two classes", *filter(None, changes), ending])]
     lines = []
     if scores["raw_pixels"] is not None and scores["trained"] < scores["raw_pixels"]:
         lines.append("the trained encoder is BELOW raw pixels: kNN on the images themselves does better")
@@ -164,3 +173,9 @@ def summary(out: Path, results: dict[str, Any]) -> list[str]:
     probe = results["trained"].get("linear/top1")
     linear = "" if probe is None else f" | linear trained {probe:.4f}"
     return [*lines, f"kNN top-1: {shown}{linear} | {ending}"]
+
+
+def _change(title: str, first: str, last: str, results: dict[str, Any], key: str, digits: str) -> str:
+    """A number of the untrained and of the trained encoder; "" where there is none."""
+    before, after = (results[name].get(key) for name in ("untrained", "trained"))
+    return "" if None in (before, after) else f"{title}: {first} {before:{digits}}, {last} {after:{digits}}"

@@ -55,12 +55,13 @@ def digits(value: float, like: float | None = None) -> str:
 def read_metrics(folder: Path) -> tuple[dict[str, float], list[str]]:
     """The numbers of a finished run, and which of them are metrics of `trained`.
 
-    They are those of `trained`, `minutes`, `seconds` and `step`; `untrained/<name>` and `raw_pixels/<name>`; and what
-    the last rows of metrics.jsonl have besides (`loss`, `loss/<term>`, ...), each as it was written last.
+    They are those of `trained`, `minutes`, `seconds` and `step`; `untrained/<name>`, `raw_pixels/<name>` and
+    `chance/<name>`; and what the last rows of metrics.jsonl have besides (`loss`, `loss/<term>`, ...), each as it was
+    written last.
     """
     results = _numbers(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     found = _last_rows(folder / "metrics.jsonl")
-    for name in ("untrained", "raw_pixels"):
+    for name in ("untrained", "raw_pixels", "chance"):
         found |= {f"{name}/{key}": value for key, value in _numbers(results.get(name, {})).items()}
     trained = _numbers(results.get("trained", {}))
     seconds = results["seconds"]

@@ -114,7 +114,7 @@ def spoiled(root: Path, bad: int) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_report_unreadable_images(tmp_path: Path, workers: int) -> None:
-    images = Folder(str(spoiled(tmp_path, 1)), memory_gb=1e-9).train()
+    images = Folder(str(spoiled(tmp_path, 1)), val_fraction=0.0, memory_gb=1e-9).train()
     loader = Loader(images, 40, seed=0, workers=workers)
     for epoch in range(2):
         batches = list(loader.epoch(epoch))
@@ -130,7 +130,7 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path: Path, workers: int, b
     root = spoiled(tmp_path, bad)
     images = Streamed(lambda name: (root / name).read_bytes(), names, labels, [], max_side=8)
     loader = Loader(images, 40, seed=0, workers=workers)
-    with pytest.raises(UserError, match=r"^\d+ of 120 images cannot be read"):
+    with pytest.raises(UserError, match=r"^source.max_unreadable: \d+ of 120 images cannot be read"):
         list(loader.epoch(0))
 
 

@@ -19,7 +19,6 @@ from ssl_ib.data.sources import files as file_sources
 from ssl_ib.data.sources.archive import Archive
 from ssl_ib.data.sources.base import InMemory, Streamed, stratified
 from ssl_ib.data.sources.digits import Digits
-from ssl_ib.data.sources.files import arrange
 from ssl_ib.data.sources.folder import Folder
 from ssl_ib.data.statistics import KNOWN, recognise
 
@@ -163,7 +162,7 @@ def test_pack_pads_at_the_bottom_right() -> None:
         assert row.sum() == image.sum()
 
 
-# Choosing and arranging
+# Choosing
 
 
 @pytest.mark.parametrize("count", [1, 7, 20, 59, 60, 100])
@@ -182,58 +181,11 @@ def test_stratified_strides_over_unlabelled_images() -> None:
     assert stratified(torch.full((12,), -1), 4).tolist() == [1, 4, 7, 10]
 
 
-def label_names(layout, split) -> dict[str, str | None]:
-    names = [*layout.classes, None]
-    return {name: names[label] for name, label in zip(split.names, split.labels.tolist(), strict=True)}
-
-
-def test_arrange_splits_and_first_level_classes() -> None:
-    names = ["train/a/1.png", "train/b/x/y/2.png", "train/loose.png", "val/b/3.png", "val/c/4.png", "docs/5.png"]
-    layout = arrange(names)
-    assert layout.classes == ["a", "b", "c"]
-    assert label_names(layout, layout.train) == {
-        "train/a/1.png": "a",
-        "train/b/x/y/2.png": "b",
-        "train/loose.png": None,
-    }
-    assert label_names(layout, layout.val) == {"val/b/3.png": "b", "val/c/4.png": "c"}
-
-
-def test_arrange_takes_the_first_held_out_folder_with_classes() -> None:
-    train = [f"train/{c}/{i}.png" for c in "ab" for i in range(5)]
-    assert arrange([*train, "test/a/9.png"]).val.names == ["test/a/9.png"]
-    assert arrange([*train, "val/a/8.png", "test/a/9.png"]).val.names == ["val/a/8.png"]
-    assert arrange([*train, "val/8.png", "test/a/9.png"]).val.names == ["test/a/9.png"]
-    unlabelled = arrange([*train, "val/8.png"], val_fraction=0.2)
-    assert len(unlabelled.val.names) == 2 and set(unlabelled.train.names + unlabelled.val.names) == set(train)
-
-
-def test_arrange_a_class_may_be_named_train() -> None:
-    layout = arrange(["bus/1.png", "car/2.png", "train/3.png"], val_fraction=0)
-    assert layout.classes == ["bus", "car", "train"] and layout.train.labels.tolist() == [0, 1, 2]
-
-
-def test_arrange_a_lone_train_folder_is_the_split() -> None:
-    assert arrange(["train/a/1.png", "train/b/2.png"], val_fraction=0).classes == ["a", "b"]
-
-
-@pytest.mark.parametrize(("fraction", "held_out"), [(0.0, 0), (0.1, 4), (0.5, 20), (0.99, 39)])
-def test_arrange_holds_out_a_stratified_share(fraction: float, held_out: int) -> None:
-    names = sorted(f"{c}/{i:02}.png" for c in "abcd" for i in range(10))
-    layout = arrange(names, val_fraction=fraction)
-    if not held_out:
-        assert layout.val is None and layout.train.names == names
-        return
-    assert len(layout.val.names) == held_out
-    assert sorted(layout.train.names + layout.val.names) == names
-    assert layout.val.labels.bincount(minlength=4).float().std() <= 0.5
-
-
 # Folders
 
 
 def test_nested_folder(tree: Path) -> None:
-    source = Folder(str(tree))
+    source = Folder(str(tree), labels="folders")
     train, val = source.train(), source.val()
     assert train.in_memory and train.classes == val.classes == ["ant", "bee"]
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and val.labels.tolist() == [0, 1]
@@ -251,6 +203,48 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
         write(tmp_path / f"{number}.{ending}", number)
     source = Folder(str(tmp_path))
     assert source.train().labels.tolist() == [-1] * 6 and source.train().classes == [] and source.val() is None
+    (held_out,) = Folder(str(tmp_path), val_fraction=0.2).val().labels.tolist()
+    assert held_out == -1
+
+
+def test_a_table_gives_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tmp_path / "images"
+    for number in range(4):
+        write(images / f"{number}.png", number)
+    (images / "labels.csv").write_text("file,label\n0.png,bee\n2.png,ant\n")
+    monkeypatch.chdir(tmp_path)
+    train = Folder(str(images), "labels.csv", val_fraction=0).train()
+    assert train.labels.tolist() == [1, -1, 0, -1] and train.classes == ["ant", "bee"]
+    # The working directory comes first.
+    (tmp_path / "labels.csv").write_text("number,Class,IMAGE\n7,owl,./1.png\n8,,2.png\n")
+    assert Folder(str(images), "labels.csv", val_fraction=0).train().labels.tolist() == [-1, 0, -1, -1]
+    archive = Archive(str(packed_as(images, ".tar", "top")), "labels.csv", val_fraction=0).train()
+    assert archive.labels.tolist() == [-1, 0, -1, -1] and archive.classes == ["owl"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("a,label\n0.png,bee\n", "a column for the image .file, .* and one for its label .*got a, label"),
+        ("file,label\n9.png,bee\n./0.png,bee\n8.png,ant\n", "2 of 3 rows of .* no image .*9.png, 8.png; .* 0.png"),
+        ("file,label\n0.png,bee\n0.png,ant\n", "gives 0.png two labels, bee and ant"),
+        ("file,label\n0.png\n", "expected 2 columns in .*, got 1: 0.png"),
+        ("", "a column for the image"),
+    ],
+)
+def test_tables_that_do_not_fit(tmp_path: Path, table: str, message: str) -> None:
+    write(tmp_path / "0.png", 0)
+    (tmp_path / "labels.csv").write_text(table)
+    with pytest.raises(UserError, match=f"^source.labels: .*{message}"):
+        Folder(str(tmp_path), "labels.csv").train()
+
+
+def test_labels_that_are_no_choice(tmp_path: Path) -> None:
+    write(tmp_path / "0.png", 0)
+    with pytest.raises(UserError, match="^source.labels: .*'folder'; did you mean 'folders'"):
+        Folder(str(tmp_path), "folder")
+    with pytest.raises(UserError, match="^source.labels: there is no file labels.csv, neither in .* nor in "):
+        Folder(str(tmp_path), "labels.csv")
 
 
 @pytest.mark.parametrize("memory", [4.0, STREAM])
@@ -258,7 +252,7 @@ def test_limit_decodes_no_other_image(tree: Path, memory: float, monkeypatch: py
     read = set()
     original = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path.name) or original(path))
-    train = Folder(str(tree), limit=2, memory_gb=memory).train()
+    train = Folder(str(tree), "folders", limit=2, memory_gb=memory).train()
     assert len(train) == 2 and train.labels.tolist() == [0, 1]
     everything(train)
     assert read == {"2.png", "3.png"}
@@ -292,7 +286,7 @@ def test_mixed_sizes_share_the_batch_s_smallest_canvas(tmp_path: Path, memory: f
 def test_a_larger_image_late_in_the_set_grows_the_canvas(tmp_path: Path) -> None:
     for number in range(130):
         write(tmp_path / f"{number:03}.png", number, *((9, 11) if number == 129 else (5, 4)))
-    images = Folder(str(tmp_path)).train()
+    images = Folder(str(tmp_path), val_fraction=0).train()
     assert images.images.shape == (130, 3, 9, 11)
     assert torch.equal(images.gather(torch.tensor([129])).images[0], chw(noise(129, 9, 11)))
     assert torch.equal(images.gather(torch.tensor([3])).images[0], chw(noise(3, 5, 4)))
@@ -303,7 +297,7 @@ def test_threads_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(file_sources, "num_threads", lambda: 4)
     for number in range(200):
         write(tmp_path / f"{number:03}.png", number)
-    images = everything(Folder(str(tmp_path)).train())
+    images = everything(Folder(str(tmp_path), val_fraction=0).train())
     assert all(torch.equal(image, chw(noise(number))) for number, image in enumerate(images))
 
 
@@ -393,7 +387,7 @@ def test_one_in_a_hundred_may_be_unreadable(tmp_path: Path, how: str, memory: fl
     for number in range(100):
         write(tmp_path / f"{number:03}.png", number)
     spoil(tmp_path / "099.png", how)
-    images = Folder(str(tmp_path), memory_gb=memory).train()
+    images = Folder(str(tmp_path), val_fraction=0, memory_gb=memory).train()
     if memory == 4.0:
         assert len(images) == len(images.labels) == 99
         assert torch.equal(images.gather(torch.tensor([98])).images[0], chw(noise(98)))
@@ -412,15 +406,38 @@ def test_more_stop_the_run(tmp_path: Path, memory: float) -> None:
         write(tmp_path / f"{number:03}.png", number)
     for number in (10, 50):
         spoil(tmp_path / f"{number:03}.png", "text")
-    with pytest.raises(UserError, match=r"2 of 100 images cannot be read \(2.0%; at most 1%.*010.png.*050.png"):
-        everything(Folder(str(tmp_path), memory_gb=memory).train())
+    with pytest.raises(
+        UserError,
+        match=r"^source.max_unreadable: 2 of 100 images cannot be read \(2.0%\), and at most 1% .*010.png.*050.png",
+    ):
+        everything(Folder(str(tmp_path), val_fraction=0, memory_gb=memory).train())
+
+
+@pytest.mark.parametrize("memory", [4.0, STREAM])
+def test_how_many_may_be_unreadable_is_a_key(tmp_path: Path, memory: float) -> None:
+    for number in range(10):
+        write(tmp_path / f"{number}.png", number)
+    spoil(tmp_path / "3.png", "text")
+
+    def bad(**more) -> list[str]:
+        images = Folder(str(tmp_path), val_fraction=0, memory_gb=memory, **more).train()
+        everything(images)
+        return images.bad
+
+    assert bad() == ["3.png"]  # One is above the share, and left out in any case.
+    with pytest.raises(UserError, match="1 of 10 images cannot be read .* at most 0%"):
+        bad(max_unreadable=0.0)
+    spoil(tmp_path / "7.png", "text")
+    with pytest.raises(UserError, match="2 of 10 images cannot be read .* at most 1%"):
+        bad()
+    assert sorted(bad(max_unreadable=0.2)) == ["3.png", "7.png"]
 
 
 def test_all_unreadable(tmp_path: Path) -> None:
     for number in range(70):
         (tmp_path / f"{number}.png").write_text("x")
     with pytest.raises(UserError, match=r"70 of 70 images cannot be read \(100.0%.*not an image that Pillow knows"):
-        Folder(str(tmp_path)).train()
+        Folder(str(tmp_path), val_fraction=0).train()
 
 
 def test_labels_follow_when_images_drop_out(tmp_path: Path) -> None:
@@ -482,6 +499,16 @@ def test_recognised_names() -> None:
         "tiny_imagenet",
     ]
     assert [recognise(p) for p in ("imagenette96.tar.xz", "cifar10/train", ".", "my_cifar10")] == [None] * 4
+
+
+def test_every_source_can_be_limited() -> None:
+    for name in SOURCES.names():
+        schema = SOURCES.schema(name)
+        assert "limit" in schema, name
+        assert {"labels", "max_unreadable"} <= schema.keys() or "path" not in schema, name
+    few, every = Digits(8, limit=50), Digits(8)
+    assert few.train().labels.bincount(minlength=10).min() >= 4 and len(few.train()) == 50
+    assert torch.equal(few.val().images, every.val().images)
 
 
 @pytest.mark.parametrize("size", [8, 16, 5])

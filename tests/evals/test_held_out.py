@@ -84,3 +84,38 @@ def test_alone_is_for_the_moment(monkeypatch):
         assert distributed.gather(x) is x and torch.equal(distributed.all_reduce_mean(x), x)
         _ = 1 / 0
     assert (distributed.world_size(), distributed.rank()) == (4, 2)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def relabel(images, labels: list[int]) -> None:
+    images.labels = torch.tensor(labels + [-1] * (len(images) - len(labels)))
+
+
+def test_chance_is_the_share_of_the_most_frequent_class_among_the_images_that_are_scored():
+    instance = trainer()
+    source = instance.run.source
+    shares = source.val().labels.bincount() / len(source.val())
+    assert Online(instance.run).chance() == {"knn/top1": pytest.approx(float(shares.max())), "images": 359}
+    relabel(source.val(), [0] * 6 + [1] * 2)
+    assert Online(instance.run).chance() == {"knn/top1": 0.75, "images": 8}
+    assert Online(instance.run, limit=4).chance() == {"knn/top1": 0.75, "images": 4}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("labels", [[], [3] * 40], ids=["none", "one class"])
+def test_less_than_two_classes_give_no_accuracy(split, labels):
+    instance = trainer()
+    relabel(getattr(instance.run.source, split)(), labels)
+    online = instance.online
+    assert online.chance() == online.raw_pixels() == {}
+    found = online.evaluate(instance.progress(), final=True)
+    assert "held_out/loss" in found and "health/rankme" in found and not any("top1" in name for name in found)
+
+
+def test_the_few_images_with_labels_are_all_scored():
+    instance = trainer("eval.train_images=30")
+    relabel(instance.run.source.train(), list(range(10)) * 3)
+    counts = [sum(len(sample) for sample in samples) for samples in Online(instance.run)._splits()]
+    assert counts == [30, 359]

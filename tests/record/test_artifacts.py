@@ -76,12 +76,15 @@ def test_the_last_line(run):
     *_, comparison, last = text.splitlines()
     number = r"(0\.\d{4})"
     found = re.fullmatch(
-        rf"kNN top-1: untrained {number}, raw pixels {number}, trained {number} \| linear trained {number} "
+        rf"kNN top-1: chance {number}, untrained {number}, raw pixels {number}, trained {number} \| "
+        rf"linear trained {number} "
         rf"\| 0 min \d\d s \| {re.escape(str(out))}",
         last,
     )
-    untrained, raw, trained, linear = map(float, found.groups())
+    chance, untrained, raw, trained, linear = map(float, found.groups())
     results = checkpoint(out)["results"]
+    assert results["chance"] == {"knn/top1": pytest.approx(chance, abs=1e-4), "images": 359}
+    assert json.loads((out / "results.json").read_text())["chance"] == results["chance"]
     assert (untrained, raw) == tuple(round(results[name]["knn/top1"], 4) for name in ("untrained", "raw_pixels"))
     assert (trained, linear) == tuple(round(rows(out)[-1][name], 4) for name in ("knn/top1", "linear/top1"))
     # Two epochs of a tiny encoder: the pixels themselves do better, and that is said.
@@ -128,7 +131,7 @@ def test_closing_lines():
     assert closing({"knn/top1": 0.8}, {"knn/top1": 0.7}) == [f"{scores} 0.8000 | 2 min 05 s | runs/x"]
     warning, last = closing({"knn/top1": 0.6, "linear/top1": 0.9}, {"knn/top1": 0.7})
     assert "BELOW raw pixels" in warning and last == f"{scores} 0.6000 | linear trained 0.9000 | 2 min 05 s | runs/x"
-    assert closing({"health/std": 1.0}, {}) == ["no labels, so no kNN | 2 min 05 s | runs/x"]
+    assert closing({"health/std": 1.0}, {}) == ["no accuracy without labels of two classes | 2 min 05 s | runs/x"]
 
 
 def test_reconstructions_are_drawn(tmp_path):
@@ -166,9 +169,19 @@ def from_folder(path: Path) -> tuple[str, ...]:
 def test_images_without_labels(tmp_path, capsys):
     out = tmp_path / "run"
     assert train(out, *from_folder(write_images(tmp_path / "images", 64)), draw=True) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("no labels, so no kNN | 0 min ")
+    text = capsys.readouterr().out
+    assert "labels     none: all training images lie in one folder" in text and "64 training" not in text
+    number = r"(\d+\.\d+)"
+    closing_line = (
+        rf"no accuracy .* \| held-out loss: first {number}, last {number} \| RankMe: untrained {number}, trained "
+    )
+    first, last, rank = map(float, re.match(closing_line, text.splitlines()[-1]).groups())
     found = rows(out)
-    assert sum("loss" in row for row in found) == 2
+    assert sum("loss" in row for row in found) == 1
+    losses = [row["held_out/loss"] for row in found if "held_out/loss" in row]
+    assert losses == pytest.approx([first, last], abs=1e-4) and first != last
+    assert json.loads((out / "results.json").read_text())["chance"] == {}
+    assert found[0]["health/rankme"] == pytest.approx(rank, abs=0.01)
     assert not any("knn/top1" in row for row in found) and all("health/rankme" in found[i] for i in (0, -1))
     assert {path.name for path in (out / "figures").iterdir()} == {
         "loss_curves.png",
@@ -178,13 +191,15 @@ def test_images_without_labels(tmp_path, capsys):
     assert (out / "backbone.safetensors").exists()
 
 
-def test_images_of_which_some_have_labels(tmp_path):
+def test_images_of_which_some_have_labels(tmp_path, capsys):
     images = write_images(tmp_path / "images", 100, classes=2)
     for name in ("class_0/0010.png", "class_1/0011.png"):
         (images / name).rename(images / Path(name).name)
     out = tmp_path / "run"
-    assert train(out, *from_folder(images)) == 0
+    assert train(out, *from_folder(images), "source.labels=folders") == 0
     assert 0.2 < rows(out)[-1]["knn/top1"] <= 1
+    text = capsys.readouterr().out
+    assert "labels     2 classes: class_0 44, class_1 44; 2 images without a label" in text
 
 
 @pytest.mark.parametrize("memory", ["4", "1e-9"], ids=["held", "streamed"])
@@ -205,5 +220,5 @@ def test_many_corrupt_images(tmp_path, capsys, where):
     out = tmp_path / "run"
     assert train(out, *from_folder(images)) == 2
     error = capsys.readouterr().err
-    assert "5 of 100 images cannot be read (5.0%" in error and "Traceback" not in error
+    assert "source.max_unreadable: 5 of 100 images cannot be read (5.0%" in error and "Traceback" not in error
     assert not out.exists()

@@ -370,7 +370,7 @@ def test_a_run_that_is_stopped_half_way_is_continued(tmp_path, monkeypatch, caps
 def test_results_json(tmp_path):
     out = finished()
     found = json.loads((out / "results.json").read_text())
-    assert list(found) == ["untrained", "raw_pixels", "trained", "seconds", "step"]
+    assert list(found) == ["untrained", "raw_pixels", "trained", "chance", "seconds", "step"]
     assert found["trained"]["linear/top1"] == rows(out)[-1]["linear/top1"] and found["step"] == 2 * STEPS
     assert found["untrained"]["knn/top1"] == rows(out)[0]["knn/top1"] and 0 < found["seconds"] < 600
     assert not list(out.glob("*.tmp"))

@@ -56,18 +56,12 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
             yield name, member
 
 
-def _common_top(names: list[str]) -> str:
-    """The folder, or chain of folders, that everything lies in: "cifar10/"; `train` alone is a split and stays."""
-    folders = os.path.commonprefix([name.split("/")[:-1] for name in names])
-    return "".join(f"{folder}/" for folder in folders[: folders.index("train") if "train" in folders else None])
-
-
 class _ArchiveFiles(Files):
     """places: what finds a file in the archive, by its name."""
 
     def __init__(self, places: dict[str, Any]):
-        self.places, self.names = places, sorted(places)
-        self.top = _common_top(self.names)
+        super().__init__(places)
+        self.places = places
 
 
 class _TarFiles(_ArchiveFiles):
@@ -113,12 +107,13 @@ class _ZipFiles(_ArchiveFiles):
 class Archive(FileSource):
     """Image files in a .tar, .tar.gz, .tgz, .tar.xz, .txz, .tar.bz2, .tbz2 or .zip archive.
 
-    The layouts are those of `folder`, and all may lie below one common top folder. A tar without compression and a zip
-    are read at random, so they may be of any size; a compressed tar is decompressed into memory, and raises UserError
-    where that takes more than `memory_gb`. UserError too where the archive is missing, damaged or without images.
+    Layouts and labels are those of `folder` (`--describe source:folder`). A tar without compression and a zip are read
+    at random, so they may be of any size; a compressed tar is decompressed into memory, and raises UserError where that
+    takes more than `memory_gb`. UserError too where the archive is missing, damaged or without images.
 
-    path:         the archive.
-    val_fraction, limit, max_side, memory_gb, statistics: as for `folder`.
+    path:   the archive.
+    labels: as for `folder`; a FILE.csv lies outside the archive, below the working directory or beside the archive.
+    val_fraction, limit, max_unreadable, max_side, memory_gb, statistics: as for `folder`.
     """
 
     def _check(self) -> None:
@@ -161,6 +156,9 @@ class Archive(FileSource):
                         "to a plain .tar (which may be of any size), or raise source.memory_gb"
                     )
         return tar.getvalue()
+
+    def _folder(self) -> Path:
+        return self._archive().parent
 
     def _archive(self) -> Path:
         return Path(self.path).expanduser()

@@ -22,8 +22,8 @@ from ..statistics import KNOWN, Statistics, measure
 
 log = logging.getLogger(__name__)
 
-#: The share of unreadable images above which a set is refused.
-MOST_UNREADABLE = 0.01
+#: The share of unreadable images above which a set is refused, where a source is not told another.
+MAX_UNREADABLE = 0.01
 #: A set moves to a GPU where it takes no more than this share of the free memory: the run needs the rest.
 SHARE_OF_GPU = 0.5
 
@@ -34,12 +34,13 @@ class ImageSet(ABC):
     labels:    int64 [n], -1 where unknown; on the CPU.
     classes:   the labels' names; label k is `classes[k]`.
     in_memory: whether every image is decoded already; `gather` is then a mere indexing.
+    max_unreadable: the share of the images that may be unreadable, in [0, 1); one may be in any case, but not at 0.
     """
 
     in_memory: ClassVar[bool]
 
-    def __init__(self, labels: Tensor, classes: Sequence[str]):
-        self.labels, self.classes = labels, list(classes)
+    def __init__(self, labels: Tensor, classes: Sequence[str], max_unreadable: float = MAX_UNREADABLE):
+        self.labels, self.classes, self.max_unreadable = labels, list(classes), max_unreadable
         self._unreadable: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -56,23 +57,30 @@ class ImageSet(ABC):
 
         The canvas is the smallest that holds the batch; `extra["size"]` is there where the images' sizes differ. An
         unreadable image is replaced by the next readable one, with that one's number and label. Raises UserError
-        where more than 1 % of the set has turned out to be unreadable.
+        where more than `max_unreadable` of the set has turned out to be unreadable.
         """
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The set with its images on `device`, if it is held in memory and fits there; else the set itself."""
         return self
 
+    def most_unreadable(self, total: int) -> int:
+        """How many of `total` images may be unreadable."""
+        return max(int(self.max_unreadable * total), int(self.max_unreadable > 0))
+
     def record(self, unreadable: Sequence[Unreadable], total: int | None = None) -> None:
-        """Remembers unreadable files; raises UserError above 1 % of `total` images (default: of the set's)."""
+        """Remembers unreadable files; raises UserError above the share `max_unreadable` of `total`.
+
+        total: number of images; default: those of the set.
+        """
         total = len(self) if total is None else total
         self._unreadable |= {file.name: file.reason for file in unreadable}
         count = len(self._unreadable)
-        if unreadable and count / total > MOST_UNREADABLE:
+        if unreadable and (count > self.most_unreadable(total) or count == total):
             first = "; ".join(f"{name} ({reason})" for name, reason in list(self._unreadable.items())[:3])
             raise UserError(
-                f"{count} of {total} images cannot be read ({count / total:.1%}; at most {MOST_UNREADABLE:.0%} are "
-                f"skipped): {first}{'; ...' if count > 3 else ''}"
+                f"source.max_unreadable: {count} of {total} images cannot be read ({count / total:.1%}), and at most "
+                f"{100 * self.max_unreadable:g}% may be left out: {first}{'; ...' if count > 3 else ''}"
             )
 
 
@@ -89,8 +97,15 @@ class InMemory(ImageSet):
 
     in_memory = True
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], sizes: Tensor | None = None):
-        super().__init__(labels, classes)
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: Sequence[str],
+        sizes: Tensor | None = None,
+        max_unreadable: float = MAX_UNREADABLE,
+    ):
+        super().__init__(labels, classes, max_unreadable)
         self.images = images
         self.sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes
 
@@ -133,8 +148,9 @@ class Streamed(ImageSet):
         labels: Tensor,
         classes: Sequence[str],
         max_side: int,
+        max_unreadable: float = MAX_UNREADABLE,
     ):
-        super().__init__(labels, classes)
+        super().__init__(labels, classes, max_unreadable)
         self.read, self.names, self.max_side = read, names, max_side
 
     def gather(self, index: Tensor) -> Sample:
@@ -163,7 +179,7 @@ class Streamed(ImageSet):
     def _nearest_readable(self, number: int) -> tuple[int, Tensor | None, list[Unreadable]]:
         """The first readable image from `number` on, its number, and the unreadable files before it."""
         skipped: list[Unreadable] = []
-        while len(skipped) <= MOST_UNREADABLE * len(self):
+        while len(skipped) <= self.most_unreadable(len(self)):
             name = self.names[number]
             image = decode_file(self.read, name, self.max_side)
             if isinstance(image, Tensor):
@@ -174,16 +190,20 @@ class Streamed(ImageSet):
 
 
 class Source(ABC):
-    """Where images come from. The constructor checks what it can without decoding anything."""
+    """Where images come from. The constructor checks what it can without decoding anything.
+
+    notes: what was decided about splits and labels, for the heading of a run; known once `train` has been called.
+    """
 
     registry_kind: ClassVar[str] = "source"
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def train(self) -> ImageSet:
         """The training images; the same object at every call."""
 
     def val(self) -> ImageSet | None:
-        """Held-out labelled images, or None; the same object at every call."""
+        """Held-out images, or None; the same object at every call."""
         return None
 
     def statistics(self) -> Statistics:

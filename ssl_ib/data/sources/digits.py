@@ -21,11 +21,12 @@ class Digits(Source):
 
     80 % train, 20 % held out, stratified and always the same. Statistics are measured.
 
-    size: side of the images in pixels (bilinear).
+    size:  side of the images in pixels (bilinear).
+    limit: use only so many training images, stratified by class.
     """
 
-    def __init__(self, size: PositiveInt = 16):
-        self.size = size
+    def __init__(self, size: PositiveInt = 16, limit: PositiveInt | None = None):
+        self.size, self.limit = size, limit
 
     def train(self) -> InMemory:
         return self._sets[0]
@@ -46,5 +47,8 @@ class Digits(Source):
         held_out = torch.zeros(len(labels), dtype=torch.bool)
         held_out[stratified(labels, round(_HELD_OUT * len(labels)))] = True
         classes = [str(name) for name in data.target_names]
-        train, val = (InMemory(images[rows].contiguous(), labels[rows], classes) for rows in (~held_out, held_out))
+        train, val = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+        if self.limit is not None:
+            train = train[stratified(labels[train], self.limit)]
+        train, val = (InMemory(images[rows].contiguous(), labels[rows], classes) for rows in (train, val))
         return train, val

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from ...config.hints import Positive, PositiveInt, Ratio
 from .. import statistics as known_statistics
 from ..decode import Unreadable, decode_file, num_threads, pack
 from ..statistics import KNOWN, Statistics
-from .base import ImageSet, InMemory, Source, Streamed, stratified
+from . import layout
+from .base import MAX_UNREADABLE, ImageSet, InMemory, Source, Streamed, stratified
+from .layout import Layout, Split
 
 log = logging.getLogger(__name__)
 
@@ -33,83 +36,17 @@ _WORTH_THREADS = 96 * 96
 class Files(ABC):
     """The image files of a folder or archive.
 
-    names: sorted relative paths with "/" between their parts.
+    names: relative paths with "/" between their parts, sorted here.
     top:   what every name begins with and the layout leaves out, such as "cifar10/".
     """
 
-    names: list[str]
-    top: str = ""
+    def __init__(self, names: Iterable[str]):
+        self.names = sorted(names)
+        self.top = layout.common_top(self.names)
 
     @abstractmethod
     def read(self, name: str) -> bytes:
         """The bytes of one file; may be called from several threads and processes."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Files that form one set: their names and labels, int64 [n], -1 where unknown."""
-
-    names: list[str]
-    labels: Tensor
-
-    def rows(self, index: Tensor) -> Split:
-        """The files with the numbers `index`."""
-        return Split([self.names[i] for i in index.tolist()], self.labels[index])
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The classes that the folders stand for, sorted, and the files of each split."""
-
-    classes: list[str]
-    train: Split
-    val: Split | None
-
-
-def _split_folders(names: Sequence[str]) -> tuple[str, list[str]]:
-    """The folders (ending in "/", or "" for all) of the training split and of the splits that may be held out."""
-    folders = {name.split("/", 1)[0] for name in names if "/" in name}
-    held_out = [split for split in ("val", "test") if split in folders]
-    alone = folders == {"train"} and all("/" in name for name in names)
-    # A folder named `train` among others may be a class: the vehicle.
-    if "train" in folders and (held_out or alone):
-        return "train/", [f"{split}/" for split in held_out]
-    return "", []
-
-
-def arrange(names: Sequence[str], top: str = "", val_fraction: float = 0.1) -> Layout:
-    """Reads splits and labels out of paths: `[top][train/|val/|test/][class/...]file`.
-
-    Where no held-out folder has classes, `val_fraction` of the labelled training images is held out, stratified.
-    """
-    folder, held_out = _split_folders([name[len(top) :] for name in names])
-
-    def of(folder: str) -> list[tuple[str, str | None]]:
-        """The files below a folder, each with its class or None."""
-        prefix = top + folder
-        found = [(name, name[len(prefix) :].split("/")) for name in names if name.startswith(prefix)]
-        return [(name, parts[0] if len(parts) > 1 else None) for name, parts in found]
-
-    train = of(folder)
-    val = next((files for files in map(of, held_out) if any(label is not None for _, label in files)), [])
-    classes = sorted({label for _, label in train + val if label is not None})
-    number = {None: -1} | {label: k for k, label in enumerate(classes)}
-
-    def split(files: list[tuple[str, str | None]]) -> Split:
-        return Split(
-            [name for name, _ in files], torch.tensor([number[label] for _, label in files], dtype=torch.int64)
-        )
-
-    everything = split(train)
-    if val:
-        return Layout(classes, everything, split([file for file in val if file[1] is not None]))
-    labelled = (everything.labels >= 0).nonzero()[:, 0]
-    chosen = labelled[stratified(everything.labels[labelled], int(val_fraction * len(labelled)))]
-    if len(chosen) == 0:
-        return Layout(classes, everything, None)
-    kept = torch.ones(len(train), dtype=torch.bool)
-    kept[chosen] = False
-    return Layout(classes, everything.rows(kept.nonzero()[:, 0]), everything.rows(chosen))
 
 
 def _decode_block(read: Callable[[str], bytes], max_side: int, names: Sequence[str]) -> list[Tensor | Unreadable]:
@@ -131,11 +68,17 @@ def _decoded(read: Callable[[str], bytes], names: Sequence[str], max_side: int) 
 
 
 def hold(
-    read: Callable[[str], bytes], split: Split, classes: Sequence[str], max_side: int, most_bytes: float
+    read: Callable[[str], bytes],
+    split: Split,
+    classes: Sequence[str],
+    max_side: int,
+    most_bytes: float,
+    max_unreadable: float = MAX_UNREADABLE,
 ) -> InMemory | None:
     """Decodes a split into memory; None as soon as it is clear that it takes more than `most_bytes`.
 
-    Unreadable files are left out, and the numbers close up. Raises UserError where they are more than 1 %.
+    Unreadable files are left out, and the numbers close up. Raises UserError where they are more than
+    the share `max_unreadable`.
     """
     n = len(split.names)
     # The canvas grows when a larger image turns up. Since n is known, one image is enough to refuse a large set.
@@ -164,7 +107,7 @@ def hold(
             rows = slice(held, held + len(images))
             canvas[rows, :, :height, :width], sizes[rows] = packed, packed_sizes
             held += len(images)
-    found = InMemory(canvas[:held], split.labels[readable], classes, sizes[:held])
+    found = InMemory(canvas[:held], split.labels[readable], classes, sizes[:held], max_unreadable)
     found.record(unreadable, total=n)
     return found
 
@@ -178,23 +121,30 @@ class FileSource(Source):
     def __init__(
         self,
         path: str,
+        labels: Literal["auto", "folders", "none"] | str = "auto",
         val_fraction: Ratio = 0.1,
         limit: PositiveInt | None = None,
+        max_unreadable: Ratio = MAX_UNREADABLE,
         max_side: PositiveInt = 512,
         memory_gb: Positive = 4.0,
         statistics: str | None = None,
     ):
-        self.path, self.val_fraction, self.limit = path, val_fraction, limit
-        self.max_side, self.memory_gb = max_side, memory_gb
+        self.path, self.labels, self.val_fraction, self.limit = path, labels, val_fraction, limit
+        self.max_unreadable, self.max_side, self.memory_gb = max_unreadable, max_side, memory_gb
         self._statistics = known_statistics.check(statistics) or known_statistics.recognise(path)
         self._files: Files | None = None
         self._layout: Layout | None = None
         self._sets: dict[str, ImageSet | None] = {}
         self._check()
+        self._table = layout.table_path(labels, self._folder())
 
     @abstractmethod
     def _check(self) -> None:
         """Raises UserError where the path is missing or holds no image; reads as little as that takes."""
+
+    @abstractmethod
+    def _folder(self) -> Path:
+        """The folder of the images, or of the archive."""
 
     @abstractmethod
     def _list(self) -> Files:
@@ -212,8 +162,10 @@ class FileSource(Source):
     def _set(self, name: str) -> ImageSet | None:
         if name not in self._sets:
             if self._files is None:
-                self._files = self._list()
-                self._layout = arrange(self._files.names, self._files.top, self.val_fraction)
+                files = self._files = self._list()
+                table = None if self._table is None else layout.read_table(self._table, files.names, files.top)
+                self._layout = layout.arrange(files.names, files.top, self.val_fraction, self.labels, table)
+                self.notes = self._layout.notes
             split = getattr(self._layout, name)
             if split is not None and name == "train" and self.limit is not None:
                 split = split.rows(stratified(split.labels, self.limit))
@@ -226,10 +178,10 @@ class FileSource(Source):
     def _images(self, split: Split) -> ImageSet:
         assert self._files is not None and self._layout is not None
         read, classes = self._files.read, self._layout.classes
-        held = hold(read, split, classes, self.max_side, self.memory_gb * 1e9)
+        held = hold(read, split, classes, self.max_side, self.memory_gb * 1e9, self.max_unreadable)
         if held is not None:
             return held
         log.info(
             "%s: %d images stream, as they take more than %g GB decoded", self.path, len(split.names), self.memory_gb
         )
-        return Streamed(read, split.names, split.labels, classes, self.max_side)
+        return Streamed(read, split.names, split.labels, classes, self.max_side, self.max_unreadable)
