@@ -4,6 +4,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 import yaml
 from harness import (
     STEPS,
@@ -150,7 +151,7 @@ def test_a_finished_run(tmp_path, capsys):
     # Nothing is trained or evaluated again, and the closing line says what it said.
     assert rows(out) == rows(whole)
     assert f"resumed    at step {2 * STEPS}" in (text := capsys.readouterr().out)
-    assert text.splitlines()[-1].startswith("kNN top-1: untrained ")
+    assert text.splitlines()[-1].startswith("kNN top-1: chance ")
 
 
 def test_changed_configuration(tmp_path, capsys):
@@ -240,6 +241,18 @@ def test_the_checkpoint_must_fit(tmp_path):
     fresh.restore(state)
     assert fresh.step == 2 * STEPS and fresh.seconds >= state["seconds"] > 0
     assert_same_state(state, {"parts": fresh.state.state_dict(), "optimizer": fresh.optimizer.state_dict()})
+
+
+def test_images_that_were_trained_on_are_not_held_out_later():
+    state = checkpoint(finished())
+    fresh = trainer()
+    fresh.images.labels = torch.full_like(fresh.images.labels, -1)
+    fresh.restore(state)
+    del state["results"]["untrained"]["held_out/loss"]
+    with pytest.raises(
+        UserError, match="began without held-out images, and now there are 359: set source.val_fraction"
+    ):
+        fresh.restore(state)
 
 
 def test_kept_checkpoints(tmp_path):
