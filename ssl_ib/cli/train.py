@@ -191,7 +191,7 @@ def _heading(trainer, out: Path | None) -> str:
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     lines += [
         f"  data       {len(trainer.images):,} training images ({place}), {held}",
-        f"  labels     {_labels(trainer.images, run.source.notes)}",
+        f"  labels     {_labels(trainer.images, getattr(run.source, 'notes', ()))}",
         f"  parameters {counts['all']:,}, of which {counts['trained']:,} are trained",
         f"  batch      {_batch(run)} a step, {config.epochs} epochs, {steps:,} steps",
         f"  optimiser  {config.optim.name}, learning rate {lr}{scaled}",

@@ -59,6 +59,7 @@ def test_the_numbers_of_a_run(tmp_path):
     log.write({"step": 4000, "epoch": 400.0, "knn/top1": 0.75, "note": "text"})
     log.close()
     found = {"untrained": {"knn/top1": 0.25}, "raw_pixels": {}, "trained": {"knn/top1": 0.75, "health/std": "NaN"}}
+    found["chance"] = {"knn/top1": 0.125}
     (tmp_path / "results.json").write_text(json.dumps({**found, "seconds": 90.0, "step": 4000}))
     numbers, trained = read_metrics(tmp_path)
     assert trained == ["knn/top1", "health/std"] and math.isnan(numbers.pop("health/std"))
@@ -68,6 +69,7 @@ def test_the_numbers_of_a_run(tmp_path):
         "lr": 0.1,
         "knn/top1": 0.75,
         "untrained/knn/top1": 0.25,
+        "chance/knn/top1": 0.125,
         "seconds": 90.0,
         "minutes": 1.5,
         "step": 4000,
