@@ -249,9 +249,7 @@ def test_images_that_were_trained_on_are_not_held_out_later():
     fresh.images.labels = torch.full_like(fresh.images.labels, -1)
     fresh.restore(state)
     del state["results"]["untrained"]["held_out/loss"]
-    with pytest.raises(
-        UserError, match="began without held-out images, and now there are 359: set source.val_fraction"
-    ):
+    with pytest.raises(UserError, match="without held-out images, and now there are 359: set source.val_fraction to 0"):
         fresh.restore(state)
 
 

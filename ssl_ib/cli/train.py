@@ -180,7 +180,8 @@ def _heading(trainer, out: Path | None) -> str:
 
     run, config = trainer.run, trainer.config
     counts = parameter_counts(run)
-    held_out = run.source.val()
+    # A plugin's source may say nothing.
+    held_out, notes = run.source.val(), getattr(run.source, "notes", ())
     steps, device = trainer.total_steps, run.device
     lines = [f"{config.recipe} -> {out or 'a dry run, which writes nothing'}"]
     lines += [f"  {kind:<10} {_shown(kind, getattr(config, kind))}" for kind in PARTS]
@@ -191,7 +192,7 @@ def _heading(trainer, out: Path | None) -> str:
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     lines += [
         f"  data       {len(trainer.images):,} training images ({place}), {held}",
-        f"  labels     {_labels(trainer.images, getattr(run.source, 'notes', ()))}",
+        f"  labels     {_labels(trainer.images, notes)}",
         f"  parameters {counts['all']:,}, of which {counts['trained']:,} are trained",
         f"  batch      {_batch(run)} a step, {config.epochs} epochs, {steps:,} steps",
         f"  optimiser  {config.optim.name}, learning rate {lr}{scaled}",

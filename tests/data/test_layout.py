@@ -89,7 +89,7 @@ def test_folders_of_classes(folders: tuple[str, ...], labels: str) -> None:
         (["cat/1.png", "dog/2.png", "3.png"], r"different depths \(3.png, cat/1.png\)"),
         (["val/1.png", "test/2.png"], "test, val are not named like classes"),
         (["cats/1.png", "unlabeled/2.png"], "cats, unlabeled are not named like classes"),
-        (["images/1.png", "masks/a.png"], "not named like classes .*to leave masks out, point source.path"),
+        (["images/1.png", "masks/a.png"], "not named like classes .*point source.path at images to leave masks out"),
     ],
 )
 def test_folders_that_are_no_classes(names: list[str], why: str) -> None:

@@ -126,8 +126,9 @@ def _why_no_classes(paths: Sequence[Sequence[str]]) -> str:
     odd = [name for name in folders if _words(name) and _words(name) <= _NO_CLASS]
     if odd and not (len(odd) == 1 and _words(odd[0]) <= _TRAIN and len(folders) > 2):
         masks = [name for name in odd if _words(name) & _MASKS]
-        advice = f" (all are trained on: to leave {_some(masks)} out, point source.path at the others)" if masks else ""
-        return f"the folders {_some(folders)} are not named like classes{advice}"
+        others = [name for name in folders if name not in masks]
+        advice = f" (all are trained on: point source.path at {_some(others)} to leave {_some(masks)} out)"
+        return f"the folders {_some(folders)} are not named like classes{advice if masks and others else ''}"
     if all(_DATE.fullmatch(name) for name in folders):
         return f"the folders {_some(folders)} are named like dates"
     lowest, deepest = min(paths, key=len), max(paths, key=len)
