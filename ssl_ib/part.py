@@ -183,13 +183,16 @@ class Model(Part):
 class Criterion(Part):
     """Scores the outputs. Owns what exists only for that: queues, prototypes, auxiliary networks.
 
-    requires:  the outputs `forward` reads.
-    num_views: how many views it compares, or None for any number.
+    requires:    the outputs `forward` reads.
+    num_views:   how many views it compares, or None for any number.
+    pixels_note: what of the patches of `pixels` is predicted and what is not, for the figure's title (an attribute or a
+        property).
     """
 
     registry_kind: ClassVar[str] = "criterion"
     requires: frozenset[str] = frozenset()
     num_views: int | None = None
+    pixels_note: str = "every patch is predicted, visible ones too"
 
     @abstractmethod
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:

@@ -308,3 +308,7 @@ class MIMAE(Criterion):
 
     def pixels(self, outputs: dict[str, list[Tensor]], batch: Batch) -> list[Tensor] | None:
         return None if self.reconstruction is None else self.reconstruction.pixels(outputs, batch)
+
+    @property
+    def pixels_note(self) -> str:
+        return "" if self.reconstruction is None else self.reconstruction.pixels_note

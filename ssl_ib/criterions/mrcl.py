@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..part import Criterion, RunInfo
 from ..types import Batch, Loss, Progress
 from .info_nce import InfoNCE
-from .reconstruction import unstandardised
+from .reconstruction import standardised_note, unstandardised
 
 
 @register_criterion("mrcl")
@@ -124,3 +124,7 @@ class MRCL(Criterion):
         if patches is None or not self.norm_pix:
             return patches
         return [unstandardised(pred, view) for pred, view in zip(patches, batch.views, strict=True)]
+
+    @property
+    def pixels_note(self) -> str:
+        return f"every patch is predicted, visible ones too{standardised_note(self.norm_pix)}"

@@ -47,6 +47,11 @@ def unstandardised(pred: Tensor, view: Tensor) -> Tensor:
     return pred * (variance + 1e-6).sqrt() + mean
 
 
+def standardised_note(norm_pix: bool) -> str:
+    """What `unstandardised` takes from the image, for `pixels_note`; empty without norm_pix."""
+    return " (with the mean and contrast of the image's own patch)" if norm_pix else ""
+
+
 class HiddenPatches(Criterion):
     """A loss on the hidden patches alone, the mean of its views'. A subclass says how a view's are scored.
 
@@ -78,3 +83,7 @@ class HiddenPatches(Criterion):
             torch.where(mask[..., None], unstandardised(pred, view) if self.norm_pix else pred, own_patches(pred, view))
             for pred, view, mask in zip(outputs["reconstruction"], batch.views, hidden(batch), strict=True)
         ]
+
+    @property
+    def pixels_note(self) -> str:
+        return f"hidden patches are predicted{standardised_note(self.norm_pix)}, visible ones are pasted"

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
-from ..data.loader import ordered
+from ..data.sources.base import stratified
 from ..part import parts
 from ..run import Run
 from ..types import Progress, Sample
@@ -81,7 +81,8 @@ def finish(
     figures.loss_curves(rows, folder / "loss_curves.png")
     raw, untrained = (results.get(name, {}).get("knn/top1") for name in ("raw_pixels", "untrained"))
     if any("knn/top1" in row for row in rows):
-        figures.knn_curve(rows, folder / "knn_curve.png", raw, untrained)
+        chance = results.get("chance", {})
+        figures.knn_curve(rows, folder / "knn_curve.png", raw, untrained, chance.get("knn/top1"), chance.get("images"))
     draw_views(run, evaluating, folder / "reconstructions.png")
     draw_attention(run, evaluating, folder / "attention.png")
     for part in parts(run.task, run.model, run.criterion):
@@ -106,15 +107,37 @@ def write_results(out: Path, results: dict[str, Any]) -> None:
     replace(out / "results.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
-def _shown(run: Run) -> Sample:
-    """The images that the figures show."""
-    return next(islice(ordered(run.source.val() or run.source.train(), SHOWN), 1)).to(run.device)
+def shown(labels: Tensor, count: int = SHOWN) -> Tensor:
+    """The numbers of the images that the figures show, always the same: labels int64 [n] -> int64 [at most count].
+
+    They are spread over the classes, and over the images of a class; without labels (-1) over the set.
+    """
+    if (labels >= 0).any():
+        classes = labels[labels >= 0].unique()
+        classes = classes[stratified(torch.zeros_like(classes), count)]
+    else:
+        classes = torch.tensor([-1])
+    found = []
+    for place, label in enumerate(classes):
+        members = (labels == label).nonzero().flatten()
+        share = count // len(classes) + (place < count % len(classes))
+        found.append(members[stratified(labels[members], share)])
+    return torch.cat(found)
+
+
+def _sample(run: Run) -> tuple[Sample, list[str]]:
+    """The images that the figures show, and the names of their classes, where those are known."""
+    images = run.source.val()
+    images = run.source.train() if images is None or not len(images) else images
+    sample = images.gather(shown(images.labels))
+    labels = sample.label.tolist()
+    return sample.to(run.device), [images.classes[label] for label in labels] if min(labels) >= 0 else []
 
 
 @torch.no_grad()
 def draw_views(run: Run, evaluating: Evaluating, path: Path) -> None:
     """Figure of some images: each view, the view under each mask, and its reconstruction where the model has one."""
-    sample = _shown(run)
+    sample, names = _sample(run)
     with evaluating():
         batch = run.task.prepare(sample, Progress(0, -1, 1, 1, run.config.seed))
         if any(view.ndim != 4 or view.shape[1] != 3 for view in batch.views):
@@ -134,6 +157,8 @@ def draw_views(run: Run, evaluating: Evaluating, path: Path) -> None:
         patch=batch.views[0].shape[-1] // grids[0][1] if grids[0] else 1,
         path=path,
         num=SHOWN,
+        names=names,
+        note=run.criterion.pixels_note,
     )
 
 
@@ -144,11 +169,11 @@ def draw_attention(run: Run, evaluating: Evaluating, path: Path) -> None:
     backbone = getattr(run.model, "backbone", None)
     if not has_class_attention(backbone):
         return
-    sample = _shown(run)
+    sample, names = _sample(run)
     images = run.views.center(sample.images, sample.extra.get("size"))
     with evaluating():
         maps = class_attention(backbone, images)
-    figures.attention(run.views.denormalize(images).cpu(), maps.cpu(), path, SHOWN)
+    figures.attention(run.views.denormalize(images).cpu(), maps.cpu(), path, SHOWN, names)
 
 
 def summary(out: Path, results: dict[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ _DPI = 120
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 BLUE, TEAL = "#2a5f9e", "#3b8686"
 _GREY = 0.55  # of a hidden patch, in [0, 1]
+_LEFT = 148  # pixels beside a sheet of images, for the rows' names
 
 
 def loss_curves(rows: Sequence[dict[str, Any]], path: Path | str) -> None:
@@ -57,12 +58,21 @@ def loss_curves(rows: Sequence[dict[str, Any]], path: Path | str) -> None:
 
 
 def knn_curve(
-    rows: Sequence[dict[str, Any]], path: Path | str, raw_pixels: float | None = None, untrained: float | None = None
+    rows: Sequence[dict[str, Any]],
+    path: Path | str,
+    raw_pixels: float | None = None,
+    untrained: float | None = None,
+    chance: float | None = None,
+    images: int | None = None,
 ) -> None:
     """Draws `knn/top1` over the run, against the same classifier on raw pixels and on the untrained encoder.
 
-    rows: as in `metrics.jsonl`; those without `knn/top1` are passed over. All accuracies are in [0, 1]; a reference
-    that is None is left out. Raises UserError where no row has an accuracy.
+    rows:   as in `metrics.jsonl`; those without `knn/top1` are passed over.
+    chance: accuracy of guessing, for one more line.
+    images: held-out images n that each accuracy p was measured on; with it, a band of one binomial standard error
+        sqrt(p (1 - p) / n) to either side: what another test set of this size would change.
+
+    All accuracies are in [0, 1]; a reference that is None is left out. Raises UserError where no row has an accuracy.
     """
     rows = [row for row in rows if "knn/top1" in row]
     if not rows:
@@ -73,10 +83,22 @@ def knn_curve(
     figure = chart(8, 4)
     axes = figure.add_subplot()
     axes.plot(x, accuracy, color=BLUE, linewidth=2, marker="o", markersize=4.5, zorder=3)
+    if images:
+        error = np.sqrt(accuracy * (100 - accuracy) / images)
+        label = f"± 1 standard error of {images:,} test images"
+        axes.fill_between(x, accuracy - error, accuracy + error, color=BLUE, alpha=0.18, linewidth=0, label=label)
+        # A run evaluated once has no curve to put a band around.
+        axes.errorbar(x, accuracy, yerr=error, fmt="none", ecolor=BLUE, elinewidth=1, capsize=2, alpha=0.6)
+        axes.legend(loc="best", fontsize=8, frameon=False, labelcolor=MUTED)
     lines = [("this run", accuracy[-1], BLUE)]
-    for name, value in (("raw pixels", raw_pixels), ("untrained encoder", untrained)):
+    dashed, dotted = (0, (5, 3)), (0, (1, 2))
+    for name, value, style in (
+        ("raw pixels", raw_pixels, dashed),
+        ("untrained encoder", untrained, dashed),
+        ("chance", chance, dotted),
+    ):
         if value is not None:
-            axes.axhline(100 * value, color=MUTED, linewidth=1, linestyle=(0, (5, 3)))
+            axes.axhline(100 * value, color=MUTED, linewidth=1, linestyle=style)
             lines.append((name, 100 * value, MUTED))
     axes.margins(y=0.1)
     _label_lines(axes, [line for line in lines if np.isfinite(line[1])])
@@ -91,6 +113,8 @@ def reconstructions(
     patch: int,
     path: Path | str,
     num: int = 8,
+    names: Sequence[str] = (),
+    note: str = "",
 ) -> None:
     """Draws the first `num` images as columns; as rows, for each view: the view, and of each of its masks the view
     masked and its reconstruction.
@@ -99,6 +123,8 @@ def reconstructions(
     masks:           one bool [B, L] or [B, N, L] a view, True = hidden, over the patches row-major; None for no mask.
     reconstructions: one [B, 3, H, W] or [B, N, 3, H, W] a view, in [0, 1] (values outside are clipped), or None.
     patch:           side of a patch in pixels. Raises UserError where the views are not cut into L patches of it.
+    names:           what stands above the columns, such as the images' classes.
+    note:            what of a reconstruction is predicted and what is not, for the title.
     """
     if reconstructions is None:
         reconstructions = [None] * len(views)
@@ -114,27 +140,51 @@ def reconstructions(
                 groups[-1].append((f"masked{which}", hide(view[:num], mask[:num, n], patch)))
             if image is not None:
                 groups[-1].append((f"reconstruction{which}", image[:num, n]))
-    title = "What the model sees"
-    if any(image is not None for image in reconstructions):
-        title += ", and what it reconstructs"
-    _contact_sheet(groups, title, path)
+    rebuilt = any(image is not None for image in reconstructions)
+    titles = ["What the model sees, and what it reconstructs" if rebuilt else "What the model sees"]
+    if any(mask is not None for mask in masks):
+        titles.append("Grey patches are hidden from the encoder.")
+    if rebuilt and note:
+        titles.append(f"In a reconstruction {note}.")
+    _contact_sheet(groups, titles, names).savefig(path)
 
 
-def attention(images: Tensor, maps: Tensor, path: Path | str, num: int = 8) -> None:
+def attention(images: Tensor, maps: Tensor, path: Path | str, num: int = 8, names: Sequence[str] = ()) -> None:
     """Draws the first `num` images as columns, and below each its attention: the heads' mean, then each of up to 6.
 
-    images [B, 3, H, W] in [0, 1]; maps [B, h, rows, columns] of at least 0, each drawn up to its own largest.
+    images [B, 3, H, W] in [0, 1]; maps [B, h, rows, columns] of at least 0. The colours of a row go from 0 to the
+    row's largest weight, which its name states, so that its images can be compared. names: what stands above the
+    columns.
     """
-
-    def heat(weights: Tensor) -> Tensor:
-        weights = weights / weights.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-        weights = F.interpolate(weights[:, None], images.shape[2:])[:, 0]
-        return torch.from_numpy(colormaps["magma"](weights.numpy())[..., :3]).permute(0, 3, 1, 2)
-
     images, maps = images[:num], maps[:num].float()
-    rows = [("image", images), ("mean attention", heat(maps.mean(dim=1)))]
-    rows += [(f"head {head + 1}", heat(maps[:, head])) for head in range(min(maps.shape[1], 6))]
-    _contact_sheet([rows], "What the class token attends to, in the last block", path)
+    rows = [("image", images)]
+    heads = [(f"head {head + 1}", maps[:, head]) for head in range(min(maps.shape[1], 6))]
+    for name, weights in [("mean of heads", maps.mean(dim=1)), *heads]:
+        largest = weights.max()
+        shown = F.interpolate((weights / largest.clamp(min=1e-12))[:, None], images.shape[2:])[:, 0]
+        heat = torch.from_numpy(colormaps["magma"](shown.numpy())[..., :3]).permute(0, 3, 1, 2)
+        rows.append((f"{name}\n0 to {_percent(largest)}", heat))
+    even = 1 / maps[0, 0].numel()
+    titles = [
+        "Where the class token looks: the share of its attention that each patch gets, in the last block",
+        f"A share spread evenly over the patches would be {_percent(even)}.",
+    ]
+    figure = _contact_sheet([rows], titles, names, foot=64)
+    width, height = figure.get_size_inches() * _DPI
+    bar = figure.add_axes((_LEFT / width, 42 / height, min(3 * 118, width - _LEFT - 12) / width, 10 / height))
+    bar.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap="magma", extent=(0, 1, 0, 1))
+    bar.set_yticks([])
+    bar.set_xticks([0, 1], ["0", "the row's largest"])
+    bar.get_xticklabels()[0].set_ha("left")
+    bar.get_xticklabels()[1].set_ha("right")
+    bar.tick_params(colors=MUTED, labelsize=8, length=2)
+    bar.spines[:].set_visible(False)
+    figure.savefig(path)
+
+
+def _percent(share: float) -> str:
+    """A share with three digits, in per cent."""
+    return f"{100 * float(share):.3g} %"
 
 
 def occupancy(shares: Tensor, limit: float, path: Path | str) -> None:
@@ -254,18 +304,31 @@ def _label_lines(axes: Axes, lines: Sequence[tuple[str, float, str]]) -> None:
         )
 
 
-def _contact_sheet(groups: Sequence[Sequence[tuple[str, Tensor]]], title: str, path: Path | str) -> None:
-    """Draws groups of named rows of images [n, C, H, W] under a title, each name at the left, pixel for pixel."""
-    gap, between, left, head = 6, 20, 148, 40
+def _contact_sheet(
+    groups: Sequence[Sequence[tuple[str, Tensor]]], titles: Sequence[str], names: Sequence[str] = (), foot: int = 0
+) -> Figure:
+    """Draws groups of named rows of images [n, C, H, W], each row's name at the left, pixel for pixel.
+
+    titles: the lines above them, the first one larger. names: above the columns. foot: pixels left free below.
+    """
+    gap, between, left = 6, 20, _LEFT
+    head = 40 + 18 * (len(titles) - 1) + (18 if names else 0)
     tiles = [[(name, _enlarge(images)) for name, images in group] for group in groups]
     every = [row for group in tiles for _, row in group]
     cell = max(row.shape[2] for row in every) + gap
     width = left + max(map(len, every)) * cell + gap
-    height = head + sum(row.shape[1] + gap for row in every) + between * (len(groups) - 1) + gap
+    height = head + sum(row.shape[1] + gap for row in every) + between * (len(groups) - 1) + gap + foot
     sheet = np.ones((height, width, 3), dtype=np.float32)
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)
-    figure.text(left / width, 1 - head / 2 / height, title, color=INK, fontsize=11, va="center")
+    for line, text in enumerate(titles):
+        where = left / width, 1 - (20 + 19 * line) / height
+        figure.text(*where, text, color=MUTED if line else INK, fontsize=9 if line else 11, va="center")
+    letters = (cell - gap) // 9
+    for column, name in enumerate(names):
+        where = (left + column * cell + (cell - gap) / 2) / width, 1 - (head - 10) / height
+        short = name if len(name) <= letters else f"{name[: letters - 1]}…"
+        figure.text(*where, short, color=MUTED, fontsize=9, ha="center", va="center")
     y = head
     for group in tiles:
         for name, row in group:
@@ -278,7 +341,7 @@ def _contact_sheet(groups: Sequence[Sequence[tuple[str, Tensor]]], title: str, p
             y += h + gap
         y += between
     figure.figimage(sheet, zorder=-1)
-    figure.savefig(path)
+    return figure
 
 
 def _enlarge(images: Tensor) -> np.ndarray:

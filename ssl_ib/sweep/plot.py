@@ -94,15 +94,22 @@ def _curve(panel: Axes, report: Report, axis: Axis, metric: str) -> None:
 
 
 def _heat_map(panel: Axes, report: Report, axes: list[Axis], metric: str) -> None:
+    """Means by colour and number; how many runs n each is of stands in the title, or in the cells where they differ."""
     shape = tuple(len(axis.choices) for axis in axes)
-    means = np.full(shape, np.nan)
+    means, counts = np.full(shape, np.nan), np.zeros(shape, dtype=int)
     names = [axis.name for axis in report.axes]
     for point in report.points:
         i, j = ([choice.label for choice in axis.choices].index(point.labels[names.index(axis.name)]) for axis in axes)
-        means[i, j] = Cell.of(report.values(point, metric)).mean
-    tidy(panel, metric, axes[1].name, small=True)
-    panel.imshow(np.ma.masked_invalid(means), cmap="Blues", aspect="auto")
+        cell = Cell.of(report.values(point, metric))
+        means[i, j], counts[i, j] = cell.mean, cell.n
+    known = np.unique(counts[counts > 0])
+    tidy(panel, f"{metric} (n = {known[0]})" if len(known) == 1 else metric, axes[1].name, small=True)
+    shown = panel.imshow(np.ma.masked_invalid(means), cmap="Blues", aspect="auto")
     panel.grid(False)
+    if np.isfinite(means).any():
+        bar = panel.figure.colorbar(shown, ax=panel)
+        bar.ax.tick_params(colors=MUTED, labelsize=7, length=2)
+        bar.outline.set_visible(False)
     panel.set_ylabel(axes[0].name, fontsize=8, color=MUTED)
     for axis, ticks in ((axes[1], panel.set_xticks), (axes[0], panel.set_yticks)):
         ticks(range(len(axis.choices)), [choice.label for choice in axis.choices])
@@ -111,7 +118,8 @@ def _heat_map(panel: Axes, report: Report, axes: list[Axis], metric: str) -> Non
     for (i, j), mean in np.ndenumerate(means):
         if np.isfinite(mean):
             color = "white" if mean > middle else INK
-            panel.text(j, i, digits(mean), ha="center", va="center", color=color, fontsize=8)
+            text = digits(mean) if len(known) == 1 else f"{digits(mean)}\nn = {counts[i, j]}"
+            panel.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
 
 
 def _dots(panel: Axes, report: Report, axes: list[Axis], metric: str) -> None:

@@ -14,7 +14,8 @@ from harness import STEPS, checkpoint, environment, rows, train, trainer
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ssl_ib.record.artifacts import draw_views, summary
+from ssl_ib.record import figures
+from ssl_ib.record.artifacts import draw_views, shown, summary
 
 
 def picture(path: Path) -> np.ndarray:
@@ -148,6 +149,51 @@ def test_reconstructions_are_drawn(tmp_path):
     few, more = picture(tmp_path / "plain.png"), picture(tmp_path / "rebuilt.png")
     # A row more for each of the two views, under the view and the view masked.
     assert few.shape[0] * 1.4 < more.shape[0] < few.shape[0] * 1.6 and few.shape[1] == more.shape[1]
+
+
+def test_what_a_reconstruction_is_said_to_be(tmp_path, monkeypatch):
+    """Where visible patches are said to be pasted they are the view's own, and elsewhere they are not."""
+    drawn = []
+    monkeypatch.setattr(figures, "reconstructions", lambda *given, **named: drawn.append((given, named)))
+    vit = "backbone: vit_tiny_patch16_224, backbone_args: {patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3}"
+    decoder = "decoder_dim: 16, decoder_depth: 1, decoder_heads: 2"
+    plain = ("views={name: plain, size: 16}", "masker={name: random, ratio: 0.5}")
+    for options in (
+        (f"model={{name: mae, {vit}, {decoder}}}", "criterion=mae", *plain),
+        (
+            f"model={{name: mrcl, {decoder}, contrastive: {{name: siamese, {vit}}}}}",
+            "criterion={name: mrcl, norm_pix: true}",
+        ),
+    ):
+        instance = trainer(*options)
+        draw_views(instance.run, instance.online.evaluating, tmp_path / "x.png")
+    for ((views, masks, images), named), pasted in zip(drawn, (True, False), strict=True):
+        assert ("visible ones are pasted" in named["note"]) == pasted and "mean and contrast" in named["note"]
+        assert len(set(named["names"])) == 8
+        for view, mask, image in zip(views, masks, images, strict=True):
+            visible = figures.hide(torch.ones_like(view), mask[:, 0], named["patch"]) == 1
+            same = (view - image[:, 0]).abs()[visible] < 1e-5
+            assert same.all() if pasted else same.float().mean() < 0.5
+
+
+def test_the_images_that_figures_show():
+    labels = torch.arange(10).repeat(30).sort().values
+    found = shown(labels)
+    assert len(labels[found].unique()) == 8 and torch.equal(found, shown(labels))
+    # A class of which there is little is shown too.
+    rare = torch.tensor([0] * 97 + [1, 2, 2])
+    assert labels_of(rare) == {0: 3, 1: 1, 2: 2}
+    assert labels_of(torch.tensor([-1] * 50 + [4] * 20 + [7] * 20)) == {4: 4, 7: 4}
+    # Without labels, from all over the set.
+    spread = shown(torch.full((80,), -1))
+    assert len(spread) == 8 and (spread.diff() == 10).all()
+    assert shown(torch.full((3,), -1)).tolist() == [0, 1, 2]
+
+
+def labels_of(labels: torch.Tensor) -> dict[int, int]:
+    """How many of the images that are shown have each label."""
+    values, counts = labels[shown(labels)].unique(return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 # --- folders of images ------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Where the class token looks, and the figures of it and of prototypes."""
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
@@ -45,13 +46,25 @@ def test_only_a_plain_vision_transformer_with_a_class_token_has_one():
     assert not has_class_attention(timm.create_model("resnet18", num_classes=0)) and not has_class_attention(None)
 
 
-def test_the_figures(tmp_path):
+def test_the_figures(tmp_path, monkeypatch):
+    sheets, sheet = [], figures._contact_sheet
+    monkeypatch.setattr(figures, "_contact_sheet", lambda *a, **k: sheets.append(sheet(*a, **k)) or sheets[0])
     images, maps = torch.rand(3, 3, 16, 16), torch.zeros(3, 2, 4, 4)
-    maps[:, :, 1, 2] = 0.3
+    maps[:, 0, 1, 2] = 0.3
+    maps[1, 1, 0, 0] = 0.1
     figures.attention(images, maps, tmp_path / "attention.png", num=3)
     drawn = Image.open(tmp_path / "attention.png")
     # A row for the images, the mean and each of the two heads, of 7 times 16 pixels.
     assert drawn.height > 4 * 112 and drawn.width > 3 * 112
+    # What the colours mean is stated: by row, with a bar of them below.
+    texts = [text.get_text() for text in sheets[0].texts]
+    assert texts[-3:] == ["mean of heads\n0 to 15 %", "head 1\n0 to 30 %", "head 2\n0 to 10 %"]
+    assert "evenly over the patches would be 6.25 %" in texts[1] and len(sheets[0].axes) == 1
+    # One scale for all images of a row: the second head looks nowhere in the first image.
+    pixels = np.asarray(drawn.convert("RGB")).astype(int)
+    top = drawn.height - 64 - 6 - 118
+    first, second = (pixels[top : top + 112, 148 + 118 * n : 148 + 118 * n + 112] for n in (0, 1))
+    assert first.max() < 10 < 200 < second.max()
     shares = torch.eye(16)[:5]
     figures.occupancy(shares, 8.0, tmp_path / "few.png")
     figures.occupancy(shares.flip(1), 8.0, tmp_path / "many.png")

@@ -74,6 +74,26 @@ def test_knn_curve_draws_its_references(tmp_path):
     assert pixels(tmp_path / "nan.png").std() > 1
 
 
+def test_knn_curve_has_the_error_of_its_test_set_and_chance(tmp_path, monkeypatch):
+    made = []
+    chart = figures.chart
+    monkeypatch.setattr(figures, "chart", lambda *size: made.append(chart(*size)) or made[-1])
+    rows = [{"step": i, "epoch": i, "knn/top1": p} for i, p in enumerate((0.5, 0.9))]
+    figures.knn_curve(rows, tmp_path / "knn.png", 0.8, 0.4, chance=0.1, images=400)
+    (axes,) = made[0].axes
+    (band,) = (c for c in axes.collections if "error" in c.get_label())
+    assert "400 test images" in band.get_label()
+    heights = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices}
+    # 100 sqrt(p (1 - p) / 400): 2.5 and 1.5.
+    assert {(0, 47.5), (0, 52.5), (1, 88.5), (1, 91.5)} <= heights
+    names = {text.get_text() for text in axes.texts}
+    assert names == {"this run  90.0", "raw pixels  80.0", "untrained encoder  40.0", "chance  10.0"}
+    assert [10.0, 10.0] in [list(line.get_ydata()) for line in axes.lines]
+    figures.knn_curve(rows, tmp_path / "knn.png", 0.8, 0.4)
+    (axes,) = made[1].axes
+    assert axes.get_legend() is None and len(axes.texts) == 3
+
+
 def test_nothing_to_draw_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="rows with `loss`"):
         figures.loss_curves([{"step": 0, "epoch": 0, "knn/top1": 0.1}], tmp_path / "x.png")
@@ -119,9 +139,8 @@ def test_rows_are_left_out_where_there_is_nothing_to_show(tmp_path):
     for masks, images in (([None], None), ([mask], None), ([None], [view]), ([mask], [view]), ([mask], [None])):
         figures.reconstructions([view], masks, images, 4, tmp_path / "x.png", num=2)
         heights.append(pixels(tmp_path / "x.png").shape[0])
-    row = heights[1] - heights[0]
-    assert row > 100
-    assert [h - heights[0] for h in heights] == [0, row, row, 2 * row, row]
+    # 8 pixels are shown as 112, 6 lie between two rows, and a line of 18 says what grey patches are.
+    assert [h - heights[0] for h in heights] == [0, 118 + 18, 118, 2 * 118 + 18, 118 + 18]
 
 
 def test_every_mask_of_an_image_has_its_rows(tmp_path):
@@ -132,7 +151,7 @@ def test_every_mask_of_an_image_has_its_rows(tmp_path):
     images = torch.stack([torch.full((2, 3, 8, 8), level) for level in (0.1, 0.5, 0.9)], dim=1)
     figures.reconstructions([view], [masks], [images], 4, tmp_path / "x.png")
     drawn = pixels(tmp_path / "x.png")
-    row, first = 118, 40
+    row, first = 118, 40 + 18
     tiles = [drawn[first + row * n + 4 : first + row * n + 108, 156:256] for n in range(7)]
     for number, level in ((2, 0.1), (4, 0.5), (6, 0.9)):
         assert np.abs(tiles[number] - 255 * level).max() <= 1
@@ -165,3 +184,10 @@ def test_unpatchify_is_mae_order():
                 for c in range(3):
                     patches[:, number, (i * p + j) * 3 + c] = images[:, c, top + i, left + j]
     assert torch.equal(figures.unpatchify(patches, (rows, columns)), images)
+
+
+def test_a_sheet_names_its_columns(tmp_path):
+    view = torch.rand(2, 3, 16, 16)
+    figure = figures._contact_sheet([[("image", view)]], ["Title", "More"], ["cat", "a name longer than its image"])
+    texts = [text.get_text() for text in figure.texts]
+    assert texts[:3] == ["Title", "More", "cat"] and texts[3].endswith("…") and texts[4] == "image"

@@ -163,7 +163,8 @@ def legend_lines(panel):
 def test_a_heat_map(tmp_path, monkeypatch):
     grid = [axis("a", "x", "y"), axis("one", 5), axis("b", 1, 2, 3)]
     made = report(grid, lambda seed, a, one, b: None if (a, b) == ("y", 3) else b / 10 + (a == "y") / 2 + seed / 50)
-    (panel,) = drawn(made, tmp_path, monkeypatch)
+    panel, scale = drawn(made, tmp_path, monkeypatch)
+    assert panel.get_title(loc="left") == "knn/top1 (n = 2)" and scale.get_ylim() == pytest.approx((0.11, 0.71))
     assert {(t.get_position(), t.get_text()) for t in panel.texts} == {
         ((0, 0), "0.1100"),
         ((1, 0), "0.2100"),
@@ -173,6 +174,13 @@ def test_a_heat_map(tmp_path, monkeypatch):
     }
     assert [t.get_text() for t in panel.get_xticklabels()] == ["1", "2", "3"] and panel.get_xlabel() == "b"
     assert [t.get_text() for t in panel.get_yticklabels()] == ["x", "y"] and panel.get_ylabel() == "a"
+
+
+def test_a_heat_map_of_which_some_runs_are_missing(tmp_path, monkeypatch):
+    made = report([axis("a", 1, 2), axis("b", 1, 2)], lambda seed, a, b: None if (seed, a, b) == (1, 2, 2) else a / 4)
+    panel, _ = drawn(made, tmp_path, monkeypatch)
+    assert panel.get_title(loc="left") == "knn/top1"
+    assert [t.get_text() for t in panel.texts] == ["0.2500\nn = 2"] * 2 + ["0.5000\nn = 2", "0.5000\nn = 1"]
 
 
 def test_dots(tmp_path, monkeypatch):
