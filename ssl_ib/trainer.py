@@ -7,17 +7,15 @@ checkpoint or a pure function of (seed, step, image), so a resumed run repeats t
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import distributed, optim, random
 from .data.loader import Loader
@@ -27,10 +25,13 @@ from .part import Context, Step, detached, parts
 from .record import checkpoint
 from .record.log import RunLog
 from .record.signals import Stopped, StopRequest
+from .record.terminal import Terminal, say
 from .run import DRY_IMAGES, Run
 from .types import Loss, Progress, Sample
 
 DRY_STEPS = 2
+#: Rows that a short run logs at least, whatever `log_every` says: a curve needs some.
+MIN_ROWS = 20
 #: Keeps what models draw apart from the views and masks, whose keys are folded from the same seed.
 _DRAWS = -1
 
@@ -61,6 +62,7 @@ class Trainer:
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, DRY_STEPS) if self.dry else self.total_steps
+        self.log_every = min(config.log_every, max(self.total_steps // MIN_ROWS, 1))
         self.parts = parts(run.task, run.model, run.criterion)
         self.state = nn.ModuleDict({"task": run.task, "model": run.model, "criterion": run.criterion})
         if config.compile:
@@ -110,30 +112,32 @@ class Trainer:
 
     def fit(self) -> dict[str, dict[str, float]]:
         """Trains to the end and returns the results. Raises Stopped after a signal, UserError on a bad loss."""
-        with self.stop, self._bar() as bar:
+        with self.stop, closing(self._terminal()) as terminal:
             if "untrained" not in self.results and not self.dry:
                 self._evaluate("untrained")
                 self.save()
             while self.step < self.last_step:
-                self._epoch(bar)
+                self._epoch(terminal)
             if "trained" not in self.results:
                 self._evaluate("trained")
                 self.save()
         return self.results
 
-    def _epoch(self, bar: tqdm) -> None:
+    def _epoch(self, terminal: Terminal) -> None:
         """Trains from where the run stands to the end of the epoch."""
         self.epoch, start = divmod(self.step, self.loader.steps_per_epoch)
         if start == 0:
             self._seed()
             self._set_schedules()
             self._hook("on_epoch_start")
-        losses, began = [], time.perf_counter()
+        began = time.perf_counter()
         for sample in self.loader.epoch(self.epoch, start):
             waiting = time.perf_counter() - began
             row = self.train_step(sample.to(self.run.device))
-            self._report(bar, row, time.perf_counter() - began, waiting)
-            losses.append(row["loss"])
+            seconds = time.perf_counter() - began
+            terminal.update(self.step, self.epoch + 1, row["loss"], seconds, waiting)
+            if self.step % self.log_every == 0 or self.step == self.last_step:
+                self._write({**row, "images_per_s": terminal.images / seconds, "data_share": waiting / seconds})
             if self.step == self.last_step:
                 break
             if self.step % self.loader.steps_per_epoch:
@@ -142,9 +146,6 @@ class Trainer:
         # A checkpoint of the epoch's last step holds what these have done.
         self._hook("on_epoch_end")
         done, checkpoints = self.epoch + 1, self.config.checkpoint
-        if bar.disable and self.main:
-            mean = sum(losses) / len(losses)
-            _say(f"epoch {done}/{self.config.epochs}: loss {mean:.4f}, learning rate {self.lr:.3g}")
         if done % self.config.eval.every_epochs == 0 and self.step < self.last_step:
             self._evaluate()
         kept = f"epoch_{done:05d}.pt" if checkpoints.keep and done % checkpoints.keep == 0 else None
@@ -216,17 +217,9 @@ class Trainer:
 
     # Watching
 
-    def _bar(self) -> tqdm:
-        """The progress bar of the main process, where stderr is a terminal; elsewhere each epoch prints a line."""
-        disable = None if self.main else True
-        return tqdm(total=self.last_step, initial=self.step, unit="step", disable=disable, dynamic_ncols=True)
-
-    def _report(self, bar: tqdm, row: dict[str, float], seconds: float, waiting: float) -> None:
-        rate, share = self.run.batch_size * distributed.world_size() / seconds, waiting / seconds
-        bar.set_postfix_str(f"loss {row['loss']:.4f}, {rate:.0f} images/s, {share:.0%} waiting for data", refresh=False)
-        bar.update()
-        if self.step % self.config.log_every == 0 or self.step == self.last_step:
-            self._write({**row, "images_per_s": rate, "data_share": share})
+    def _terminal(self) -> Terminal:
+        images = self.run.batch_size * distributed.world_size()
+        return Terminal(self.step, self.last_step, self.config.epochs, images, self.main)
 
     def _write(self, row: dict[str, float]) -> None:
         self.log.write({"step": self.step, "epoch": self.step / self.loader.steps_per_epoch, **row})
@@ -245,7 +238,7 @@ class Trainer:
         if metrics:
             self._write(metrics)
             shown = {k: v for k, v in metrics.items() if not k.startswith("held_out/") or k == "held_out/loss"}
-            _say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+            say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
 
     # Trouble
 
@@ -321,12 +314,6 @@ class Trainer:
         self.step, self.results = state["step"], state["results"]
         self.began -= state["seconds"]
         self.log.truncate(self.step)
-
-
-def _say(line: str) -> None:
-    """Prints a line above the bar, at once also where the output goes to a file."""
-    tqdm.write(line)
-    sys.stdout.flush()
 
 
 def _scalars(loss: Loss, device: torch.device) -> dict[str, Tensor]:

@@ -51,7 +51,8 @@ def test_the_same_seed_repeats_and_another_does_not(tmp_path):
     drop = "model.backbone_args.proj_drop_rate=0.2"
     outs = [tmp_path / name for name in "abc"]
     for out, seed in zip(outs, (0, 0, 1), strict=True):
-        assert train(out, drop, "epochs=1", f"seed={seed}") == 0
+        # A short run logs every step, whatever it was asked for.
+        assert train(out, drop, "epochs=1", "log_every=50", f"seed={seed}") == 0
     a, b, c = map(losses, outs)
     assert a == b and len(a) == STEPS
     assert all(x != y for (_, x), (_, y) in zip(a, c, strict=True))
@@ -61,14 +62,19 @@ def test_the_same_seed_repeats_and_another_does_not(tmp_path):
 
 
 def test_evaluation_and_logging_do_not_move_the_run(tmp_path):
-    drop = "model.backbone_args.proj_drop_rate=0.2"
+    drop = ("model.backbone_args.proj_drop_rate=0.2", "batch_size=64")
     often, seldom = tmp_path / "often", tmp_path / "seldom"
-    assert train(often, drop) == 0
-    assert train(seldom, drop, "eval.every_epochs=10", "eval.linear.enabled=false", "log_every=2") == 0
+    assert train(often, *drop) == 0
+    assert train(seldom, *drop, "eval.every_epochs=10", "eval.linear.enabled=false", "log_every=2") == 0
     assert len([row for row in rows(often) if "knn/top1" in row]) == 3
     assert len([row for row in rows(seldom) if "knn/top1" in row]) == 2
     assert losses(seldom) == [(step, loss) for step, loss in losses(often) if step % 2 == 0]
     assert_same_state(checkpoint(often), checkpoint(seldom))
+
+
+def test_a_short_run_logs_often_enough_to_draw():
+    assert [trainer(f"epochs={n}", "log_every=50").log_every for n in (1, 10, 100)] == [1, 5, 50]
+    assert trainer("epochs=100").log_every == 1
 
 
 def test_steps_differ_in_what_they_drop():

@@ -114,10 +114,10 @@ def _heat_map(panel: Axes, report: Report, axes: list[Axis], metric: str) -> Non
     for axis, ticks in ((axes[1], panel.set_xticks), (axes[0], panel.set_yticks)):
         ticks(range(len(axis.choices)), [choice.label for choice in axis.choices])
     finite = means[np.isfinite(means)]
-    middle = (finite.min() + finite.max()) / 2 if finite.size else 0
+    dark = finite.min() + 0.6 * np.ptp(finite) if finite.size else 0
     for (i, j), mean in np.ndenumerate(means):
         if np.isfinite(mean):
-            color = "white" if mean > middle else INK
+            color = "white" if mean > dark else INK
             text = digits(mean) if len(known) == 1 else f"{digits(mean)}\nn = {counts[i, j]}"
             panel.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
 
