@@ -33,10 +33,11 @@ class Terminal:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.total, self.epochs, self.images, self.clock = total, epochs, images, clock
-        bar = main and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=step, disable=not bar, dynamic_ncols=True, bar_format=_BAR)
-        self.lines = main and not (bar and sys.stdout.isatty())
+        self.has_bar = main and sys.stderr.isatty()
+        self.has_lines = main and not (self.has_bar and sys.stdout.isatty())
         self.first = step
+        #: Drawn from the first step on: what is logged before it would run into the bar.
+        self.bar: tqdm | None = None
         #: When the first step began, and when the last line was printed.
         self.began = self.said = None
         #: Of the steps since that line.
@@ -45,11 +46,16 @@ class Terminal:
     def update(self, step: int, epoch: int, loss: float, seconds: float, waiting: float) -> None:
         """Shows a finished step of the epoch `epoch`, from 1: its loss, how long it took, and how long of that it
         waited for images."""
-        rate, share = self.images / seconds, waiting / seconds
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s, {share:.0%} waiting", refresh=False)
-        self.bar.update()
-        if not self.lines:
-            return
+        if self.has_bar:
+            if self.bar is None:
+                self.bar = tqdm(total=self.total, initial=self.first, dynamic_ncols=True, bar_format=_BAR)
+            rate, share = self.images / seconds, waiting / seconds
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s, {share:.0%} waiting", refresh=False)
+            self.bar.update()
+        if self.has_lines:
+            self._line(step, epoch, loss, seconds)
+
+    def _line(self, step: int, epoch: int, loss: float, seconds: float) -> None:
         now = self.clock()
         if self.began is None:
             self.began = self.said = now - seconds
@@ -65,7 +71,8 @@ class Terminal:
 
     def close(self) -> None:
         """Ends the bar."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def progress_line(step: int, total: int, epoch: int, epochs: int, loss: float, rate: float, left: float) -> str:
