@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ def build_run(config: Config, dry: bool = False) -> Run:
             problems.append(f"ops.backend: {ops.wanted()!r} cannot run here: {reason}")
     except UserError as error:
         problems.append(f"ops.backend: {error}")
+    if "wandb" in config.logger and not _installed("wandb"):
+        problems.append("logger: wandb is not installed: pip install 'ssl-ib[wandb]', or leave it out of logger")
     first, last = config.optim.warmup_epochs, config.epochs
     if not all(first <= milestone < last for milestone in config.optim.milestones):
         problems.append(
@@ -122,6 +125,15 @@ def build_run(config: Config, dry: bool = False) -> Run:
         _logger.info("attention: plain products, because torch's fused kernel is slow on a CPU in bfloat16")
     parts_of_run = {kind: built[kind] for kind in PARTS if kind != "masker"}
     return Run(config, device, batch_size // world, **parts_of_run, schedules=schedules)
+
+
+def _installed(package: str) -> bool:
+    # Not by looking for a module: the folder in which wandb keeps its runs would be taken for one.
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def plain_attention(model: torch.nn.Module) -> bool:

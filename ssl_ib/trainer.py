@@ -84,7 +84,7 @@ class Trainer:
     @cached_property
     def log(self) -> RunLog:
         """The run's record, opened when it is first needed."""
-        return RunLog(self.out if self.main else None)
+        return RunLog(self.out if self.main else None, self.config.logger, self.config.plain())
 
     @property
     def seconds(self) -> float:

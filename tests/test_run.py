@@ -1,5 +1,7 @@
 """The parts of a run fit together, or everything that does not is said before any image is read."""
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import torch
 
@@ -218,6 +220,16 @@ def test_devices(config, monkeypatch):
     assert choose_device("cuda:1").index == 1
     with pytest.raises(UserError, match="'cuda:2' was asked for, but torch sees 2 CUDA devices"):
         choose_device("cuda:2")
+
+
+def test_a_logger_that_is_not_installed(config, monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("ssl_ib.run.version", missing)
+    build_run(config("logger=[tensorboard]"))
+    expected = "logger: wandb is not installed: pip install 'ssl-ib[wandb]', or leave it out of logger"
+    assert problems(config("logger=[tensorboard,wandb]")) == [expected]
 
 
 def test_everything_at_once(config):

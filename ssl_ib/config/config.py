@@ -140,8 +140,9 @@ class Config(Section):
 
     recipe names the run's folder. batch_size counts the images of an optimiser step over all processes; `accumulate`
     cuts it into so many forward passes of each. device is auto, cpu, cuda or cuda:N. workers decode streamed images;
-    log_every counts steps. deterministic takes, on CUDA, slower operations that give the same numbers every time.
-    parallel=ddp is for processes that torchrun starts. plugins are imported before the parts are looked up.
+    log_every counts the steps from one row of `metrics.jsonl` to the next, and a short run logs 20 rows at least; logger
+    says who gets a copy of the rows. deterministic takes, on CUDA, slower operations that give the same numbers every
+    time. parallel=ddp is for processes that torchrun starts. plugins are imported before the parts are looked up.
     """
 
     recipe: str
@@ -161,12 +162,20 @@ class Config(Section):
     deterministic: bool = True
     workers: Count = 2
     log_every: PositiveInt = 1
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     ops: OpsConfig = OpsConfig()
     parallel: Literal["none", "ddp"] = "none"
     plugins: tuple[str, ...] = ()
+
+    @field_validator("logger", mode="before")
+    @classmethod
+    def _is_a_list(cls, logger: Any) -> Any:
+        if not isinstance(logger, list | tuple):
+            raise ValueError("a list of tensorboard and wandb, such as [tensorboard] or []")
+        return tuple(logger)
 
     def plain(self) -> dict[str, Any]:
         """The configuration as plain data, fit for YAML."""

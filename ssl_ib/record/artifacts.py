@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -35,7 +36,7 @@ SHOWN = 8
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and command of a run, for `environment.json`."""
     packages = {}
-    for name in ("torch", "torchvision", "timm", "triton", "numpy", "scikit-learn", "lightly"):
+    for name in ("torch", "torchvision", "timm", "triton", "numpy", "scikit-learn", "lightly", "wandb"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -47,9 +48,23 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "git": _checkout(),
         "command": sys.argv,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _checkout() -> dict[str, Any] | None:
+    """The commit of the working directory, and whether tracked files differ from it; None where it is no checkout."""
+    found = []
+    for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no"):
+        # Without locks, because the runs of a sweep may all look at once.
+        words = ["git", "--no-optional-locks", *command.split()]
+        try:
+            found.append(subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip())
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    return {"commit": found[0], "uncommitted_changes": bool(found[1])}
 
 
 def write_environment(out: Path, device: torch.device) -> None:

@@ -16,11 +16,11 @@ from .checkpoint import load
 
 #: What a run writes; `claim` removes these and nothing else.
 WRITTEN = (
-    "config.yaml environment.json metrics.jsonl tensorboard figures checkpoints backbone.safetensors backbone.json "
-    "results.json bad_images.txt bad_batch.txt"
+    "config.yaml environment.json metrics.jsonl tensorboard wandb figures checkpoints "
+    "backbone.safetensors backbone.json results.json bad_images.txt bad_batch.txt"
 ).split()
 #: Keys that may change when a run resumes: they move no loss.
-MOVABLE = ("device", "workers", "log_every", "checkpoint")
+MOVABLE = ("device", "workers", "log_every", "logger", "checkpoint")
 
 
 def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[str, Any] | None:

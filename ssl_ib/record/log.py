@@ -1,4 +1,5 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a line, which is the truth, and its copy for TensorBoard.
+"""The record of a run: `metrics.jsonl`, one JSON object a line, which is the truth, and copies of it for TensorBoard
+and Weights & Biases.
 
 JSON has no non-finite numbers, so they are written as the strings "NaN", "Infinity" and "-Infinity" and read back as
 the numbers they were.
@@ -8,6 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +24,18 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class RunLog:
     """Appends rows of numbers to a run's folder and reads them back.
 
-    folder: where `metrics.jsonl` and `tensorboard/` live, made where missing; rows already there are kept. None keeps
-        the rows in memory and writes nothing (a dry run).
+    folder:  where `metrics.jsonl` and the copies live, made where missing; rows already there are kept. None keeps the
+        rows in memory and writes nothing (a dry run).
+    loggers: who gets a copy of the numbers: "tensorboard", "wandb".
+    config:  the run's configuration as plain data, for wandb. Raises UserError where wandb refuses the run.
     """
 
-    def __init__(self, folder: Path | str | None):
+    def __init__(
+        self,
+        folder: Path | str | None,
+        loggers: Iterable[str] = ("tensorboard",),
+        config: dict[str, Any] | None = None,
+    ):
         self._memory: list[dict[str, Any]] = []
         self._path = None
         if folder is None:
@@ -35,10 +46,8 @@ class RunLog:
             # A run that was killed may have left half a line, which must not run into the next one.
             self._rewrite(self.rows())
         self._file = self._path.open("a", encoding="utf-8")
-        # Only here, because a dry run can do without waiting for TensorBoard.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(self._path.parent / "tensorboard"))
+        makers = {"tensorboard": _TensorBoard, "wandb": lambda folder: _Wandb(folder, config or {})}
+        self._copies = [makers[name](self._path.parent) for name in dict.fromkeys(loggers)]
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row: `step` and `epoch`, and any further numbers (0-d tensors too), strings, booleans or None."""
@@ -49,11 +58,10 @@ class RunLog:
             return
         self._file.write(_line(row))
         self._file.flush()
-        for key, value in row.items():
-            if key not in ("step", "epoch") and isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._board.add_scalar(key, value, row["step"])
-        # Another thread writes the events: a kill before it did would leave a hole that resuming does not fill.
-        self._board.flush()
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        step = numbers.pop("step")
+        for copy in self._copies:
+            copy.write(step, numbers)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row so far, oldest first, without a last line cut short. Raises UserError for any other broken line."""
@@ -77,18 +85,18 @@ class RunLog:
         if self._path is None:
             self._memory = kept
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.close()
+        self._file.close()
         self._rewrite(kept)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(self._board.log_dir, purge_step=step + 1)
+        for copy in self._copies:
+            copy.truncate(step)
 
     def close(self) -> None:
         """Closes the files; the rows can still be read."""
         if self._path is not None:
             self._file.close()
-            self._board.close()
+            for copy in self._copies:
+                copy.close()
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         replace(self._path, "".join(map(_line, rows)))
@@ -101,3 +109,67 @@ def _line(row: dict[str, Any]) -> str:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
     return json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
+
+
+class _TensorBoard:
+    """A copy of the rows in `tensorboard/`."""
+
+    def __init__(self, folder: Path):
+        # Only here, because a dry run can do without waiting for TensorBoard.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        for key, value in numbers.items():
+            if key != "epoch":
+                self._board.add_scalar(key, value, step)
+        # Another thread writes the events: a kill before it did would leave a hole that resuming does not fill.
+        self._board.flush()
+
+    def truncate(self, step: int) -> None:
+        self._board.close()
+        self._board = type(self._board)(self._board.log_dir, purge_step=step + 1)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class _Wandb:
+    """A copy of the rows at Weights & Biases, or in `wandb/` where WANDB_MODE=offline. Its settings come from the
+    environment; the project is `ssl_ib` and the name the folder's where that says nothing.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        import wandb
+
+        # Kept with the run, so that it goes on as the same one after it was resumed.
+        kept = folder / "wandb" / "run_id.txt"
+        if not kept.is_file():
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(uuid.uuid4().hex[:12])
+        try:
+            self._run = wandb.init(
+                id=kept.read_text(),
+                resume="allow",
+                dir=str(folder),
+                project=os.environ.get("WANDB_PROJECT", "ssl_ib"),
+                name=os.environ.get("WANDB_NAME", folder.resolve().name),
+                config=config,
+                allow_val_change=True,
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"logger: wandb refuses the run: {error} WANDB_MODE=offline needs no account and no network"
+            ) from error
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        # wandb can take nothing back, and a resumed run repeats its rows bit for bit: those it has are not sent again.
+        if step >= self._run.step:
+            self._run.log(numbers, step=step)
+
+    def truncate(self, step: int) -> None:
+        """Leaves all as it is: see `write`."""
+
+    def close(self) -> None:
+        self._run.finish()

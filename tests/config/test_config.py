@@ -489,3 +489,12 @@ def test_differences(plain):
         "epochs: 7 -> 8",
         "optim.lr: 0.002 -> 1.0",
     ]
+
+
+def test_loggers():
+    assert resolve("mrcl_digits").logger == ("tensorboard",)
+    assert resolve("mrcl_digits", ["logger=[wandb, tensorboard]"]).plain()["logger"] == ["wandb", "tensorboard"]
+    assert resolve("mrcl_digits", ["logger=[]"]).logger == ()
+    for value, problem in (("wandb", "a list of tensorboard and wandb"), ("[board]", "'tensorboard' or 'wandb'")):
+        with pytest.raises(ConfigError, match=f"logger.*expected {problem}"):
+            resolve("mrcl_digits", [f"logger={value}"])

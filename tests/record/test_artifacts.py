@@ -15,13 +15,38 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ssl_ib.record import figures
-from ssl_ib.record.artifacts import draw_views, shown, summary
+from ssl_ib.record.artifacts import draw_views, shown, summary, write_environment
 
 
 def picture(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
+
+
+def test_the_commit_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record_of(tmp_path)["git"] is None
+
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(["git", *identity, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    assert record_of(tmp_path)["git"] is None  # No commit yet.
+    (tmp_path / "code.py").write_text("1\n")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "first")
+    # What git does not track, such as runs, is no change.
+    assert record_of(tmp_path)["git"] == {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": False}
+    (tmp_path / "code.py").write_text("2\n")
+    assert record_of(tmp_path)["git"]["uncommitted_changes"] is True
+
+
+def record_of(out: Path) -> dict:
+    write_environment(out, torch.device("cpu"))
+    return json.loads((out / "environment.json").read_text())
 
 
 # --- after a run ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,3 +119,93 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert log.rows() == [row(0)]
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_copies(tmp_path):
+    log = RunLog(tmp_path, loggers=())
+    log.write(row(0))
+    log.truncate(0)
+    log.close()
+    assert log.rows() == [row(0)] and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+class Wandb:
+    """A server that keeps the rows of its runs by their id, as wandb's does: it takes no row of an earlier step."""
+
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self):
+        self.rows: dict[str, dict[int, dict]] = {}
+        self.asked: list[dict] = []
+
+    def init(self, id, **more):
+        kept = self.rows.setdefault(id, {})
+        self.asked.append({"id": id, **more})
+        run = SimpleNamespace(step=max(kept) + 1 if kept else 0, finish=lambda: None)
+
+        def log(numbers, step):
+            assert step >= run.step, "wandb ignores such a row, and warns"
+            run.step = step
+            kept[step] = kept.get(step, {}) | numbers
+
+        run.log = log
+        return run
+
+
+def test_wandb_has_each_row_once(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for variable in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+    out = tmp_path / "some_run"
+    first = RunLog(out, ["wandb"], {"seed": 3})
+    for i in range(6):
+        first.write(row(i, note="x"))
+    first.write({"step": 5, "epoch": 2, "knn/top1": 0.5})
+    # Killed, and resumed at step 3.
+    second = RunLog(out, ["wandb"], {"seed": 3})
+    second.truncate(3)
+    for i in range(4, 8):
+        second.write(row(i))
+    second.close()
+    ((run, kept),) = wandb.rows.items()
+    assert (out / "wandb" / "run_id.txt").read_text() == run
+    expected = {i: {"epoch": i // 2, "loss": 1 / (i + 1)} for i in range(8)}
+    expected[5] |= {"knn/top1": 0.5}
+    assert kept == expected
+    asked = wandb.asked[1]
+    assert asked["resume"] == "allow" and asked["config"] == {"seed": 3} and asked["dir"] == str(out)
+    assert (asked["project"], asked["name"]) == ("ssl_ib", "some_run")
+    # Another folder is another run, and what the user says in wandb's own way counts.
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    RunLog(tmp_path / "other", ["wandb"]).close()
+    assert len(wandb.rows) == 2 and wandb.asked[2]["project"] == "mine"
+
+
+def test_wandb_refuses(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise Wandb.Error("No API key configured.")
+
+    wandb = Wandb()
+    wandb.init = refuse
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UserError, match="logger: wandb refuses the run: No API key configured. WANDB_MODE=offline"):
+        RunLog(tmp_path, ["wandb"])
+
+
+@pytest.mark.slow
+def test_wandb_itself_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for steps in (range(3), range(2, 5)):
+        log = RunLog(tmp_path, ["tensorboard", "wandb"], {"model": {"name": "x", "size": [1, None]}})
+        log.truncate(steps[0] - 1)
+        for i in steps:
+            log.write(row(i, bad=math.nan))
+        log.close()
+    kept = (tmp_path / "wandb" / "run_id.txt").read_text()
+    parts = list((tmp_path / "wandb").glob(f"offline-run-*-{kept}/run-{kept}.wandb"))
+    assert parts and all(path.stat().st_size > 200 for path in parts)
