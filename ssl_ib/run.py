@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -10,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import distributed, ops
+from . import contract, distributed, ops
 from .config.config import Config
 from .config.recipe import PARTS
-from .config.registry import build_part
+from .config.registry import Built, build_part
 from .config.schedule import Schedule
 from .device import choose_device
 from .errors import ConfigError, UserError
@@ -51,14 +52,24 @@ def build_run(config: Config, dry: bool = False) -> Run:
     built: dict[str, Any] = {}
     schedules: list[tuple[Any, str, Schedule]] = []
 
-    def build(kind: str, **supplied: Any) -> Any:
+    def attempt(kind: str, ask: Callable[[], Any]) -> Any:
         try:
-            answer = build_part(kind, getattr(config, kind), **supplied)
+            return ask()
         except UserError as error:
             text = str(error)
             # Two parts may ask the masker the same, and both be refused: that is one problem.
             if not any(problem.endswith(text) for problem in problems):
-                problems.append(text if text.startswith(f"{kind}.") else f"{kind}: {text}")
+                problems.append(text if text.startswith((f"{kind}.", f"{kind} ")) else f"{kind}: {text}")
+            return None
+
+    def make(kind: str, **supplied: Any) -> Built:
+        answer = build_part(kind, getattr(config, kind), **supplied)
+        contract.check_part(kind, getattr(config, kind)["name"], answer.part)
+        return answer
+
+    def build(kind: str, **supplied: Any) -> Any:
+        answer = attempt(kind, lambda: make(kind, **supplied))
+        if answer is None:
             return None
         schedules.extend(answer.schedules)
         built[kind] = answer.part
@@ -115,6 +126,8 @@ def build_run(config: Config, dry: bool = False) -> Run:
         criterion = build("criterion", info=RunInfo(**info))
         if model is not None and not (masked and masker is None):
             build("task", views=views, masker=masker, info=RunInfo(**info))
+            for grid in {model.grid(shape) for shape in info["view_shapes"]} - {None}:
+                attempt("masker", partial(_masks, masker, grid))
     if model is not None and criterion is not None:
         problems += _fit(config, len(views.shapes), model, criterion)
     if problems:
@@ -149,8 +162,9 @@ def plain_attention(model: torch.nn.Module) -> bool:
 
 def _masks(masker: Any, grid: tuple[int, int]) -> tuple[int, int] | None:
     """Masks an image and patches that each keeps, found out by drawing some; None without a masker."""
-    masks = None if masker is None else masker(torch.zeros(1, dtype=torch.int64), grid)
-    return None if masks is None else tuple(masks.keep.shape[1:])
+    if masker is None:
+        return None
+    return tuple(contract.checked_masks(masker, torch.zeros(1, dtype=torch.int64), grid).keep.shape[1:])
 
 
 def _width(model: Model, name: str, output: str) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import distributed, optim, random
-from .data.loader import Loader
+from . import contract, distributed, optim, random
+from .data.loader import Loader, ordered
 from .errors import UserError
 from .evals.online import Online
 from .part import Context, Step, detached, parts
@@ -65,14 +65,24 @@ class Trainer:
         self.log_every = min(config.log_every, max(self.total_steps // MIN_ROWS, 1))
         self.parts = parts(run.task, run.model, run.criterion)
         self.state = nn.ModuleDict({"task": run.task, "model": run.model, "criterion": run.criterion})
-        if config.compile:
-            run.model.compile()
-        self.step_module = self._wrapped(Step(run.model, run.criterion))
         self.online = Online(run, DRY_IMAGES if self.dry else None)
         self._key = random.fold(random.fold(torch.tensor(config.seed), distributed.rank()), _DRAWS)
         self.step = self.epoch = 0
+        self._check()
+        if config.compile:
+            run.model.compile()
+        self.step_module = self._wrapped(Step(run.model, run.criterion))
         self.results: dict[str, dict[str, float]] = {}
         self.stop = StopRequest()
+
+    def _check(self) -> None:
+        """Asks each part once, so that what one of them answers wrongly is said before anything is written."""
+        run, size = self.run, self.run.batch_size // self.config.accumulate
+        sample = next(ordered(self.images, size, size)).to(run.device)
+        few, num_global = sample[:2], getattr(run.views, "num_global", None)
+        plain = run.views.center(few.images, few.extra.get("size"))
+        with self.online.evaluating(), distributed.alone():
+            contract.check_step(run.task, run.model, run.criterion, sample, plain, self.progress(), num_global)
 
     def _wrapped(self, module: nn.Module) -> nn.Module:
         if self.config.parallel != "ddp" or distributed.world_size() == 1:

@@ -34,7 +34,7 @@ from .schedule import Schedule
 T = TypeVar("T")
 
 
-def _place(thing: Any) -> str:
+def place(thing: Any) -> str:
     """Where a class or function is defined: `file:line`."""
     try:
         return f"{inspect.getsourcefile(thing)}:{inspect.getsourcelines(thing)[1]}"
@@ -60,7 +60,7 @@ class Registry(Generic[T]):
         def decorate(maker: Callable[..., T]) -> Callable[..., T]:
             taken = self._entries.get(name)
             if taken is not None:
-                raise UserError(f"{self.kind} {name!r} is registered twice: at {_place(taken)} and at {_place(maker)}")
+                raise UserError(f"{self.kind} {name!r} is registered twice: at {place(taken)} and at {place(maker)}")
             self._entries[name] = maker
             return maker
 
@@ -102,7 +102,7 @@ class Registry(Generic[T]):
             hints = typing.get_type_hints(target, include_extras=True)
         except NameError as error:
             raise UserError(
-                f"the type hints of {self.kind} {name!r} ({_place(target)}) cannot be read: {error}"
+                f"the type hints of {self.kind} {name!r} ({place(target)}) cannot be read: {error}"
             ) from None
         parameters = {}
         for key, parameter in inspect.signature(target).parameters.items():
@@ -330,7 +330,7 @@ def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **suppl
 def describe(kind: str, name: str) -> str:
     """The part's arguments with hints and defaults, then its docstring: what `--describe kind:name` prints."""
     registry = REGISTRIES[kind]
-    lines = [f"{kind} {name}   ({_place(registry[name])})"]
+    lines = [f"{kind} {name}   ({place(registry[name])})"]
     for key, parameter in registry.schema(name).items():
         hint = part_kind(parameter.annotation) or show(parameter.annotation)
         default = "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
