@@ -65,6 +65,7 @@ class Encoder(nn.Module):
             self.grid(shape)
             if pool == "cls" and not self.backbone.has_class_token:
                 raise UserError(f"pool=cls needs a class token, and {name!r} has none: use pool=mean")
+            self._pool_as_evaluated()
             if positions == "sincos":
                 self.fix_positions()
         elif positions == "sincos":
@@ -86,8 +87,18 @@ class Encoder(nn.Module):
             raise UserError(f"timm could not build {self.name!r} with {arguments}: {error}") from None
         self.pretrained = bool(arguments.get("pretrained") or arguments.get("checkpoint_path"))
         # What rebuilds it: not where its first weights came from.
-        self.arguments = {key: value for key, value in arguments.items() if not key.startswith("pretrained")}
+        origins = ("pretrained", "checkpoint_path")
+        self.arguments = {key: value for key, value in arguments.items() if not key.startswith(origins)}
         return backbone
+
+    def _pool_as_evaluated(self) -> None:
+        """Has timm's own forward give what `pooled` gives, here and where the backbone is rebuilt."""
+        vit, pool = self.backbone, "token" if self.pool == "cls" else "avg"
+        if (vit.global_pool, vit.num_classes) != (pool, 0):
+            vit.reset_classifier(0, pool)
+            # timm places the last norm by the pooling it starts with: it has to stay where it is.
+            norms_features = not isinstance(vit.fc_norm, nn.Identity)
+            self.arguments |= {"num_classes": 0, "global_pool": pool, "fc_norm": norms_features}
 
     @staticmethod
     def _indivisible(height: int, width: int, patch: int, others: tuple[int, ...] = ()) -> UserError:

@@ -56,10 +56,10 @@ class MaskedImageModel(EncoderModel):
 def check_final_norm(model: str, encoder: Encoder) -> None:
     """Raises UserError where a vision transformer norms its pooled features in place of its tokens."""
     vit = encoder.backbone
-    if encoder.is_vit and (list(vit.fc_norm.parameters()) or getattr(vit, "attn_pool", None) is not None):
+    if encoder.is_vit and list(vit.fc_norm.parameters()):
         raise UserError(
-            f"model {model!r} needs a vision transformer that norms its tokens, and {encoder.name!r} norms or pools "
-            "what comes after: set backbone_args.fc_norm=false, and no global_pool=map"
+            f"model {model!r} needs a vision transformer that norms its tokens, and {encoder.name!r} norms what "
+            "comes after: set backbone_args.fc_norm=false"
         )
 
 

@@ -151,7 +151,7 @@ def test_a_class_token_is_needed_where_it_is_the_latent():
     with pytest.raises(ConfigError, match=r"z=cls needs a class token, .* use model.z=mean"):
         tiny_run(f"model.backbone_args={arguments}", "model.pool=mean")
     # timm would then norm the pooled features and no token: L_rec and L_max alike would read what no norm has seen.
-    with pytest.raises(ConfigError, match="norms or pools what comes after: set model.backbone_args.fc_norm=false"):
+    with pytest.raises(ConfigError, match="norms what comes after: set model.backbone_args.fc_norm=false"):
         tiny_run(f"model.backbone_args={arguments}", "model.pool=mean", "model.z=mean")
     arguments = f"{arguments[:-1]}, fc_norm: false}}"
     run = tiny_run(f"model.backbone_args={arguments}", "model.pool=mean", "model.z=mean", "criterion.gate=none")

@@ -31,6 +31,8 @@ VITS = {
     "class token without position": (VIT, {"patch_size": 4, "no_embed_class": True}, "cls"),
     "norm before the blocks": ("vit_base_patch16_clip_224.openai", {"patch_size": 4}, "cls"),
     "patches with a norm": (VIT, {"patch_size": 4, "embed_norm_layer": torch.nn.LayerNorm}, "cls"),
+    "attention pooling": (VIT, {"patch_size": 4, "global_pool": "map"}, "cls"),
+    "a classifier": (VIT, {"patch_size": 4, "num_classes": 10}, "mean"),
     "any size": (VIT, {"patch_size": 4, "dynamic_img_size": True}, "cls"),
 }
 each_vit = pytest.mark.parametrize("kind", VITS)
@@ -73,11 +75,14 @@ def test_whole_images_are_timms(kind):
         assert torch.equal(tokens, net.tokens(x)) and pooled.shape == (2, net.width) == (2, 24)
 
 
-def test_pooling_is_timms():
-    for kind in ("class token", "registers", "no class token", "norm after pooling"):
-        net, x = encoder(kind), images()
-        with torch.no_grad():
-            torch.testing.assert_close(net(x)[1], net.backbone(x))
+@each_vit
+def test_the_backbone_itself_pools_as_evaluated(kind):
+    net, x = encoder(kind), images()
+    rebuilt = timm.create_model(net.name, **net.arguments).eval()
+    rebuilt.load_state_dict(net.backbone.state_dict())
+    with torch.no_grad():
+        for backbone in (net.backbone, rebuilt):
+            torch.testing.assert_close(backbone(x), net(x)[1])
 
 
 def test_the_mean_leaves_the_prefix_out():
@@ -289,6 +294,13 @@ def test_name_and_arguments_rebuild_the_backbone(name, arguments):
     again.load_state_dict(net.backbone.state_dict())
     with torch.no_grad():
         assert torch.equal(again(images()), net.backbone(images()))
+
+
+def test_where_its_first_weights_came_from_is_not_what_rebuilds_it(tmp_path):
+    arguments = {**SIZE, "patch_size": 4}
+    torch.save(Encoder(VIT, arguments, SHAPE).backbone.state_dict(), tmp_path / "first.pt")
+    net = Encoder(VIT, {**arguments, "checkpoint_path": str(tmp_path / "first.pt")}, SHAPE)
+    assert net.pretrained and net.arguments == Encoder(VIT, arguments, SHAPE).arguments
 
 
 def test_feature_maps():
