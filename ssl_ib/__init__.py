@@ -1,7 +1,8 @@
 """Self-supervised vision pretraining seen through the information bottleneck.
 
-The names below are what a plugin needs. Importing this package starts nothing: no CUDA, no network, no search for
-plugins. Each name is loaded when it is first used, and the built-in parts when a registry is first read.
+`train` trains a recipe and `load` loads an encoder (docs/python.md); the other names are what a plugin needs
+(docs/plugins.md). Importing this package starts nothing: no CUDA, no network, no search for plugins. Each name is
+loaded when it is first used, and the built-in parts when a registry is first read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import TrainedRun, train
     from .config.registry import (
         register_criterion,
         register_masker,
@@ -18,17 +20,24 @@ if TYPE_CHECKING:
         register_task,
         register_views,
     )
+    from .data.sources.base import ImageSet, InMemory, Source, Streamed
+    from .data.views.augment import Augment, Views
     from .errors import ConfigError, UserError
     from .part import Context, Criterion, Model, ParamGroup, Part, RunInfo, Task
+    from .pretrained import Backbone, load
     from .types import Batch, Loss, Masks, Progress, Sample
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Augment",
+    "Backbone",
     "Batch",
     "ConfigError",
     "Context",
     "Criterion",
+    "ImageSet",
+    "InMemory",
     "Loss",
     "Masks",
     "Model",
@@ -37,18 +46,24 @@ __all__ = [
     "Progress",
     "RunInfo",
     "Sample",
+    "Source",
+    "Streamed",
     "Task",
+    "TrainedRun",
     "UserError",
+    "Views",
+    "load",
     "register_criterion",
     "register_masker",
     "register_model",
     "register_source",
     "register_task",
     "register_views",
+    "train",
 ]
 
 #: Where the names are defined, in the order in which a name is looked for: the modules without torch come first.
-_HOMES = ("errors", "config.registry", "types", "part")
+_HOMES = ("errors", "config.registry", "types", "part", "data.sources.base", "data.views.augment", "pretrained", "api")
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,11 @@ DRY_BATCH, DRY_BANK_BATCHES, DRY_IMAGES = 8, 4, 64
 
 @dataclass
 class Run:
-    """A run's parts. `schedules` lists the numbers that change: (owner, attribute, schedule)."""
+    """A run's parts.
+
+    schedules: the numbers that change: (owner, attribute, schedule).
+    dry:       whether it is cut down to a few small steps, for a check that all fits.
+    """
 
     config: Config
     device: torch.device
@@ -39,6 +43,7 @@ class Run:
     model: Model
     criterion: Criterion
     schedules: list[tuple[Any, str, Schedule]] = field(default_factory=list)
+    dry: bool = False
 
     @property
     def samples_per_step(self) -> int:
@@ -137,7 +142,7 @@ def build_run(config: Config, dry: bool = False) -> Run:
     if device.type == "cpu" and config.precision == "bf16" and plain_attention(model):
         _logger.info("attention: plain products, because torch's fused kernel is slow on a CPU in bfloat16")
     parts_of_run = {kind: built[kind] for kind in PARTS if kind != "masker"}
-    return Run(config, device, batch_size // world, **parts_of_run, schedules=schedules)
+    return Run(config, device, batch_size // world, **parts_of_run, schedules=schedules, dry=dry)
 
 
 def _installed(package: str) -> bool:

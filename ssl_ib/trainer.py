@@ -23,6 +23,7 @@ from .errors import UserError
 from .evals.online import Online
 from .part import Context, Step, detached, parts
 from .record import checkpoint
+from .record.backbone import in_checkpoint
 from .record.log import RunLog
 from .record.signals import Stopped, StopRequest
 from .record.terminal import Terminal, say
@@ -37,7 +38,7 @@ _DRAWS = -1
 
 
 class Trainer:
-    """Trains a run; its record and checkpoints go to the folder `out` (None: a dry run, which writes nothing).
+    """Trains a run; its record and checkpoints go to the folder `out` (None: nothing is written).
 
     Building one decodes the images that are held in memory and writes nothing. Raises UserError where they are too few
     or too many of them cannot be read.
@@ -48,7 +49,7 @@ class Trainer:
 
     def __init__(self, run: Run, out: Path | None):
         config = run.config
-        self.run, self.config, self.out, self.dry = run, config, out, out is None
+        self.run, self.config, self.out, self.dry = run, config, out, run.dry
         self.main = distributed.is_main()
         self.began = time.perf_counter()
         self.scale = optim.linear_scale(config.optim, run.samples_per_step)
@@ -285,10 +286,10 @@ class Trainer:
         asked = distributed.largest(self.stop.signum)
         saved = self.save(keep_as) if due or asked else None
         if asked:
-            raise Stopped(asked, saved)
+            raise Stopped(asked, saved, self.step)
 
     def save(self, keep_as: str | None = None) -> Path | None:
-        """Writes the checkpoint (from the main process; nothing in a dry run)."""
+        """Writes the checkpoint (from the main process; nothing without a folder)."""
         if self.out is None or not self.main:
             return None
         state = {
@@ -299,8 +300,14 @@ class Trainer:
             "results": self.results,
             "seconds": self.seconds,
             "config": self.config.plain(),
+            "backbone": self._backbone,
         }
         return checkpoint.save(state, self.out / "checkpoints", keep_as)
+
+    @cached_property
+    def _backbone(self) -> dict[str, Any] | None:
+        """What is needed to rebuild the encoder from a checkpoint alone."""
+        return in_checkpoint(self.run)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint. Raises UserError where it was saved on other images or other parts."""

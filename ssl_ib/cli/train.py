@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,60 +101,34 @@ def configuration(options: argparse.Namespace) -> Config:
 
 
 def _train(config: Config, options: argparse.Namespace) -> int:
-    import torch
-
     from .. import distributed
-    from ..device import choose_device
-    from ..record import artifacts, folder
+    from ..api import pretrain
     from ..record.signals import Stopped
-    from ..run import build_run
-    from ..trainer import Trainer
 
     heed_interrupts()
     # What was chosen for the user (where images are held, say) is said once.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ssl_ib").setLevel(logging.INFO)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.parallel == "none":
-        raise UserError("several processes were started; say how they share the work: parallel=ddp")
-    device = choose_device(config.device)
-    if device.type == "cuda" and config.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    distributed.initialise(device)
-    if not distributed.is_main():
-        # Every process finds the same; one says it.
-        logging.getLogger("ssl_ib").setLevel(logging.ERROR)
     try:
         out = None if options.dry_run else options.out or _folder(config, options)
-        state = folder.examine(out, config, options.resume, options.overwrite) if out else None
-        trainer = Trainer(build_run(config, dry=options.dry_run), out)
-        # Every process has found its arguments right and looked at the folder before one of them changes it.
-        distributed.barrier()
-        if out and state is None and distributed.is_main():
-            folder.claim(out, config)
-        if state is not None:
-            trainer.restore(state)
-        with closing(trainer.log):
-            if distributed.is_main():
-                print(_heading(trainer, out), flush=True)
-                if out:
-                    artifacts.write_environment(out, device)
-                    artifacts.record_bad_images(out, trainer.bad_images)
-            try:
-                trainer.fit()
-            except Stopped as stop:
-                if distributed.is_main():
-                    where = f"; saved {stop.saved}, continue with ssl-ib-train {out} --resume" if stop.saved else ""
-                    print(f"ssl-ib-train: stopped by {stop} at step {trainer.step}{where}", file=sys.stderr)
-                return 128 + stop.signum
-            if distributed.is_main():
-                if out:
-                    artifacts.record_bad_images(out, trainer.bad_images)
-                    rows, results = trainer.log.rows(), trainer.record()
-                    print("\n".join(artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)))
-                else:
-                    print(f"dry run of {config.recipe} passed: {trainer.step} steps, one evaluation, nothing written")
+        trainer, lines = pretrain(
+            config,
+            out,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            dry=options.dry_run,
+            started=lambda trainer: print(_heading(trainer, out), flush=True),
+        )
+        if options.dry_run:
+            lines = [f"dry run of {config.recipe} passed: {trainer.step} steps, one evaluation, nothing written"]
+        if distributed.is_main():
+            print("\n".join(lines))
         return 0
+    except Stopped as stop:
+        if distributed.is_main():
+            where = f"; saved {stop.saved}, continue with ssl-ib-train {out} --resume" if stop.saved else ""
+            print(f"ssl-ib-train: stopped by {stop} at step {stop.step}{where}", file=sys.stderr)
+        return 128 + stop.signum
     finally:
         distributed.shutdown()
 

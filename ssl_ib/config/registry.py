@@ -42,6 +42,11 @@ def place(thing: Any) -> str:
         return f"{thing.__module__}.{thing.__qualname__}"
 
 
+def _defined_again(taken: Any, maker: Any) -> bool:
+    """Whether a part takes its own place: a notebook's cell that is run again defines it anew."""
+    return taken.__module__ == maker.__module__ == "__main__" and taken.__qualname__ == maker.__qualname__
+
+
 class Registry(Generic[T]):
     """Names of one kind of part.
 
@@ -59,7 +64,9 @@ class Registry(Generic[T]):
 
         def decorate(maker: Callable[..., T]) -> Callable[..., T]:
             taken = self._entries.get(name)
-            if taken is not None:
+            if taken is not None and _defined_again(taken, maker):
+                _checker.cache_clear()
+            elif taken is not None:
                 raise UserError(f"{self.kind} {name!r} is registered twice: at {place(taken)} and at {place(maker)}")
             self._entries[name] = maker
             return maker

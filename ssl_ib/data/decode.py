@@ -40,27 +40,32 @@ def is_image(name: str) -> bool:
     return not hidden and os.path.splitext(name)[1].lower() in _endings()
 
 
-def decode(data: bytes, max_side: int) -> Tensor:
-    """The image in `data` as RGB: uint8 [3, H, W], upright, shrunk (never enlarged) to H, W <= max_side.
+def decode(data: bytes, max_side: int | None) -> Tensor:
+    """The image in `data` as RGB: uint8 [3, H, W], upright, shrunk (never enlarged) to H, W <= max_side (None: any).
 
     Transparency is dropped, 16-bit grey keeps its high byte, of an animation the first frame counts. Raises whatever
     Pillow raises on bytes that are no image, or not a whole one.
     """
-    limit = (max_side, max_side)
     with Image.open(io.BytesIO(data)) as image:
-        if image.format == "JPEG":
-            # Before anything loads the pixels: a JPEG can be decoded at a half, a quarter or an eighth of its size.
-            image.thumbnail(limit)
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            # Pillow would clip these to 255 and turn a 16-bit picture white.
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        elif image.mode in ("1", "P", "PA"):
-            # Colour numbers cannot be averaged, colours can. RGBA, because a palette may carry transparency.
-            image = image.convert("RGBA")
+        return pixels(image, max_side)
+
+
+def pixels(image: Image.Image, max_side: int | None) -> Tensor:
+    """`decode` of an open image, which changes it."""
+    limit = (max_side, max_side)
+    if image.format == "JPEG" and max_side is not None:
+        # Before anything loads the pixels: a JPEG can be decoded at a half, a quarter or an eighth of its size.
         image.thumbnail(limit)
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        # Pillow would clip these to 255 and turn a 16-bit picture white.
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("1", "P", "PA"):
+        # Colour numbers cannot be averaged, colours can. RGBA, because a palette may carry transparency.
+        image = image.convert("RGBA")
+    if max_side is not None:
+        image.thumbnail(limit)
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

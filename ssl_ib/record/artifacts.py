@@ -23,7 +23,7 @@ from ..run import Run
 from ..types import Progress, Sample
 from . import figures
 from .attention import class_attention, has_class_attention
-from .backbone import save_backbone, snippet
+from .backbone import of_run, save_backbone, snippet
 from .files import replace
 
 #: Gives a context in which a run's parts are in evaluation mode.
@@ -103,9 +103,9 @@ def finish(
     for part in parts(run.task, run.model, run.criterion):
         part.draw(folder)
     lines = []
-    exported = run.model.export()
-    if exported is not None:
-        save_backbone(run.model.backbone, *exported, run.source.statistics(), out)
+    description = of_run(run)
+    if description is not None:
+        save_backbone(run.model.backbone, description, out)
         lines.append("the encoder, with timm alone:\n" + snippet(out).rstrip())
     write_results(out, results)
     return [*lines, *summary(out, results)]

@@ -1,8 +1,13 @@
 """The encoder a run leaves behind: an ordinary timm model, that three lines rebuild without this package.
 
 A folder holds `backbone.safetensors` (the state_dict) and `backbone.json`:
-    {"model": timm's name, "arguments": {...}, "mean": [...], "std": [...], "ssl_ib": version}
-and "stem": "cifar" where the stem of a ResNet was exchanged (see `create`), which takes two lines more.
+    {"model": timm's name, "arguments": {...}, "mean": [...], "std": [...], "preprocessing": {...}, "ssl_ib": version}
+and "stem": "cifar" where the stem of a ResNet was exchanged (see `create`), which takes two lines more. A checkpoint
+has the same under `backbone`, with the "prefix" of the encoder's names among its `parts`.
+
+The preprocessing is that of the evaluated view (`Views.center`): the image is shrunk until its longer side has at most
+`max_side` pixels (null: as it is), its shorter side is resized to size / crop_ratio by `interpolation`, and size x size
+pixels are cut from the centre. It is null where a plugin's views have a centre of their own.
 """
 
 from __future__ import annotations
@@ -15,10 +20,12 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import __version__
+from ..data.views import Views
 from ..errors import UserError
+from ..run import Run
 from .files import replace
 
 _WEIGHTS, _DESCRIPTION = "backbone.safetensors", "backbone.json"
@@ -50,35 +57,67 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
-def save_backbone(
-    module: nn.Module,
+def describe(
     name: str,
     arguments: dict[str, Any],
     normalisation: tuple[Sequence[float], Sequence[float]],
-    folder: Path | str,
-) -> Path:
-    """Writes the backbone and its description to `folder`, and returns the path of the weights.
+    preprocessing: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `backbone.json` says of a backbone.
 
-    module:        the timm model; timm.create_model(name, **arguments) has the same state_dict keys and shapes.
-    arguments:     plain data, fit for JSON; `stem` as for `create`.
-    normalisation: (mean, std) of the channels, for pixels in [0, 1]: what its inputs were normalised with.
+    name, arguments: timm.create_model(name, **arguments) has its state_dict's keys and shapes; the arguments are plain
+                     data, fit for JSON, with `stem` as for `create`.
+    normalisation:   (mean, std) of the channels, for pixels in [0, 1]: what its inputs were normalised with.
+    preprocessing:   as at the head of this file.
 
-    A reader never meets a half-written file. Raises UserError where the arguments do not fit JSON.
+    Raises UserError where the arguments do not fit JSON.
     """
     mean, std = normalisation
-    stem = {"stem": arguments["stem"]} if "stem" in arguments else {}
     description = {
         "model": name,
         "arguments": {key: value for key, value in arguments.items() if key != "stem"},
-        **stem,
+        **({"stem": arguments["stem"]} if "stem" in arguments else {}),
         "mean": [float(value) for value in mean],
         "std": [float(value) for value in std],
+        "preprocessing": preprocessing,
         "ssl_ib": __version__,
     }
     try:
-        text = json.dumps(description, indent=2) + "\n"
+        return json.loads(json.dumps(description))
     except (TypeError, ValueError) as error:
         raise UserError(f"backbone {name!r}: expected arguments fit for JSON, got {arguments!r} ({error})") from None
+
+
+def of_run(run: Run) -> dict[str, Any] | None:
+    """The description of a run's encoder, or None where its model exports none."""
+    exported = run.model.export()
+    if exported is None:
+        return None
+    preprocessing = None
+    if getattr(type(run.views), "center", None) is Views.center:
+        first = run.views.augments[0]
+        preprocessing = {
+            "size": first.size,
+            "crop_ratio": run.views.crop_ratio,
+            "interpolation": first.interpolation,
+            "max_side": getattr(run.source, "max_side", None),
+        }
+    return describe(*exported, run.source.statistics(), preprocessing)
+
+
+def in_checkpoint(run: Run) -> dict[str, Any] | None:
+    """`of_run`, with the `prefix` of the encoder's names among a checkpoint's `parts`; None where it is not there."""
+    description = of_run(run)
+    names = (name for name, module in run.model.named_modules(prefix="model") if module is run.model.backbone)
+    prefix = None if description is None else next(names, None)
+    return None if prefix is None else {**description, "prefix": f"{prefix}."}
+
+
+def save_backbone(module: nn.Module, description: dict[str, Any], folder: Path | str) -> Path:
+    """Writes a backbone and what `describe` said of it to `folder`, and returns the path of the weights.
+
+    A reader never meets a half-written file.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors wants every tensor dense and alone in its storage: tied weights become equal copies.
@@ -87,7 +126,7 @@ def save_backbone(
         for key, value in module.state_dict().items()
     }
     replace(folder / _WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    replace(folder / _DESCRIPTION, text)
+    replace(folder / _DESCRIPTION, json.dumps(description, indent=2) + "\n")
     return folder / _WEIGHTS
 
 
@@ -108,15 +147,27 @@ def snippet(folder: Path | str) -> str:
     )
 
 
-def load_backbone(folder: Path | str) -> nn.Module:
-    """The backbone saved in `folder`, in evaluation mode, on the CPU. Raises UserError where there is none."""
+def rebuild(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """The backbone of a description and a state_dict, in evaluation mode, on the CPU.
+
+    torch's generator is left as it was.
+    """
+    stem = {"stem": description["stem"]} if "stem" in description else {}
+    with torch.random.fork_rng(devices=[]):
+        model = create(description["model"], {**description["arguments"], **stem})
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def read(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the state_dict saved in `folder`. Raises UserError where there is none."""
     folder = Path(folder)
     missing = [name for name in (_DESCRIPTION, _WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: expected a saved backbone, found no {' and no '.join(missing)}")
-    saved = json.loads((folder / _DESCRIPTION).read_text())
-    if "stem" not in saved:
-        return timm.create_model(saved["model"], checkpoint_path=str(folder / _WEIGHTS), **saved["arguments"]).eval()
-    model = create(saved["model"], {**saved["arguments"], "stem": saved["stem"]})
-    model.load_state_dict(safetensors.torch.load_file(folder / _WEIGHTS))
-    return model.eval()
+    return json.loads((folder / _DESCRIPTION).read_text()), safetensors.torch.load_file(folder / _WEIGHTS)
+
+
+def load_backbone(folder: Path | str) -> nn.Module:
+    """The backbone saved in `folder`, in evaluation mode, on the CPU. Raises UserError where there is none."""
+    return rebuild(*read(folder))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal, and saved itself first (`saved` is None where it writes nothing)."""
+    """A signal stopped the run at `step`, and it saved itself first (`saved` is None where it writes nothing)."""
 
-    def __init__(self, signum: int, saved: Path | None):
-        self.signum, self.saved = signum, saved
+    def __init__(self, signum: int, saved: Path | None, step: int):
+        self.signum, self.saved, self.step = signum, saved, step
         super().__init__(signal.Signals(signum).name)
 
 
@@ -19,13 +20,17 @@ class StopRequest:
     """While entered, SIGTERM and Ctrl-C only set `signum` (0 until then); a second Ctrl-C interrupts at once.
 
     A second SIGTERM does not: batch systems send it to every process, and torchrun sends it on to them again. A process
-    that was started with Ctrl-C ignored, as a script's background jobs are, goes on ignoring it.
+    that was started with Ctrl-C ignored, as a script's background jobs are, goes on ignoring it. Outside the main
+    thread, where Python handles no signals, nothing is changed.
     """
 
     def __init__(self):
         self.signum = 0
 
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            self._former = {}
+            return self
         heeded = [signal.SIGTERM]
         heeded += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
         self._former = {s: signal.signal(s, self._ask) for s in heeded}

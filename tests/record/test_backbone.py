@@ -11,7 +11,7 @@ import torch
 
 import ssl_ib
 from ssl_ib import UserError
-from ssl_ib.record.backbone import load_backbone, save_backbone, snippet
+from ssl_ib.record.backbone import describe, load_backbone, save_backbone, snippet
 
 NAME = "vit_tiny_patch16_224"
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
@@ -24,7 +24,7 @@ def saved(tmp_path):
     model = timm.create_model(NAME, **ARGUMENTS).eval()
     # A folder whose name needs quoting.
     folder = tmp_path / "it's a run"
-    path = save_backbone(model, NAME, ARGUMENTS, NORMALISATION, folder)
+    path = save_backbone(model, describe(NAME, ARGUMENTS, NORMALISATION), folder)
     assert path == folder / "backbone.safetensors"
     return model, folder
 
@@ -62,6 +62,7 @@ def test_the_description(saved):
         "arguments": ARGUMENTS,
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.2, 0.25],
+        "preprocessing": None,
         "ssl_ib": ssl_ib.__version__,
     }
     assert sorted(path.name for path in folder.iterdir()) == ["backbone.json", "backbone.safetensors"]
@@ -71,7 +72,7 @@ def test_shared_and_strided_tensors(tmp_path):
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
     module["b"].weight = module["a"].weight
     module["a"].bias = torch.nn.Parameter(torch.arange(6.0)[::2])
-    tensors = safetensors.torch.load_file(save_backbone(module, "any", {}, NORMALISATION, tmp_path))
+    tensors = safetensors.torch.load_file(save_backbone(module, describe("any", {}, NORMALISATION), tmp_path))
     assert torch.equal(tensors["a.weight"], tensors["b.weight"])
     assert tensors["a.bias"].tolist() == [0, 2, 4]
 
@@ -87,7 +88,7 @@ def test_a_failed_write_leaves_the_old_backbone(saved, monkeypatch):
 
     monkeypatch.setattr("os.replace", stop)
     with pytest.raises(OSError, match="disk full"):
-        save_backbone(model, NAME, ARGUMENTS, NORMALISATION, folder)
+        save_backbone(model, describe(NAME, ARGUMENTS, NORMALISATION), folder)
     assert (folder / "backbone.safetensors").read_bytes() == before
 
 
@@ -95,5 +96,5 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="no backbone.json and no backbone.safetensors"):
         load_backbone(tmp_path)
     with pytest.raises(UserError, match="fit for JSON"):
-        save_backbone(torch.nn.Linear(2, 2), "any", {"act_layer": torch.nn.GELU}, NORMALISATION, tmp_path)
+        describe("any", {"act_layer": torch.nn.GELU}, NORMALISATION)
     assert list(tmp_path.iterdir()) == []

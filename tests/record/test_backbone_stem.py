@@ -20,7 +20,8 @@ def test_the_stem_keeps_the_resolution():
 def test_it_is_saved_and_rebuilt(tmp_path):
     arguments = {"num_classes": 0, "in_chans": 3, "stem": "cifar"}
     model = backbone.create("resnet18", arguments).eval()
-    backbone.save_backbone(model, "resnet18", arguments, ((0.5,) * 3, (0.2,) * 3), tmp_path)
+    description = backbone.describe("resnet18", arguments, ((0.5,) * 3, (0.2,) * 3))
+    backbone.save_backbone(model, description, tmp_path)
     saved = json.loads((tmp_path / "backbone.json").read_text())
     assert saved["stem"] == "cifar" and "stem" not in saved["arguments"]
     images = torch.randn(2, 3, 32, 32)

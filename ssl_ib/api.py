@@ -1,0 +1,157 @@
+"""The project as a library: `train` resolves a recipe, trains it in this process and returns the finished run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import distributed, ops, pretrained
+from .config.config import Config, configure
+from .device import choose_device
+from .errors import UserError
+from .pretrained import Backbone
+from .record import artifacts, folder
+from .record.signals import Stopped
+from .run import build_run
+from .trainer import Trainer
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run.
+
+    results:  what `results.json` holds: the evaluations `untrained`, `raw_pixels` and `trained`, each metrics by name,
+              then `seconds` and `step`.
+    metrics:  the rows of `metrics.jsonl`, oldest first.
+    backbone: the trained encoder, on the CPU, as `ssl_ib.load` gives it; None where the model exports none.
+    out:      the run's folder, or None where nothing was written.
+    """
+
+    results: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    backbone: Backbone | None
+    out: Path | None
+
+
+def train(
+    recipe: str | Path,
+    *overrides: str,
+    out: str | Path | None = None,
+    plugins: Iterable[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+) -> TrainedRun:
+    """Trains a recipe in this process, as `ssl-ib-train` does, and returns the finished run.
+
+    recipe:    a shipped name, or a path.
+    overrides: texts `KEY=VALUE`, as on the command line: "epochs=5", "masker=block", "device=cpu".
+    out:       the run's folder, with all that the command leaves in it. None: nothing is written to the disk, and the
+               finished run is in memory alone.
+    plugins:   files, package folders or modules that register parts. Parts that the calling code has registered itself
+               are there already; but only plugins are remembered by the folder, for `resume` and the command.
+    resume:    continue the run in `out` from its last checkpoint.
+    overwrite: remove what an earlier run left in `out`.
+
+    Raises UserError, and ConfigError with all that is wrong in a configuration, before anything is written. On Ctrl-C
+    or SIGTERM the run saves itself first (where it has a folder), and then the caller's own handler gets the signal:
+    as a rule, Ctrl-C ends in KeyboardInterrupt. Outside the main thread signals are left alone.
+
+    The same recipe, overrides and seed give the same numbers, however often it is called. torch's random state, its
+    switches for deterministic algorithms and the choice of `ssl_ib.ops` are put back at the end. One thing stays: on a
+    GPU, CUBLAS_WORKSPACE_CONFIG is set in the environment where it was not.
+    """
+    out = None if out is None else Path(out)
+    if out is None and (resume or overwrite):
+        raise UserError(f"{'resume' if resume else 'overwrite'} is about a run's folder: give out as well")
+    config = configure(str(recipe), overrides, plugins)
+    with _callers_state():
+        try:
+            trainer, _ = pretrain(config, out, resume=resume, overwrite=overwrite)
+            return TrainedRun(trainer.record(), trainer.log.rows(), pretrained.of_run(trainer.run), out)
+        except Stopped as stop:
+            stopped = stop
+        finally:
+            distributed.shutdown()
+    saved = f"; saved {stopped.saved}, continue with resume=True" if stopped.saved else ""
+    _logger.warning("stopped by %s%s", stopped, saved)
+    signal.raise_signal(stopped.signum)
+    raise stopped  # The caller's handler has let it pass, but there is no finished run to return.
+
+
+@contextmanager
+def _callers_state() -> Iterator[None]:
+    """Puts back, at the end, what a run changes of the process."""
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    # The seed reaches every GPU that is in use.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices), ops.use_backend("auto"):
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+            torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def pretrain(
+    config: Config,
+    out: Path | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry: bool = False,
+    started: Callable[[Trainer], None] | None = None,
+) -> tuple[Trainer, list[str]]:
+    """Trains a resolved configuration to its end, for `train` and for the command.
+
+    out:     the run's folder; None: nothing is written.
+    dry:     cut down to two small steps and one evaluation.
+    started: called in the main process when all was found right and the folder is the run's, before the first step.
+
+    Returns the trainer and the closing lines, which only the main process of a run with a folder has. Raises UserError
+    before anything is written, and Stopped when a signal has ended the run. Joins the processes that torchrun started;
+    leaving them (`distributed.shutdown`) is for the caller.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.parallel == "none":
+        raise UserError("several processes were started; say how they share the work: parallel=ddp")
+    device = choose_device(config.device)
+    if device.type == "cuda" and config.deterministic:
+        # Deterministic matrix products need this before the first of them (cuBLAS, "Results reproducibility").
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    distributed.initialise(device)
+    if not distributed.is_main():
+        # Every process finds the same; one says it.
+        logging.getLogger("ssl_ib").setLevel(logging.ERROR)
+    state = folder.examine(out, config, resume, overwrite) if out else None
+    trainer = Trainer(build_run(config, dry), out)
+    # Every process has found its arguments right and looked at the folder before one of them changes it.
+    distributed.barrier()
+    main = distributed.is_main()
+    if out and state is None and main:
+        folder.claim(out, config)
+    if state is not None:
+        trainer.restore(state)
+    with closing(trainer.log):
+        if main and started is not None:
+            started(trainer)
+        if main and out:
+            artifacts.write_environment(out, device)
+            artifacts.record_bad_images(out, trainer.bad_images)
+        trainer.fit()
+        if not (main and out):
+            return trainer, []
+        artifacts.record_bad_images(out, trainer.bad_images)
+        rows, results = trainer.log.rows(), trainer.record()
+        return trainer, artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)

@@ -1,0 +1,209 @@
+"""A pretrained encoder in Python: `load` finds it, and `Backbone` knows how its images are prepared.
+
+Shapes: B images a batch, n images in all, H x W pixels, h x w of the view that is encoded, D feature dimensions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+
+from .config.plugins import load_plugins
+from .config.recipe import read_recipe
+from .config.registry import build_part
+from .data.decode import ENDINGS, Unreadable, decode_file, is_image, pixels
+from .data.views import Augment, Views
+from .device import choose_device
+from .errors import UserError, nearest
+from .record import backbone as record
+from .run import Run
+
+TIMM = "timm:"
+
+
+class Backbone(nn.Module):
+    """A timm model without its classifier, and how its images are prepared; in evaluation mode until it is trained.
+
+    model:    the timm module, which may be used and trained like any other.
+    center:   images uint8 [1, 3, H, W] -> the normalised view that is encoded, float32 [1, 3, h, w]; None where that is
+              not known: then only `forward` can be used.
+    max_side: larger images are shrunk first, until their longer side has this many pixels; None: they are not.
+    """
+
+    def __init__(self, model: nn.Module, center: Callable[[Tensor], Tensor] | None, max_side: int | None = None):
+        super().__init__()
+        self.model, self.center, self.max_side = model, center, max_side
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images that are prepared already: [B, 3, h, w], as `transform` gives them -> [B, D]."""
+        return self.model(images)
+
+    def transform(self, image: Image.Image | str | Path) -> Tensor:
+        """Prepares one image, as the run's own evaluation did: a PIL image or a file -> float32 [3, h, w], on the CPU.
+
+        A PIL image of any mode and size will do, and is left as it is. Raises UserError for a file that cannot be read,
+        and where the preprocessing is not known.
+        """
+        if self.center is None:
+            raise UserError(
+                "this backbone does not say how its images are prepared (backbone.json has no preprocessing, and there "
+                "is no config.yaml beside it): prepare them yourself, and call the backbone on a tensor [B, 3, h, w]"
+            )
+        if isinstance(image, Image.Image):
+            found = pixels(image.copy(), self.max_side)
+        elif isinstance(image, (str, Path)):
+            found = decode_file(lambda name: Path(name).read_bytes(), str(image), self.max_side)
+        else:
+            raise UserError(f"expected a PIL image or the path of an image file, got {type(image).__name__}")
+        if isinstance(found, Unreadable):
+            raise UserError(f"{found.name} cannot be read as an image: {found.reason}")
+        return self.center(found[None])[0]
+
+    @torch.no_grad()
+    def embed(self, images: Iterable[Image.Image | str | Path], batch_size: int = 64) -> Tensor:
+        """Features of images, in their order: float32 [n, D], on the CPU, without gradient.
+
+        images: PIL images, or paths of image files. They are encoded `batch_size` at a time, on the device and in the
+        dtype of the parameters. Raises what `transform` raises, and UserError where there is no image.
+        """
+        if isinstance(images, (str, Path, Image.Image)):
+            raise UserError(
+                f"embed: expected a list of images or of their paths, got one {type(images).__name__}; "
+                "embed_folder takes a folder"
+            )
+        parameter = next(self.model.parameters())
+        images, features = iter(images), []
+        while batch := list(islice(images, batch_size)):
+            views = torch.stack([self.transform(image) for image in batch])
+            features.append(self(views.to(parameter.device, parameter.dtype)).float().cpu())
+        if not features:
+            raise UserError("embed: expected at least one image, got none")
+        return torch.cat(features)
+
+    def embed_folder(self, folder: str | Path, batch_size: int = 64) -> tuple[Tensor, list[str]]:
+        """Features [n, D] of the image files below a folder, and their sorted names, relative to it.
+
+        What counts as an image is what the source `folder` says. Raises UserError where there is none, or one cannot
+        be read.
+        """
+        root = Path(folder)
+        files = (Path(inside, name) for inside, _, names in os.walk(root, followlinks=True) for name in names)
+        names = sorted(filter(is_image, (file.relative_to(root).as_posix() for file in files)))
+        if not names:
+            found = "no image in it" if root.is_dir() else "a file" if root.exists() else "nothing"
+            raise UserError(f"embed_folder: expected a folder of images, found {found}: {root}; what counts: {ENDINGS}")
+        return self.embed((root / name for name in names), batch_size), names
+
+
+def load(
+    source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, pretrained: bool = False
+) -> Backbone:
+    """A pretrained encoder, in evaluation mode, ready for images.
+
+    source:     the folder of a finished run; a checkpoint of a run (`checkpoints/last.pt`), finished or not; or
+                `timm:NAME`, any model of timm's.
+    device:     auto, cpu, cuda or cuda:N.
+    dtype:      of the parameters and of the computation; features are float32 all the same.
+    pretrained: with `timm:NAME`, load timm's weights, which may download them; otherwise they are random.
+
+    Raises UserError where there is no such encoder.
+    """
+    source, place = str(source), choose_device(device)
+    if source.startswith(TIMM):
+        found = _of_timm(source.removeprefix(TIMM), pretrained)
+    elif pretrained:
+        raise UserError(f"pretrained is for timm's models, such as timm:resnet18, and {source!r} is none")
+    elif Path(source).is_dir():
+        found = _of_folder(Path(source))
+    elif Path(source).is_file():
+        found = _of_checkpoint(Path(source))
+    else:
+        raise UserError(
+            f"expected the folder of a run, a checkpoint of one, or timm:NAME, and there is nothing at {source!r}"
+        )
+    return found.to(place, dtype)
+
+
+def of_run(run: Run) -> Backbone | None:
+    """A copy of a run's encoder, on the CPU; None where its model exports none."""
+    description = record.of_run(run)
+    if description is None:
+        return None
+    model = record.rebuild(description, run.model.backbone.state_dict())
+    return Backbone(model, run.views.center, getattr(run.source, "max_side", None))
+
+
+def _of_folder(folder: Path) -> Backbone:
+    if not (folder / "backbone.json").is_file() and (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} holds a run without backbone.json: it is not finished, or its model exports no encoder. "
+            f"Of an unfinished run, load a checkpoint, such as {folder / 'checkpoints' / 'last.pt'}"
+        )
+    description, state = record.read(folder)
+    config = folder / "config.yaml"
+    return _rebuilt(description, state, read_recipe(config) if config.is_file() else None)
+
+
+def _of_checkpoint(file: Path) -> Backbone:
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # Unpickling a foreign file can raise anything.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} cannot be read as a checkpoint: {reason}") from None
+    description = saved.get("backbone") if isinstance(saved, dict) else None
+    if description is None:
+        raise UserError(
+            f"{file} does not describe an encoder: it is no checkpoint of a run, its model exports none, or it was "
+            "saved by an earlier version; the folder of a finished run can still be loaded"
+        )
+    prefix = description["prefix"]
+    state = {key.removeprefix(prefix): value for key, value in saved["parts"].items() if key.startswith(prefix)}
+    return _rebuilt(description, state, saved["config"])
+
+
+def _rebuilt(description: dict[str, Any], state: dict[str, Tensor], config: dict[str, Any] | None) -> Backbone:
+    """config: that of the run, whose views are asked where the description does not have the preprocessing."""
+    model, how = record.rebuild(description, state), description.get("preprocessing")
+    if how is not None:
+        views = Views([Augment(how["size"], interpolation=how["interpolation"])], how["crop_ratio"])
+        max_side = how["max_side"]
+    elif config is not None:
+        load_plugins(config.get("plugins") or [])
+        views, max_side = build_part("views", config["views"]).part, config["source"].get("max_side")
+    else:
+        return Backbone(model, None)
+    views.normalize(description["mean"], description["std"])
+    return Backbone(model, views.center, max_side)
+
+
+def _of_timm(name: str, pretrained: bool) -> Backbone:
+    if not timm.is_model(name):
+        alike = get_close_matches(name, timm.list_models(), n=20, cutoff=0.4)
+        raise UserError(f"timm has no model {name!r}{nearest(name, alike)}")
+    with torch.random.fork_rng(devices=[]):
+        if not pretrained:
+            model = timm.create_model(name, num_classes=0)
+        else:
+            try:
+                model = timm.create_model(name, pretrained=True, num_classes=0)
+            except Exception as error:  # What the download raises depends on the library that does it.
+                raise UserError(f"timm could not load the weights of {name!r}: {error}") from error
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    return Backbone(model, partial(_by_transform, transform))
+
+
+def _by_transform(transform: Callable[[Image.Image], Tensor], images: Tensor) -> Tensor:
+    """A transform of single PIL images, on a batch: uint8 [B, 3, H, W] -> [B, 3, h, w]."""
+    return torch.stack([transform(to_pil_image(image)) for image in images])
