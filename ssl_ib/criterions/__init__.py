@@ -1,3 +1,15 @@
 """The built-in criterions, one a file; `pair.py` has what those of two views share."""
 
-from . import barlow_twins, byol, dino, info_nce, mae, mi_mae, moco_v3, mrcl, simmim, svib, swav  # noqa: F401
+from .barlow_twins import BarlowTwins
+from .byol import BYOL
+from .dino import DINO
+from .info_nce import InfoNCE
+from .mae import MAE
+from .mi_mae import MIMAE
+from .moco_v3 import MoCoV3
+from .mrcl import MRCL
+from .simmim import SimMIM
+from .svib import SVIB
+from .swav import SwAV
+
+__all__ = ["BYOL", "DINO", "MAE", "MIMAE", "MRCL", "SVIB", "BarlowTwins", "InfoNCE", "MoCoV3", "SimMIM", "SwAV"]

@@ -43,7 +43,9 @@ class BarlowTwins(Criterion):
         super().__init__()
         self.lambd, self.scale = lambd, scale
 
-    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
+    def forward(
+        self, outputs: dict[str, list[Tensor]], batch: Batch | None = None, progress: Progress | None = None
+    ) -> Loss:
         views = torch.stack(two_views(outputs, "projection"))
         views = views.to(torch.promote_types(views.dtype, torch.float32))
         with torch.autocast(views.device.type, enabled=False):

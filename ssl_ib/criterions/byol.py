@@ -24,7 +24,9 @@ class BYOL(Criterion):
     requires = frozenset({"prediction", "target"})
     num_views = 2
 
-    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
+    def forward(
+        self, outputs: dict[str, list[Tensor]], batch: Batch | None = None, progress: Progress | None = None
+    ) -> Loss:
         predictions = [unit(p) for p in two_views(outputs, "prediction")]
         targets = [unit(z.detach()) for z in reversed(two_views(outputs, "target"))]
         error = sum((p - z).square().sum(dim=1).mean() for p, z in zip(predictions, targets, strict=True))

@@ -48,7 +48,9 @@ class InfoNCE(Criterion):
         super().__init__()
         self.temperature, self.negatives, self.symmetric = temperature, negatives, symmetric
 
-    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
+    def forward(
+        self, outputs: dict[str, list[Tensor]], batch: Batch | None = None, progress: Progress | None = None
+    ) -> Loss:
         first, second = (unit(z) for z in two_views(outputs, "projection"))
         value = self._both(first, second) if self.negatives == "both" else self._cross(first, second)
         num_images = len(first) * distributed.world_size()

@@ -35,7 +35,9 @@ class MoCoV3(Criterion):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
+    def forward(
+        self, outputs: dict[str, list[Tensor]], batch: Batch | None = None, progress: Progress | None = None
+    ) -> Loss:
         queries = [unit(p) for p in two_views(outputs, "prediction")]
         keys = [unit(z.detach()) for z in reversed(two_views(outputs, "target"))]
         labels = image_labels(queries[0])
