@@ -30,13 +30,15 @@ from .record import backbone as record
 from .run import Run
 
 TIMM = "timm:"
+#: Images of one size are prepared together, which is faster, where they have no more numbers than this.
+_TOGETHER = 1 << 24
 
 
 class Backbone(nn.Module):
     """A timm model without its classifier, and how its images are prepared; in evaluation mode until it is trained.
 
     model:    the timm module, which may be used and trained like any other.
-    center:   images uint8 [1, 3, H, W] -> the normalised view that is encoded, float32 [1, 3, h, w]; None where that is
+    center:   images uint8 [B, 3, H, W] -> the normalised view that is encoded, float32 [B, 3, h, w]; None where that is
               not known: then only `forward` can be used.
     max_side: larger images are shrunk first, until their longer side has this many pixels; None: they are not.
     """
@@ -56,20 +58,29 @@ class Backbone(nn.Module):
         A PIL image of any mode and size will do, and is left as it is. Raises UserError for a file that cannot be read,
         and where the preprocessing is not known.
         """
+        return self._views([self._pixels(image)])[0]
+
+    def _pixels(self, image: Image.Image | str | Path) -> Tensor:
+        """One image as it is read: uint8 [3, H, W]."""
+        if isinstance(image, Image.Image):
+            return pixels(image.copy(), self.max_side)
+        if not isinstance(image, (str, Path)):
+            raise UserError(f"expected a PIL image or the path of an image file, got {type(image).__name__}")
+        found = decode_file(lambda name: Path(name).read_bytes(), str(image), self.max_side)
+        if isinstance(found, Unreadable):
+            raise UserError(f"{found.name} cannot be read as an image: {found.reason}")
+        return found
+
+    def _views(self, images: list[Tensor]) -> Tensor:
+        """What is encoded of some images, each uint8 [3, H, W]: [B, 3, h, w]."""
         if self.center is None:
             raise UserError(
                 "this backbone does not say how its images are prepared (backbone.json has no preprocessing, and there "
                 "is no config.yaml beside it): prepare them yourself, and call the backbone on a tensor [B, 3, h, w]"
             )
-        if isinstance(image, Image.Image):
-            found = pixels(image.copy(), self.max_side)
-        elif isinstance(image, (str, Path)):
-            found = decode_file(lambda name: Path(name).read_bytes(), str(image), self.max_side)
-        else:
-            raise UserError(f"expected a PIL image or the path of an image file, got {type(image).__name__}")
-        if isinstance(found, Unreadable):
-            raise UserError(f"{found.name} cannot be read as an image: {found.reason}")
-        return self.center(found[None])[0]
+        if len({image.shape for image in images}) == 1 and len(images) * images[0].numel() <= _TOGETHER:
+            return self.center(torch.stack(images))
+        return torch.cat([self.center(image[None]) for image in images])
 
     @torch.no_grad()
     def embed(self, images: Iterable[Image.Image | str | Path], batch_size: int = 64) -> Tensor:
@@ -86,7 +97,7 @@ class Backbone(nn.Module):
         parameter = next(self.model.parameters())
         images, features = iter(images), []
         while batch := list(islice(images, batch_size)):
-            views = torch.stack([self.transform(image) for image in batch])
+            views = self._views([self._pixels(image) for image in batch])
             features.append(self(views.to(parameter.device, parameter.dtype)).float().cpu())
         if not features:
             raise UserError("embed: expected at least one image, got none")
