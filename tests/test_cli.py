@@ -150,7 +150,7 @@ def test_our_own_bugs_keep_their_traceback(here, monkeypatch):
     def fail(*arguments, **more):
         raise OSError(9, "Bad file descriptor")
 
-    monkeypatch.setattr("ssl_ib.run.build_run", fail)
+    monkeypatch.setattr("ssl_ib.api.build_run", fail)
     with pytest.raises(OSError, match="Bad file"):
         main([TINY])
 

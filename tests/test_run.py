@@ -151,7 +151,7 @@ def test_masks_on_a_resnet(config):
 
 def test_views_that_the_patches_do_not_divide(config):
     (line,) = problems(config("views.size=18"))
-    assert line.startswith("model: a view of 18 x 18 pixels cannot be cut into patches of 4: change the size")
+    assert line.startswith("model: a view of 18 x 18 pixels cannot be cut into patches of 4: use model.")
 
 
 def test_a_ratio_that_keeps_nothing(config):
@@ -245,7 +245,7 @@ def test_everything_at_once(config):
             "masker.ratio=0.99",
         )
     )
-    starts = ["device: expected auto", "ops.backend: unknown backend", "batch_size: 64 images", "criterion: con='eq16'"]
+    starts = ["device: expected auto", "ops.backend: unknown backend", "batch_size: 64 images", "criterion.con='eq16'"]
     starts.append("task: mask ratio 0.99")
     assert len(found) == len(starts)
     for line, start in zip(found, starts, strict=True):

@@ -142,7 +142,7 @@ expect "a run that is stopped saves itself" 143 "saved .*continue with .*runs/st
 expect "and goes on, named by its folder alone" 0 "resumed +at step"$'\n'"kNN top-1" "${train[@]}" runs/stopped --resume
 expect "the encoder from Python" 0 "^features [0-9]+ x [0-9]+" "$python" -c '
 import ssl_ib
-features, names = ssl_ib.load("runs/sites").embed("sites")
+features, names = ssl_ib.load("runs/sites").embed_folder("sites")
 print("features", len(features), "x", features.shape[1])'
 
 [ "$failures" = 0 ] || { echo "$failures steps failed"; exit 1; }

@@ -140,9 +140,9 @@ class Config(Section):
 
     recipe names the run's folder. batch_size counts the images of an optimiser step over all processes; `accumulate`
     cuts it into so many forward passes of each. device is auto, cpu, cuda or cuda:N. workers decode streamed images;
-    log_every counts the steps from one row of `metrics.jsonl` to the next, and a short run logs 20 rows at least; logger
-    says who gets a copy of the rows. deterministic takes, on CUDA, slower operations that give the same numbers every
-    time. parallel=ddp is for processes that torchrun starts. plugins are imported before the parts are looked up.
+    log_every counts the steps from one row of `metrics.jsonl` to the next (a short run logs 20 rows at least), and
+    logger says who gets a copy of the rows. deterministic takes, on CUDA, slower operations that give the same numbers
+    every time. parallel=ddp is for processes that torchrun starts. plugins are imported before the parts are looked up.
     """
 
     recipe: str

@@ -124,7 +124,7 @@ def test_pixels_of_a_perfect_prediction_are_the_image():
 )
 def test_nothing_hidden_is_refused_before_data_is_read(masker, message):
     config = resolve("mi_mae_digits", ["criterion=mae", f"masker={masker}"])
-    with pytest.raises(UserError, match=f"criterion: criterion 'mae' scores hidden patches, and {message}"):
+    with pytest.raises(UserError, match=f"criterion 'mae' scores hidden patches, and {message}"):
         build_run(config, dry=True)
 
 

@@ -184,7 +184,7 @@ def test_all_mistakes_at_once_and_nothing_written(tmp_path, capsys, started):
         # What only shows when the parts are built is found before anything runs, too.
         (
             [TINY, "--plugin", PARTS, "--vary", "views.size=16,15"],
-            "cannot be cut into patches of 8: change the size of the views",
+            "cannot be cut into patches of 8: use model.backbone_args",
         ),
         ([TINY, "--plugin", PARTS, "--vary", "parallel=none,ddp"], "a sweep gives each run one process"),
     ],
