@@ -11,7 +11,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 from harness import TINY
+from PIL import Image
+from sklearn.datasets import load_digits
 
+import ssl_ib
 from ssl_ib import api
 from ssl_ib.cli.train import main
 
@@ -58,6 +61,19 @@ def test_python(small, capsys):
     assert 0.5 < found["accuracy"] <= 1 and 0.5 < found["probe"] <= 1
     assert found["history"][-1] < 0.9 * found["history"][0]
     assert found["again"].item() == pytest.approx(found["loss"].item(), rel=1e-5)
+
+
+def test_your_images(small):
+    for number, digit in enumerate(load_digits().images[:40]):
+        folder = Path("photos") / ("left" if number % 2 else "right")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digit * 15).astype("uint8")).save(folder / f"{number}.png")
+    ssl_ib.train("simclr_digits", out="runs/simclr_vit_tiny_224")
+    found = {}
+    for language, code in blocks("your_images.md"):
+        if language == "python":
+            exec(compile(code, "docs/your_images.md", "exec"), found)
+    assert found["features"].shape == (40, 24) and [*found["classifier"].classes_] == ["left", "right"]
 
 
 PLUGINS = blocks("plugins.md")
