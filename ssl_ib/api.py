@@ -47,7 +47,7 @@ def train(
     recipe: str | Path,
     *overrides: str,
     out: str | Path | None = None,
-    plugins: Iterable[str] = (),
+    plugins: str | Iterable[str] = (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> TrainedRun:
@@ -73,7 +73,10 @@ def train(
     out = None if out is None else Path(out)
     if out is None and (resume or overwrite):
         raise UserError(f"{'resume' if resume else 'overwrite'} is about a run's folder: give out as well")
-    config = configure(str(recipe), overrides, plugins)
+    for text in overrides:
+        if not isinstance(text, str):
+            raise UserError(f"expected overrides as texts KEY=VALUE, such as 'optim.lr=1e-3', got {text!r}")
+    config = configure(str(recipe), overrides, [plugins] if isinstance(plugins, str) else plugins)
     with _callers_state():
         try:
             trainer, _ = pretrain(config, out, resume=resume, overwrite=overwrite)

@@ -132,6 +132,8 @@ def load(
     Raises UserError where there is no such encoder.
     """
     source, place = str(source), choose_device(device)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype: expected a floating-point type of torch's, such as torch.bfloat16, got {dtype!r}")
     if source.startswith(TIMM):
         found = _of_timm(source.removeprefix(TIMM), pretrained)
     elif pretrained:
@@ -171,13 +173,14 @@ def _of_checkpoint(file: Path) -> Backbone:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # Unpickling a foreign file can raise anything.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} cannot be read as a checkpoint: {reason}") from None
+        # torch's advice on its own arguments follows the first sentence.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise UserError(f"{file} cannot be read as a checkpoint of a run: {reason}") from None
     description = saved.get("backbone") if isinstance(saved, dict) else None
     if description is None:
         raise UserError(
             f"{file} does not describe an encoder: it is no checkpoint of a run, its model exports none, or it was "
-            "saved by an earlier version; the folder of a finished run can still be loaded"
+            "saved by an earlier version. Of a finished run, give the folder"
         )
     prefix = description["prefix"]
     state = {key.removeprefix(prefix): value for key, value in saved["parts"].items() if key.startswith(prefix)}

@@ -60,6 +60,10 @@ def test_mistakes():
     assert len(caught.value.problems) == 2
     with pytest.raises(UserError, match="unknown recipe"):
         ssl_ib.train("tinny")
+    with pytest.raises(UserError, match="expected overrides as texts KEY=VALUE, .* got {'epochs': 2}"):
+        ssl_ib.train(TINY, {"epochs": 2})
+    with pytest.raises(UserError, match="plugin 'absent.py' is neither"):
+        ssl_ib.train(TINY, plugins="absent.py")
     for option in ("resume", "overwrite"):
         with pytest.raises(UserError, match=f"{option} is about a run's folder: give out"):
             ssl_ib.train(TINY, **{option: True})

@@ -157,6 +157,7 @@ def test_a_model_that_exports_nothing():
             {"pretrained": True},
             "pretrained is for timm's models, .* and 'absent' is none",
         ),
+        ("timm:test_vit", {"dtype": "bf16"}, "dtype: expected a floating-point type .* got 'bf16'"),
         ("timm:test_vit", {"device": "gpu"}, "device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
     ],
 )

@@ -129,6 +129,16 @@ def test_a_name_is_taken_once():
     assert mine["a"] is First and mine.names() == ["a"]
 
 
+def test_a_cell_that_is_run_again_defines_its_part_anew():
+    mine = Registry("thing", "ssl_ib.errors")
+    cell = "class Mine:\n    def __init__(self, size: int = {0}): ...\nregister('a')(Mine)"
+    for size in (1, 2):
+        exec(cell.format(size), {"register": mine.register, "__name__": "__main__"})
+    assert mine.schema("a")["size"].default == 2
+    with pytest.raises(UserError, match="registered twice"):
+        exec(cell.format(3).replace("Mine", "Other"), {"register": mine.register, "__name__": "__main__"})
+
+
 def test_a_class_may_have_two_names():
     mine = Registry("thing", "ssl_ib.errors")
     mine.register("b")(mine.register("a")(Plain))
