@@ -39,8 +39,7 @@ def check_part(kind: str, name: str, part: Any) -> None:
 
 
 def _misfit(part: Part, name: str, wanted: Any) -> str | None:
-    method, expected = getattr(type(part), name), list(inspect.signature(wanted).parameters)
-    found = inspect.signature(method)
+    expected, found = list(inspect.signature(wanted).parameters)[1:], inspect.signature(getattr(part, name))
     try:
         found.bind(*expected)
     except TypeError:

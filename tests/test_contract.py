@@ -179,16 +179,20 @@ def test_hooks_that_cannot_be_called():
         def before_step(self, *anything):
             pass
 
+        @staticmethod
+        def draw(folder):
+            pass
+
     for part in (Hooked(ONE), Outer(Hooked(ONE))):
         with pytest.raises(UserError) as caught:
             contract.check_part("criterion", "hooked", part)
         first, second = str(caught.value).split("; ")
         place = where(Hooked, "after_forward")
         assert first == (
-            f"criterion Hooked: after_forward ({place}): expected after_forward(self, outputs, batch, terms, ctx), "
-            "got after_forward(self, outputs, batch, context)"
+            f"criterion Hooked: after_forward ({place}): expected after_forward(outputs, batch, terms, ctx), "
+            "got after_forward(outputs, batch, context)"
         )
-        assert "expected after_step(self, ctx), got after_step(self)" in second
+        assert "expected after_step(ctx), got after_step()" in second
     contract.check_part("criterion", "answers", Answers(ONE))
 
 
@@ -273,7 +277,7 @@ def test_one_message_and_nothing_written(tmp_path, capsys, monkeypatch):
     plugin.write_text(PLUGIN)
     for override, line, message in (
         ("criterion=bare", 10, f"ssl-ib-train: criterion Bare: forward ({plugin}:10) returned a Tensor, expected"),
-        ("criterion=hooked", 17, f"criterion Hooked: after_step ({plugin}:17): expected after_step(self, ctx), got"),
+        ("criterion=hooked", 17, f"criterion Hooked: after_step ({plugin}:17): expected after_step(ctx), got"),
         ("masker=bare_mask", 21, f"masker BareMask ({plugin}:21) returned a Tensor, expected ssl_ib.Masks"),
         ("task.lr_batch=images masker=bare_mask", 21, f"  - masker BareMask ({plugin}:21) returned a Tensor"),
     ):
