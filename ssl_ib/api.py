@@ -30,8 +30,8 @@ _logger = logging.getLogger(__name__)
 class TrainedRun:
     """A finished run.
 
-    results:  what `results.json` holds: the evaluations `untrained`, `raw_pixels` and `trained`, each metrics by name,
-              then `seconds` and `step`.
+    results:  what `results.json` holds: the evaluations `untrained`, `raw_pixels`, `trained` and `chance`, each metrics
+              by name, then `seconds` and `step`.
     metrics:  the rows of `metrics.jsonl`, oldest first.
     backbone: the trained encoder, on the CPU, as `ssl_ib.load` gives it; None where the model exports none.
     out:      the run's folder, or None where nothing was written.
@@ -53,7 +53,7 @@ def train(
 ) -> TrainedRun:
     """Trains a recipe in this process, as `ssl-ib-train` does, and returns the finished run.
 
-    recipe:    a shipped name, or a path.
+    recipe:    a shipped name, a path, or a run's folder.
     overrides: texts `KEY=VALUE`, as on the command line: "epochs=5", "masker=block", "device=cpu".
     out:       the run's folder, with all that the command leaves in it. None: nothing is written to the disk, and the
                finished run is in memory alone.
@@ -76,7 +76,9 @@ def train(
     for text in overrides:
         if not isinstance(text, str):
             raise UserError(f"expected overrides as texts KEY=VALUE, such as 'optim.lr=1e-3', got {text!r}")
-    config = configure(str(recipe), overrides, [plugins] if isinstance(plugins, str) else plugins)
+    plugins = [plugins] if isinstance(plugins, str) else plugins
+    # A warning is shown also where the caller has set up no logging.
+    config = configure(str(recipe), overrides, plugins, say=_logger.warning)
     with _callers_state():
         try:
             trainer, _ = pretrain(config, out, resume=resume, overwrite=overwrite)

@@ -39,9 +39,9 @@ def small(here, monkeypatch):
     """Training as written, on a small recipe, and without figures."""
     configure = api.configure
 
-    def smaller(recipe, overrides=(), plugins=()):
-        configure(recipe, overrides, plugins)
-        return configure(TINY, [*overrides, "epochs=1"], plugins)
+    def smaller(recipe, overrides, plugins, say):
+        configure(recipe, overrides, plugins, say)
+        return configure(TINY, [*overrides, "epochs=1"], plugins, say)
 
     monkeypatch.setattr(api, "configure", smaller)
     for name in ("loss_curves", "knn_curve", "reconstructions", "attention"):
