@@ -215,6 +215,15 @@ def test_no_part_of_its_kind(monkeypatch):
         contract.check_part("criterion", "prepares", Prepares(None))
 
 
+def test_a_part_that_lacks_a_method(monkeypatch):
+    class Half(Criterion):
+        pass
+
+    monkeypatch.setitem(CRITERIONS._entries, "half", Half)
+    with pytest.raises(UserError, match=r"criterion 'half' \(.*test_contract.py:\d+\) does not say .*: forward$"):
+        registry.build_part("criterion", {"name": "half"})
+
+
 def test_what_a_masker_answers():
     keys, grid = torch.zeros(2, dtype=torch.int64), (2, 2)
     keep = torch.zeros(2, 1, 3, dtype=torch.int64)

@@ -318,8 +318,12 @@ def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **suppl
     checked = _validate(kind, name, plain)
     arguments = {key: inner.get(key, getattr(checked, key)) for key in schema}
     arguments |= {key: supplied[key] for key in registry.takes(name) if key in supplied}
+    maker = registry[name]
+    if inspect.isabstract(maker):
+        lacking = ", ".join(sorted(maker.__abstractmethods__))
+        raise UserError(f"{kind} {name!r} ({place(maker)}) does not say what these methods do: {lacking}")
     try:
-        part = registry[name](**arguments)
+        part = maker(**arguments)
     except ConfigError:
         raise
     except UserError as error:
