@@ -71,7 +71,7 @@ def _some(items: Sequence[str]) -> str:
 
 def common_top(names: Sequence[str]) -> str:
     """The folder, or chain of folders, that everything lies in: "cifar10/"; `train` alone is a split and stays."""
-    folders = os.path.commonprefix([name.split("/")[:-1] for name in names])
+    folders = os.path.commonprefix(names).split("/")[:-1]
     end = next((i for i, folder in enumerate(folders) if _split(folder) in _TRAIN), None)
     return "".join(f"{folder}/" for folder in folders[:end])
 
@@ -105,11 +105,13 @@ def _without_masks(names: Sequence[str], named: Mapping[str, str]) -> tuple[list
         stem = file.rsplit(".", 1)[0]
         for i, folder in enumerate(folders):
             words = _words(folder)
+            if not words & (_IMAGES | _MASKS):
+                continue
             # The same for `train_images/1.jpg` and `train_masks/1.png`.
             place = (*folders[:i], words - _IMAGES - _MASKS, *folders[i + 1 :], stem)
             if words & _MASKS:
                 masks.setdefault("/".join(folders[: i + 1]) + "/", {})[name] = place
-            elif words & _IMAGES:
+            else:
                 images.add(place)
     masks = {folder: files for folder, files in masks.items() if not files.keys() & named.keys()}
     masks = {folder: files for folder, files in masks.items() if images.issuperset(files.values())}
