@@ -312,10 +312,17 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint. Raises UserError where it was saved on other images or other parts."""
         held_out, unlabelled = self.run.source.val(), bool((self.images.labels < 0).all())
-        if unlabelled and held_out is not None and "held_out/loss" not in state["results"]["untrained"]:
+        untrained = state["results"]["untrained"]
+        advice = f"in {self.out}/config.yaml, and resume with {self.out} as the recipe"
+        # Other images may be held out where the same folders are no classes any more; one class alone changes nothing.
+        if unlabelled and untrained.get("knn/top1", 1.0) < 1.0:
+            raise UserError(
+                f"--resume: the run began with labels, and now there are none: set source.labels to folders {advice}"
+            )
+        if unlabelled and held_out is not None and "held_out/loss" not in untrained:
             raise UserError(
                 f"--resume: the run began without held-out images, and now there are {len(held_out)}: set "
-                f"source.val_fraction to 0 in {self.out}/config.yaml, and resume with that file as the recipe"
+                f"source.val_fraction to 0 {advice}"
             )
         if state["images"] != len(self.images):
             raise UserError(
