@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -190,6 +191,8 @@ def _of_checkpoint(file: Path) -> Backbone:
 def _rebuilt(description: dict[str, Any], state: dict[str, Tensor], config: dict[str, Any] | None) -> Backbone:
     """config: that of the run, whose views are asked where the description does not have the preprocessing."""
     model, how = record.rebuild(description, state), description.get("preprocessing")
+    if config is not None and "preprocessing" not in description:
+        _pool_as_evaluated(model, config["model"])
     if how is not None:
         views = Views([Augment(how["size"], interpolation=how["interpolation"])], how["crop_ratio"])
         max_side = how["max_side"]
@@ -200,6 +203,13 @@ def _rebuilt(description: dict[str, Any], state: dict[str, Tensor], config: dict
         return Backbone(model, None)
     views.normalize(description["mean"], description["std"])
     return Backbone(model, views.center, max_side)
+
+
+def _pool_as_evaluated(model: nn.Module, spec: dict[str, Any]) -> None:
+    """Earlier versions did not write how a vision transformer was pooled: the model of the run's configuration says."""
+    pool = spec.get("pool") or (spec.get("contrastive") or {}).get("pool")
+    if type(model) is VisionTransformer and pool is not None:
+        model.reset_classifier(0, "token" if pool == "cls" else "avg")
 
 
 def _of_timm(name: str, pretrained: bool) -> Backbone:

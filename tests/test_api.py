@@ -69,6 +69,16 @@ def test_mistakes():
             ssl_ib.train(TINY, **{option: True})
 
 
+def test_what_another_backbone_drops_is_said(caplog, monkeypatch):
+    def nothing(*given, **more):
+        raise UserError("enough")
+
+    monkeypatch.setattr("ssl_ib.api.pretrain", nothing)
+    with pytest.raises(UserError, match="enough"):
+        ssl_ib.train(TINY, "model.backbone=resnet10t", "masker=none")
+    assert "model.backbone=resnet10t: drops what was for vit_tiny" in caplog.text
+
+
 def test_ctrl_c_saves_and_interrupts(tmp_path, ctrl_c, caplog):
     out = tmp_path / "run"
     parts().SIGNALS[3] = signal.SIGINT

@@ -107,6 +107,19 @@ def test_a_folder_of_an_earlier_version(tmp_path):
     assert torch.equal(alone(now.transform(image)[None]), now(now.transform(image)[None]))
 
 
+def test_a_folder_of_an_earlier_version_pools_as_the_run_did(tmp_path):
+    instance = trainer("model.pool=mean")
+    description = record.of_run(instance.run)
+    for key in ("global_pool", "fc_norm"):
+        del description["arguments"][key]
+    del description["preprocessing"]
+    record.save_backbone(instance.run.model.backbone, description, tmp_path)
+    (tmp_path / "config.yaml").write_text(instance.config.yaml())
+    views = torch.rand(3, *instance.run.views.shapes[0])
+    with torch.no_grad():
+        assert torch.equal(ssl_ib.load(tmp_path)(views), instance.run.model.eval().encode(views))
+
+
 def test_views_with_a_centre_of_their_own(monkeypatch):
     class Mirrored(ssl_ib.Views):
         def center(self, images, sizes=None):

@@ -477,7 +477,9 @@ def test_measured_statistics_leave_the_padding_out(tmp_path: Path) -> None:
     shapes = [(4, 9), (7, 5), (12, 3)]
     for number, shape in enumerate(shapes):
         write(tmp_path / f"{number}.png", number, *shape)
-    mean, deviation = Folder(str(tmp_path)).statistics()
+    source = Folder(str(tmp_path))
+    mean, deviation = source.statistics()
+    assert source.statistics() is source.statistics()
     pixels = np.concatenate([noise(i, *shape).reshape(-1, 3) for i, shape in enumerate(shapes)]) / 255.0
     assert np.allclose(mean, pixels.mean(0), atol=1e-12) and np.allclose(deviation, pixels.std(0), atol=1e-12)
     assert Folder(str(tmp_path), memory_gb=STREAM).statistics() == KNOWN["imagenet"]

@@ -197,6 +197,7 @@ class Source(ABC):
 
     registry_kind: ClassVar[str] = "source"
     notes: Sequence[str] = ()
+    _measured: Statistics | None = None
 
     @abstractmethod
     def train(self) -> ImageSet:
@@ -212,7 +213,11 @@ class Source(ABC):
         Measured on training images held in memory; ImageNet's where they stream.
         """
         images = self.train()
-        return measure(images.images, images.sizes) if isinstance(images, InMemory) else KNOWN["imagenet"]
+        if not isinstance(images, InMemory):
+            return KNOWN["imagenet"]
+        # Once: some gigabytes take a while, and normalisation, checkpoints and the saved encoder all ask.
+        self._measured = self._measured or measure(images.images, images.sizes)
+        return self._measured
 
 
 def stratified(labels: Tensor, count: int) -> Tensor:
