@@ -15,11 +15,13 @@ import torch
 
 from . import distributed, ops, pretrained
 from .config.config import Config, configure
+from .data.sources.layout import label_lines
 from .device import choose_device
 from .errors import UserError
 from .pretrained import Backbone
 from .record import artifacts, folder
 from .record.signals import Stopped
+from .record.terminal import say
 from .run import build_run
 from .trainer import Trainer
 
@@ -81,7 +83,7 @@ def train(
     config = configure(str(recipe), overrides, plugins, say=_logger.warning)
     with _callers_state():
         try:
-            trainer, _ = pretrain(config, out, resume=resume, overwrite=overwrite)
+            trainer, _ = pretrain(config, out, resume=resume, overwrite=overwrite, started=_say_labels)
             return TrainedRun(trainer.record(), trainer.log.rows(), pretrained.of_run(trainer.run), out)
         except Stopped as stop:
             stopped = stop
@@ -91,6 +93,11 @@ def train(
     _logger.warning("stopped by %s%s", stopped, saved)
     signal.raise_signal(stopped.signum)
     raise stopped  # The caller's handler has let it pass, but there is no finished run to return.
+
+
+def _say_labels(trainer: Trainer) -> None:
+    notes = getattr(trainer.run.source, "notes", ())
+    say("labels: " + "; ".join(label_lines(trainer.images, notes)))
 
 
 @contextmanager

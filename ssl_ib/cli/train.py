@@ -9,7 +9,6 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,13 +148,14 @@ def _heading(trainer, out: Path | None) -> str:
 
     from .. import ops
     from ..config.recipe import PARTS
+    from ..data.sources.layout import label_lines
     from ..run import DRY_BANK_BATCHES, DRY_BATCH, DRY_IMAGES, parameter_counts
 
     run, config = trainer.run, trainer.config
     counts = parameter_counts(run)
     # A plugin's source may say nothing.
     held_out, notes = run.source.val(), getattr(run.source, "notes", ())
-    steps, device = trainer.total_steps, run.device
+    steps, device, indent = trainer.total_steps, run.device, "\n" + 13 * " "
     lines = [f"{config.recipe} -> {out or 'a dry run, which writes nothing'}"]
     lines += [f"  {kind:<10} {_shown(kind, getattr(config, kind))}" for kind in PARTS]
     held = f"{len(held_out):,} held out" if held_out is not None else "none held out"
@@ -165,7 +165,7 @@ def _heading(trainer, out: Path | None) -> str:
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     lines += [
         f"  data       {len(trainer.images):,} training images ({place}), {held}",
-        f"  labels     {_labels(trainer.images, notes)}",
+        f"  labels     {indent.join(label_lines(trainer.images, notes))}",
         f"  parameters {counts['all']:,}, of which {counts['trained']:,} are trained",
         f"  batch      {_batch(run)} a step, {config.epochs} epochs, {steps:,} steps",
         f"  optimiser  {config.optim.name}, learning rate {lr}{scaled}",
@@ -180,20 +180,6 @@ def _heading(trainer, out: Path | None) -> str:
             f"evaluation on at most {DRY_IMAGES} images"
         )
     return "\n".join(lines)
-
-
-def _labels(images, notes: Sequence[str]) -> str:
-    """The classes of a set of images with their counts, the first by name; then what the source says, a line each."""
-    counts = images.labels[images.labels >= 0].bincount(minlength=len(images.classes)).tolist()
-    names = [f"{name} {n:,}" for name, n in zip(images.classes, counts, strict=True) if n]
-    missing = int((images.labels < 0).sum())
-    if names:
-        shown = f"{len(names)} class{'es' * (len(names) > 1)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
-        lines = [f"{shown}; {missing:,} images without a label" if missing else shown, *notes]
-    else:
-        # The first note says why.
-        lines = [": ".join(["none", *notes[:1]]), *notes[1:]]
-    return "\n             ".join(lines)
 
 
 def _batch(run) -> str:

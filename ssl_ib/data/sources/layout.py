@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError, nearest
-from .base import stratified
+from .base import ImageSet, stratified
 
 #: What `labels` may be, apart from the path of a table.
 CHOICES = ("auto", "folders", "none")
@@ -277,3 +277,17 @@ def read_table(path: Path, names: Sequence[str], top: str) -> dict[str, str]:
             f"{_some(unknown)}; expected paths relative to the source, such as {names[0].removeprefix(top)}"
         )
     return {name: label for name, label in found.items() if label}
+
+
+def label_lines(images: ImageSet, notes: Sequence[str]) -> list[str]:
+    """The classes of a set of images with their counts, the first by name; then what the source says, a line each."""
+    counts = images.labels[images.labels >= 0].bincount(minlength=len(images.classes)).tolist()
+    names = [f"{name} {n:,}" for name, n in zip(images.classes, counts, strict=True) if n]
+    missing = int((images.labels < 0).sum())
+    if names:
+        shown = f"{len(names)} class{'es' * (len(names) > 1)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+        lines = [f"{shown}; {missing:,} images without a label" if missing else shown, *notes]
+    else:
+        # The first note says why.
+        lines = [": ".join(["none", *notes[:1]]), *notes[1:]]
+    return lines
