@@ -42,7 +42,7 @@ def test_in_memory_it_is_the_commands_run_and_writes_nothing(tmp_path, monkeypat
     state, expected = run.backbone.state_dict(), ssl_ib.load(out).state_dict()
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
     assert not run.backbone.training
-    assert "\nlabels: 10 classes: 0 1" in capsys.readouterr().out
+    assert "labels: 10 classes: 0 1" in capsys.readouterr().out
 
 
 def test_a_folder_is_the_commands_folder(tmp_path):
