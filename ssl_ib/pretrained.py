@@ -5,7 +5,6 @@ Shapes: B images a batch, n images in all, H x W pixels, h x w of the view that 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import partial
@@ -23,7 +22,7 @@ from torchvision.transforms.functional import to_pil_image
 from .config.plugins import load_plugins
 from .config.recipe import read_recipe
 from .config.registry import build_part
-from .data.decode import ENDINGS, Unreadable, decode_file, is_image, pixels
+from .data.decode import ENDINGS, Unreadable, decode_file, image_files, pixels
 from .data.views import Augment, Views
 from .device import choose_device
 from .errors import UserError, nearest
@@ -111,8 +110,7 @@ class Backbone(nn.Module):
         be read.
         """
         root = Path(folder)
-        files = (Path(inside, name) for inside, _, names in os.walk(root, followlinks=True) for name in names)
-        names = sorted(filter(is_image, (file.relative_to(root).as_posix() for file in files)))
+        names = sorted(image_files(root))
         if not names:
             found = "no image in it" if root.is_dir() else "a file" if root.exists() else "nothing"
             raise UserError(f"embed_folder: expected a folder of images, found {found}: {root}; what counts: {ENDINGS}")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +39,13 @@ def is_image(name: str) -> bool:
     """
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
     return not hidden and os.path.splitext(name)[1].lower() in _endings()
+
+
+def image_files(root: Path) -> Iterator[str]:
+    """The relative paths of the image files below `root`, in no order, through symbolic links too."""
+    for folder, _, names in os.walk(root, followlinks=True):
+        below = Path(folder).relative_to(root)
+        yield from filter(is_image, ((below / name).as_posix() for name in names))
 
 
 def decode(data: bytes, max_side: int | None) -> Tensor:

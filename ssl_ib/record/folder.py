@@ -58,8 +58,8 @@ def changes(saved: Path, config: Config) -> list[str]:
     """In what a run's saved configuration differs from `config`, but for keys that move no loss: `key: old -> new`.
 
     A key that the saved one lacks has its default: the run was started before there was such a key, so the default of a
-    new key must be what was done without it. Raises UserError
-    where the saved one is no configuration of a run any more.
+    new key must be what was done without it. Raises UserError where the saved one is no configuration of a run any
+    more.
     """
     try:
         former = configure(str(saved))

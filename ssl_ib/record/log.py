@@ -25,7 +25,7 @@ class RunLog:
     """Appends rows of numbers to a run's folder and reads them back.
 
     folder:  where `metrics.jsonl` and the copies live, made where missing; rows already there are kept. None keeps the
-        rows in memory and writes nothing (a dry run).
+        rows in memory and writes nothing.
     loggers: who gets a copy of the numbers: "tensorboard", "wandb".
     config:  the run's configuration as plain data, for wandb. Raises UserError where wandb refuses the run.
     """

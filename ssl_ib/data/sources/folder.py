@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from ...config.registry import register_source
 from ...errors import UserError
-from ..decode import ENDINGS, is_image
+from ..decode import ENDINGS, image_files
 from .files import Files, FileSource
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """The relative paths of the image files below `root`, through symbolic links too."""
-    for folder, _, names in os.walk(root, followlinks=True):
-        below = Path(folder).relative_to(root)
-        yield from filter(is_image, ((below / name).as_posix() for name in names))
 
 
 class _FolderFiles(Files):
     def __init__(self, root: Path):
-        super().__init__(_walk(root))
+        super().__init__(image_files(root))
         self.root = root
 
     def read(self, name: str) -> bytes:
@@ -70,7 +61,7 @@ class Folder(FileSource):
         if not root.is_dir():
             found = "a file (source=archive reads archives)" if root.exists() else "nothing"
             raise UserError(f"source.path: expected a folder of images, found {found} at {root}")
-        if next(_walk(root), None) is None:
+        if next(image_files(root), None) is None:
             raise UserError(f"source.path: no image in {root} or its subfolders; what counts: {ENDINGS}")
 
     def _list(self) -> Files:
