@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         register_views,
     )
     from .data.sources.base import ImageSet, InMemory, Source, Streamed
-    from .data.views.augment import Augment, Views
+    from .data.views.augment import Augment, Crops
+    from .data.views.base import Views
     from .errors import ConfigError, UserError
     from .part import Context, Criterion, Model, ParamGroup, Part, RunInfo, Task
     from .pretrained import Backbone, load
@@ -36,6 +37,7 @@ __all__ = [
     "ConfigError",
     "Context",
     "Criterion",
+    "Crops",
     "ImageSet",
     "InMemory",
     "Loss",
@@ -63,7 +65,17 @@ __all__ = [
 ]
 
 #: Where the names are defined, in the order in which a name is looked for: the modules without torch come first.
-_HOMES = ("errors", "config.registry", "types", "part", "data.sources.base", "data.views.augment", "pretrained", "api")
+_HOMES = (
+    "errors",
+    "config.registry",
+    "types",
+    "part",
+    "data.sources.base",
+    "data.views.base",
+    "data.views.augment",
+    "pretrained",
+    "api",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -32,17 +32,22 @@ _logger = logging.getLogger(__name__)
 class TrainedRun:
     """A finished run.
 
-    results:  what `results.json` holds: the evaluations `untrained`, `raw_pixels`, `trained` and `chance`, each metrics
-              by name, then `seconds` and `step`.
-    metrics:  the rows of `metrics.jsonl`, oldest first.
-    backbone: the trained encoder, on the CPU, as `ssl_ib.load` gives it; None where the model exports none.
-    out:      the run's folder, or None where nothing was written.
+    results:   what `results.json` holds: the evaluations `untrained`, `raw_pixels`, `trained` and `chance`, each
+               metrics by name, then `seconds` and `step`.
+    metrics:   the rows of `metrics.jsonl`, oldest first.
+    backbones: the trained encoders, on the CPU, as `ssl_ib.load` gives them, by name; most models have one or none.
+    out:       the run's folder, or None where nothing was written.
     """
 
     results: dict[str, Any]
     metrics: list[dict[str, Any]]
-    backbone: Backbone | None
+    backbones: dict[str, Backbone]
     out: Path | None
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """The trained encoder; None where the model exports none, or several, which `backbones` has."""
+        return next(iter(self.backbones.values())) if len(self.backbones) == 1 else None
 
 
 def train(

@@ -79,7 +79,7 @@ def check_step(
     """Asks for one loss and one representation, without gradient. Raises UserError where a part, or one inside it,
     answers what it should not.
 
-    plain:      a few images as they are evaluated: [B, 3, H, W], normalised.
+    plain:      a few images as they are evaluated (`Views.center`).
     num_global: how many views a teacher sees, whose outputs may be of these alone; None for all.
     """
     features = model.encode(plain)
@@ -108,8 +108,12 @@ def _check_batch(task: Task, batch: Any, size: int) -> None:
     where = _name(task, "prepare")
     if not isinstance(batch, Batch):
         raise UserError(f"{where} returned a {_type(batch)}, expected ssl_ib.Batch")
-    if not _are_tensors(batch.views) or any(len(view) != size for view in batch.views):
-        raise UserError(f"{where}: expected views to be a list of tensors of {size} images, got {_shape(batch.views)}")
+    # A task may add rows of its own choice, such as labelled images.
+    rows = len(batch.index) if isinstance(batch.index, Tensor) and batch.index.ndim else 0
+    if not _are_tensors(batch.views) or any(not view.ndim or len(view) != rows for view in batch.views):
+        raise UserError(f"{where}: expected views to be a list of tensors of {rows} images, got {_shape(batch.views)}")
+    if not rows or rows % size:
+        raise UserError(f"{where}: expected a batch of {size} images, or a multiple of that, got {rows}")
     masks = batch.masks
     if (
         not isinstance(masks, list | tuple)
@@ -133,8 +137,10 @@ def _check_outputs(model: Model, outputs: Any, lengths: list[int]) -> None:
         )
     for name in sorted(model.wanted):
         output = outputs[name]
-        if not _are_tensors(output) or len(output) not in lengths:
-            number = " or ".join(map(str, lengths))
+        expected = [model.counts[name]] if name in model.counts else lengths
+        listed = isinstance(output, list | tuple) and len(output) in expected
+        if not listed or not _are_tensors([x for view, x in enumerate(output) if model.reads(name, view)]):
+            number = " or ".join(map(str, expected))
             raise UserError(
                 f"{where}: expected output {name!r} to be a list of {number} tensors, one a view, got {_shape(output)}"
             )

@@ -11,7 +11,7 @@ contrastive one) forwards nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,13 +28,14 @@ from .types import Batch, Loss, Progress, Sample
 class RunInfo:
     """What a part may want to know of the run it is built for (constructor argument `info`).
 
-    view_shapes: one [C, H, W] a view (without the batch dimension).
+    view_shapes: one a view, without the batch dimension, such as [C, H, W].
     batch_size:  images a step and a process.
     num_global:  how many of the views, the first ones, are global crops: those a teacher sees; None for all.
     cap:         the largest number of rows a bank of past features may have (a dry run makes it small), or None.
     images:      how many training images there are; a call, because it may have to read the source.
-    deviation:   standard deviation of each channel of the source's pixels in [0, 1], by which views are divided; a
-                 call, because it may have to read the source.
+    classes:     names of the training images' classes; a call, because it may have to read the source.
+    deviation:   standard deviation of each channel, by which views are divided, for pixels in [0, 1]; a call, because
+                 it may have to read the source.
     grid:        patches (rows, columns) the model cuts a view of a given shape into, or None; known once the model is.
     width:       size of the last dimension of an output of the model, by name; known once the model is.
     masks:       how many masks an image gets on a grid, and how many patches each keeps, or None without a masker.
@@ -46,6 +47,7 @@ class RunInfo:
     num_global: int | None = None
     cap: int | None = None
     images: Callable[[], int] = lambda: 0
+    classes: Callable[[], Sequence[str]] = lambda: ()
     deviation: Callable[[], Sequence[float]] = lambda: (1.0,)
     grid: Callable[[tuple[int, ...]], tuple[int, int] | None] = lambda shape: None
     width: Callable[[str], int] = lambda name: 1
@@ -146,18 +148,30 @@ class Model(Part):
 
     provides: names of the outputs `forward` can return, each a list with one entry a view.
     wanted:   the outputs the criterion asked for; `forward` may skip the others.
+    wanted_views: of an output, the numbers of the views whose entry the criterion reads; of one that is not named here,
+              every view's. `forward` may skip the others, and have None in their place.
+    counts:   how many entries those outputs have that do not have one a view, by name (of a model that makes views).
     widths:   size of the last dimension of outputs, for criterions that own layers or vectors of that size.
     backbone: the timm model that the run leaves behind, where there is one (an attribute or a property).
+    own_batch_norm: whether batch norm goes by the rows of each process alone where several processes train together;
+              otherwise by all rows.
     """
 
     registry_kind: ClassVar[str] = "model"
     provides: frozenset[str] = frozenset()
     wanted: frozenset[str] = frozenset()
+    wanted_views: Mapping[str, Collection[int]] = MappingProxyType({})
+    counts: Mapping[str, int] = MappingProxyType({})
+    own_batch_norm: bool = False
     widths: Mapping[str, int] = MappingProxyType({})
 
     def select(self, names: Iterable[str]) -> None:
         """Says which outputs will be used. A model that skips a part of itself freezes that part here."""
         self.wanted = frozenset(names)
+
+    def reads(self, name: str, view: int) -> bool:
+        """Whether the criterion reads the entry of the view number `view` of the output `name`."""
+        return name in self.wanted and view in self.wanted_views.get(name, (view,))
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, list[Tensor]]:
@@ -165,7 +179,7 @@ class Model(Part):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """The representation that is evaluated: images [B, 3, H, W], normalised -> [B, D]."""
+        """The representation that is evaluated: plain views (`Views.center`), such as [B, 3, H, W] -> [B, D]."""
 
     def feature_maps(self, images: Tensor, layers: list[int]) -> list[Tensor]:
         """Spatial features of the given backbone layers: each [B, D, h, w]."""
@@ -179,19 +193,29 @@ class Model(Part):
         """The timm model name and arguments that rebuild `backbone`, or None."""
         return None
 
+    def exports(self) -> dict[str, tuple[nn.Module, str, dict[str, Any]]]:
+        """The encoders that a run leaves behind, by the names of their files: the module, and the timm model name and
+        arguments that rebuild it. By default `backbone`, where `export` describes it."""
+        found = self.export()
+        return {} if found is None else {"backbone": (self.backbone, *found)}
+
 
 class Criterion(Part):
     """Scores the outputs. Owns what exists only for that: queues, prototypes, auxiliary networks.
 
     requires:    the outputs `forward` reads.
+    reads:       of an output, the numbers of the views whose entry is read; of one that is not named here, all of them.
     num_views:   how many views it compares, or None for any number.
+    held_out:    whether it has a loss of images that it was not trained on (a bank of the training images has none).
     pixels_note: what of the patches of `pixels` is predicted and what is not, for the figure's title (an attribute or a
         property).
     """
 
     registry_kind: ClassVar[str] = "criterion"
     requires: frozenset[str] = frozenset()
+    reads: Mapping[str, Collection[int]] = MappingProxyType({})
     num_views: int | None = None
+    held_out: bool = True
     pixels_note: str = "every patch is predicted, visible ones too"
 
     @abstractmethod

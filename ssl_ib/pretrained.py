@@ -23,11 +23,12 @@ from .config.plugins import load_plugins
 from .config.recipe import read_recipe
 from .config.registry import build_part
 from .data.decode import ENDINGS, Unreadable, decode_file, image_files, pixels
-from .data.views import Augment, Views
+from .data.views import Augment, Crops, Views
 from .device import choose_device
 from .errors import UserError, nearest
 from .record import backbone as record
 from .run import Run
+from .types import Sample
 
 TIMM = "timm:"
 #: Images of one size are prepared together, which is faster, where they have no more numbers than this.
@@ -118,12 +119,18 @@ class Backbone(nn.Module):
 
 
 def load(
-    source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, pretrained: bool = False
+    source: str | Path,
+    *,
+    name: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    pretrained: bool = False,
 ) -> Backbone:
     """A pretrained encoder, in evaluation mode, ready for images.
 
     source:     the folder of a finished run; a checkpoint of a run (`checkpoints/last.pt`), finished or not; or
                 `timm:NAME`, any model of timm's.
+    name:       which encoder of a run whose model has several; needed with those alone.
     device:     auto, cpu, cuda or cuda:N.
     dtype:      of the parameters and of the computation; features are float32 all the same.
     pretrained: with `timm:NAME`, load timm's weights, which may download them; otherwise they are random.
@@ -138,9 +145,9 @@ def load(
     elif pretrained:
         raise UserError(f"pretrained is for timm's models, such as timm:resnet18, and {source!r} is none")
     elif Path(source).is_dir():
-        found = _of_folder(Path(source))
+        found = _of_folder(Path(source), name)
     elif Path(source).is_file():
-        found = _of_checkpoint(Path(source))
+        found = _of_checkpoint(Path(source), name)
     else:
         raise UserError(
             f"expected the folder of a run, a checkpoint of one, or timm:NAME, and there is nothing at {source!r}"
@@ -148,39 +155,59 @@ def load(
     return found.to(place, dtype)
 
 
-def of_run(run: Run) -> Backbone | None:
-    """A copy of a run's encoder, on the CPU; None where its model exports none."""
-    description = record.of_run(run)
-    if description is None:
-        return None
-    model = record.rebuild(description, run.model.backbone.state_dict())
-    return Backbone(model, run.views.center, getattr(run.source, "max_side", None))
+def of_run(run: Run) -> dict[str, Backbone]:
+    """Copies of the encoders that a run's model exports, by name, on the CPU."""
+    exports, max_side = run.model.exports(), getattr(run.source, "max_side", None)
+    return {
+        name: Backbone(record.rebuild(description, exports[name][0].state_dict()), _center(run.views), max_side)
+        for name, description in record.of_run(run).items()
+    }
 
 
-def _of_folder(folder: Path) -> Backbone:
-    if not (folder / "backbone.json").is_file() and (folder / "config.yaml").is_file():
+def _center(views: Views) -> Callable[[Tensor], Tensor]:
+    """The plain view of bare images: uint8 [B, 3, H, W] -> what is encoded of them."""
+    return lambda images: views.center(Sample.unlabelled(images))
+
+
+def _the_one(found: Iterable[str], name: str | None, place: Path) -> str:
+    """The encoder that is meant, of those found. Raises UserError where it is not there, or where it is not said."""
+    found = sorted(found)
+    if name is None and len(found) == 1:
+        return found[0]
+    if name not in found:
+        asked = "" if name is None else f", and {name!r} is none of them"
+        raise UserError(f"{place} holds the encoders {', '.join(found)}{asked}: say which, with name=")
+    return name
+
+
+def _of_folder(folder: Path, name: str | None) -> Backbone:
+    found = [file.stem for file in folder.glob("*.json") if file.with_suffix(".safetensors").is_file()]
+    if not found and (folder / "config.yaml").is_file():
         raise UserError(
             f"{folder} holds a run without backbone.json: it is not finished, or its model exports no encoder. "
             f"Of an unfinished run, load a checkpoint, such as {folder / 'checkpoints' / 'last.pt'}"
         )
-    description, state = record.read(folder)
+    description, state = record.read(folder, _the_one(found, name, folder) if found else record.MAIN)
     config = folder / "config.yaml"
     return _rebuilt(description, state, read_recipe(config) if config.is_file() else None)
 
 
-def _of_checkpoint(file: Path) -> Backbone:
+def _of_checkpoint(file: Path, name: str | None) -> Backbone:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # Unpickling a foreign file can raise anything.
         # torch's advice on its own arguments follows the first sentence.
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(f"{file} cannot be read as a checkpoint of a run: {reason}") from None
-    description = saved.get("backbone") if isinstance(saved, dict) else None
-    if description is None:
+    saved = saved if isinstance(saved, dict) else {}
+    # Earlier versions knew of one encoder alone.
+    found = saved.get("backbones") or ({record.MAIN: saved["backbone"]} if saved.get("backbone") else {})
+    if not found:
         raise UserError(
             f"{file} does not describe an encoder: it is no checkpoint of a run, its model exports none, or it was "
             "saved by an earlier version. Of a finished run, give the folder"
         )
+    description = found[_the_one(found, name, file)]
     prefix = description["prefix"]
     state = {key.removeprefix(prefix): value for key, value in saved["parts"].items() if key.startswith(prefix)}
     return _rebuilt(description, state, saved["config"])
@@ -192,7 +219,7 @@ def _rebuilt(description: dict[str, Any], state: dict[str, Tensor], config: dict
     if config is not None and "preprocessing" not in description:
         _pool_as_evaluated(model, config["model"])
     if how is not None:
-        views = Views([Augment(how["size"], interpolation=how["interpolation"])], how["crop_ratio"])
+        views = Crops([Augment(how["size"], interpolation=how["interpolation"])], how["crop_ratio"])
         max_side = how["max_side"]
     elif config is not None:
         load_plugins(config.get("plugins") or [])
@@ -200,7 +227,7 @@ def _rebuilt(description: dict[str, Any], state: dict[str, Tensor], config: dict
     else:
         return Backbone(model, None)
     views.normalize(description["mean"], description["std"])
-    return Backbone(model, views.center, max_side)
+    return Backbone(model, _center(views), max_side)
 
 
 def _pool_as_evaluated(model: nn.Module, spec: dict[str, Any]) -> None:

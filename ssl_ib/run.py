@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +30,7 @@ DRY_BATCH, DRY_BANK_BATCHES, DRY_IMAGES = 8, 4, 64
 class Run:
     """A run's parts.
 
+    evaluated: the source whose images are evaluated: `source`, or that of `eval.source`.
     schedules: the numbers that change: (owner, attribute, schedule).
     dry:       whether it is cut down to a few small steps, for a check that all fits.
     """
@@ -42,6 +43,7 @@ class Run:
     task: Task
     model: Model
     criterion: Criterion
+    evaluated: Any
     schedules: list[tuple[Any, str, Schedule]] = field(default_factory=list)
     dry: bool = False
 
@@ -110,7 +112,12 @@ def build_run(config: Config, dry: bool = False) -> Run:
     if dry:
         batch_size = min(batch_size, pieces * max(DRY_BATCH // pieces, 1))
     torch.manual_seed(config.seed)
-    source, views = build("source"), build("views")
+    source = build("source")
+    views = build("views", source=source)
+    evaluated = source
+    if config.eval.source is not None:
+        found = attempt("eval.source", lambda: build_part("source", config.eval.source, "eval.source"))
+        evaluated = None if found is None else found.part
     masked = config.masker["name"] != "none"
     masker = build("masker") if masked else None
     model = criterion = None
@@ -122,7 +129,8 @@ def build_run(config: Config, dry: bool = False) -> Run:
             "num_global": getattr(views, "num_global", None),
             "cap": DRY_BANK_BATCHES * batch_size if dry else None,
             "images": (lambda: len(source.train())) if source is not None else (lambda: 0),
-            "deviation": (lambda: source.statistics()[1]) if source is not None else (lambda: (1.0,)),
+            "classes": (lambda: source.train().classes) if source is not None else tuple,
+            "deviation": partial(_deviation, views, source),
             "masks": partial(_masks, masker),
         }
         model = build("model", info=RunInfo(**info))
@@ -130,7 +138,7 @@ def build_run(config: Config, dry: bool = False) -> Run:
             info |= {"grid": model.grid, "width": partial(_width, model, config.model["name"])}
         criterion = build("criterion", info=RunInfo(**info))
         if model is not None and not (masked and masker is None):
-            build("task", views=views, masker=masker, info=RunInfo(**info))
+            build("task", views=views, masker=masker, source=source, info=RunInfo(**info))
             for grid in {model.grid(shape) for shape in info["view_shapes"]} - {None}:
                 attempt("masker", partial(_masks, masker, grid))
     if model is not None and criterion is not None:
@@ -142,7 +150,7 @@ def build_run(config: Config, dry: bool = False) -> Run:
     if device.type == "cpu" and config.precision == "bf16" and plain_attention(model):
         _logger.info("attention: plain products, because torch's fused kernel is slow on a CPU in bfloat16")
     parts_of_run = {kind: built[kind] for kind in PARTS if kind != "masker"}
-    return Run(config, device, batch_size // world, **parts_of_run, schedules=schedules, dry=dry)
+    return Run(config, device, batch_size // world, **parts_of_run, evaluated=evaluated, schedules=schedules, dry=dry)
 
 
 def _installed(package: str) -> bool:
@@ -163,6 +171,14 @@ def plain_attention(model: torch.nn.Module) -> bool:
     for module in fused:
         module.fused_attn = False
     return bool(fused)
+
+
+def _deviation(views: Any, source: Any) -> Sequence[float]:
+    """What the channels of views are divided by; 1 without a source, which is a problem of its own."""
+    if source is None:
+        return (1.0,)
+    views.measure(source)
+    return views.statistics[1]
 
 
 def _masks(masker: Any, grid: tuple[int, int]) -> tuple[int, int] | None:
@@ -194,7 +210,16 @@ def _fit(config: Config, num_views: int, model: Model, criterion: Criterion) -> 
             f"criterion {config.criterion['name']!r} compares {criterion.num_views} views, "
             f"but views {config.views['name']!r} draws {num_views}"
         )
+    for name, numbers in criterion.reads.items():
+        if any(not 0 <= number < num_views for number in numbers):
+            problems.append(
+                f"criterion {config.criterion['name']!r} reads {name!r} of the views {', '.join(map(str, numbers))} "
+                f"(counted from 0), but views {config.views['name']!r} draws {num_views}"
+            )
     if not problems:
+        for part in parts(model):
+            if isinstance(part, Model):
+                part.wanted_views = criterion.reads
         try:
             model.select(criterion.requires)
         except UserError as error:

@@ -57,7 +57,7 @@ class Trainer:
         self.images = run.source.train().to(run.device)
         # Only to have what is wrong with the held-out images said before anything is written.
         run.source.val()
-        run.views.normalize(*run.source.statistics())
+        run.views.measure(run.source)
         self.loader = Loader(
             self.images, run.batch_size, config.seed, config.workers, distributed.rank(), distributed.world_size()
         )
@@ -81,14 +81,15 @@ class Trainer:
         run, size = self.run, self.run.batch_size // self.config.accumulate
         sample = next(ordered(self.images, size, size)).to(run.device)
         few, num_global = sample[:2], getattr(run.views, "num_global", None)
-        plain = run.views.center(few.images, few.extra.get("size"))
+        plain = run.views.center(few)
         with self.online.evaluating(), distributed.alone():
             contract.check_step(run.task, run.model, run.criterion, sample, plain, self.progress(), num_global)
 
     def _wrapped(self, module: nn.Module) -> nn.Module:
         if self.config.parallel != "ddp" or distributed.world_size() == 1:
             return module
-        module = distributed.with_common_batch_norm(module, self.run.device)
+        if not self.run.model.own_batch_norm:
+            module = distributed.with_common_batch_norm(module, self.run.device)
         devices = [self.run.device.index] if self.run.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
@@ -238,7 +239,7 @@ class Trainer:
     def _evaluate(self, name: str | None = None) -> None:
         """kNN and health now; `name` keeps them among the run's results."""
         self._set_schedules()
-        metrics = self.online.evaluate(self.progress(), final=name == "trained") if self.main else {}
+        metrics = self.online.evaluate(self.progress(), name == "trained", name is not None) if self.main else {}
         if name is not None:
             self.results[name] = metrics
         if name == "untrained" and self.main:
@@ -300,13 +301,13 @@ class Trainer:
             "results": self.results,
             "seconds": self.seconds,
             "config": self.config.plain(),
-            "backbone": self._backbone,
+            "backbones": self._backbones,
         }
         return checkpoint.save(state, self.out / "checkpoints", keep_as)
 
     @cached_property
-    def _backbone(self) -> dict[str, Any] | None:
-        """What is needed to rebuild the encoder from a checkpoint alone."""
+    def _backbones(self) -> dict[str, dict[str, Any]]:
+        """What is needed to rebuild the encoders from a checkpoint alone."""
         return in_checkpoint(self.run)
 
     def restore(self, state: dict[str, Any]) -> None:

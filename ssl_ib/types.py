@@ -15,17 +15,27 @@ from torch import Tensor
 class Sample:
     """A batch as the loader gives it: raw images, before any view is drawn.
 
-    images: uint8 [B, 3, H, W]; smaller images lie in the top-left corner, padded with zeros.
+    images: uint8 [B, 3, H, W], smaller images in the top-left corner, padded with zeros; or [B, ...] of any further
+            shape that the views recipe knows, such as the frames of films.
     index:  int64 [B], the image's number in its set; it keys every random draw. It stays on the CPU, where the
             parameters of the draws are made, so that no device waits for them.
     label:  int64 [B], -1 where unknown.
     extra:  further tensors with leading dimension B; `size` int64 [B, 2] gives (height, width) where images are padded.
+    factors: what is known of how the images came about, by name, such as where an object lies: int64 [B] for classes,
+            float32 [B, d] for numbers.
     """
 
     images: Tensor
     index: Tensor
     label: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def unlabelled(cls, images: Tensor, sizes: Tensor | None = None) -> Sample:
+        """Images of which nothing else is known, numbered from 0; sizes int64 [B, 2] where they are padded."""
+        extra = {} if sizes is None else {"size": sizes}
+        return cls(images, torch.arange(len(images)), torch.full((len(images),), -1), extra)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -33,13 +43,15 @@ class Sample:
     def to(self, device: torch.device | str) -> Sample:
         """The same sample on `device`, all but its index."""
         images, label = (x.to(device, non_blocking=True) for x in (self.images, self.label))
-        return Sample(images, self.index, label, {k: v.to(device, non_blocking=True) for k, v in self.extra.items()})
+        extra, factors = (
+            {k: v.to(device, non_blocking=True) for k, v in named.items()} for named in (self.extra, self.factors)
+        )
+        return Sample(images, self.index, label, extra, factors)
 
     def __getitem__(self, rows: slice) -> Sample:
         """The sample's rows `rows`: a micro-batch."""
-        return Sample(
-            self.images[rows], self.index[rows], self.label[rows], {k: v[rows] for k, v in self.extra.items()}
-        )
+        extra, factors = ({k: v[rows] for k, v in named.items()} for named in (self.extra, self.factors))
+        return Sample(self.images[rows], self.index[rows], self.label[rows], extra, factors)
 
 
 @dataclass(frozen=True)
@@ -73,13 +85,15 @@ class Batch:
 
     views: V tensors, each with leading dimension B, such as [B, 3, H, W], normalised.
     masks: one `Masks` or None a view.
-    index, label: int64 [B], as in Sample.
+    index, label: int64 [B], as in Sample; the label is -1 too where a loss is not to read it.
+    factors: as in Sample.
     """
 
     views: list[Tensor]
     masks: list[Masks | None]
     index: Tensor
     label: Tensor
+    factors: dict[str, Tensor] = field(default_factory=dict)
 
     def unmasked(self) -> Batch:
         """The same batch with every patch visible."""

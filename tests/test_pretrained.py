@@ -10,7 +10,7 @@ from harness import checkpoint, finished, trainer
 from PIL import Image
 
 import ssl_ib
-from ssl_ib import UserError, pretrained
+from ssl_ib import Sample, UserError, pretrained
 from ssl_ib.config.registry import VIEWS
 from ssl_ib.data.loader import ordered
 from ssl_ib.evals import features
@@ -35,9 +35,7 @@ RUNS = {
 def evaluated(run, images):
     """Features of an image set, as the run's evaluation has them."""
     run.model.eval()
-    return features.extract(
-        run.model.encode, ordered(images, 8), lambda s: run.views.center(s.images, s.extra.get("size")), run.device
-    )[0]
+    return features.extract(run.model.encode, ordered(images, 8), run.views.center, run.device)[0]
 
 
 def pictures(count: int = 3) -> list[Image.Image]:
@@ -50,10 +48,10 @@ def test_features_are_those_of_the_runs_evaluation(kind, tmp_path):
     instance = trainer(*RUNS[kind], out=tmp_path)
     images = instance.run.source.val().images[:9]
     with torch.no_grad():
-        expected = instance.run.model.eval().encode(instance.run.views.center(images))
+        expected = instance.run.model.eval().encode(instance.run.views.center(Sample.unlabelled(images)))
     digits = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    in_memory, saved = of_run(instance.run), ssl_ib.load(instance.save())
-    description = record.of_run(instance.run)
+    in_memory, saved = of_run(instance.run)["backbone"], ssl_ib.load(instance.save())
+    description = record.of_run(instance.run)["backbone"]
     record.save_backbone(instance.run.model.backbone, description, tmp_path)
     for encoder in (in_memory, saved, ssl_ib.load(tmp_path)):
         found = encoder.embed(digits, batch_size=4)
@@ -75,7 +73,7 @@ def test_files_of_any_size_and_mode(tmp_path):
     (folder / "notes.txt").write_text("no image")
     source = ("source=folder", f"source.path={folder}", "source.max_side=32", "source.val_fraction=0")
     run = trainer(*source, "views.crop_ratio=0.8", "batch_size=4").run
-    encoder = of_run(run)
+    encoder = of_run(run)["backbone"]
     found, names = encoder.embed_folder(folder, batch_size=4)
     assert names == sorted(names) and names[0] == "a/1.png" and len(names) == 10
     torch.testing.assert_close(found, evaluated(run, run.source.train()), atol=1e-5, rtol=1e-5)
@@ -109,7 +107,7 @@ def test_a_folder_of_an_earlier_version(tmp_path):
 
 def test_a_folder_of_an_earlier_version_pools_as_the_run_did(tmp_path):
     instance = trainer("model.pool=mean")
-    description = record.of_run(instance.run)
+    description = record.of_run(instance.run)["backbone"]
     for key in ("global_pool", "fc_norm"):
         del description["arguments"][key]
     del description["preprocessing"]
@@ -121,19 +119,20 @@ def test_a_folder_of_an_earlier_version_pools_as_the_run_did(tmp_path):
 
 
 def test_views_with_a_centre_of_their_own(monkeypatch):
-    class Mirrored(ssl_ib.Views):
-        def center(self, images, sizes=None):
-            return super().center(images, sizes).flip(-1)
+    class Mirrored(ssl_ib.Crops):
+        def center(self, sample):
+            return super().center(sample).flip(-1)
 
     monkeypatch.setitem(VIEWS._entries, "mirrored", lambda: Mirrored([ssl_ib.Augment(16)] * 2))
     instance = trainer("views=mirrored")
     image = pictures(1)[0]
-    expected = instance.run.views.center(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0]
-    description = record.of_run(instance.run)
+    bare = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    expected = instance.run.views.center(Sample.unlabelled(bare))[0]
+    description = record.of_run(instance.run)["backbone"]
     assert description["preprocessing"] is None
     config = instance.config.plain()
     again = pretrained._rebuilt(description, instance.run.model.backbone.state_dict(), config)
-    for encoder in (of_run(instance.run), again):
+    for encoder in (of_run(instance.run)["backbone"], again):
         torch.testing.assert_close(encoder.transform(image), expected)
 
 
@@ -154,7 +153,7 @@ def test_timm_by_name():
 def test_a_model_that_exports_nothing():
     instance = trainer()
     instance.run.model.export = lambda: None
-    assert of_run(instance.run) is None and record.in_checkpoint(instance.run) is None
+    assert of_run(instance.run) == {} and record.in_checkpoint(instance.run) == {}
 
 
 @pytest.mark.parametrize(
@@ -200,6 +199,6 @@ def test_what_cannot_be_embedded(tmp_path):
 
 
 def test_the_description_is_in_every_checkpoint():
-    description = checkpoint(finished())["backbone"]
+    description = checkpoint(finished())["backbones"]["backbone"]
     assert description.pop("prefix") == "model.encoder.backbone."
     assert description == json.loads((finished() / "backbone.json").read_text())

@@ -24,7 +24,7 @@ from harness import (
 )
 from torch import nn
 
-from ssl_ib import UserError
+from ssl_ib import Sample, UserError
 from ssl_ib.config.schedule import Schedule
 
 RECORDED = ("criterion=recorded", "criterion.inner=info_nce")
@@ -94,7 +94,7 @@ def test_views_are_normalised():
     batch = instance.run.task.prepare(sample(instance), instance.progress())
     pixels = torch.cat(batch.views)
     assert pixels.mean().abs() < 0.1 and (pixels.std() - 1).abs() < 0.1
-    plain = instance.run.views.center(instance.images.images)
+    plain = instance.run.views.center(Sample.unlabelled(instance.images.images))
     torch.testing.assert_close(plain.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(plain.std(dim=(0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
 
@@ -212,7 +212,7 @@ def test_collect():
     assert context.collect("tokens", 30).shape == (30, 5, 24)
     # Plain images, every patch visible, nothing dropped: what `encode` sees.
     torch.testing.assert_close(features, context.collect("features", 100), atol=0, rtol=0)
-    plain = instance.run.views.center(instance.images.images)
+    plain = instance.run.views.center(Sample.unlabelled(instance.images.images))
     with torch.no_grad(), instance.online.evaluating():
         everything = instance.run.model.encode(plain)
     torch.testing.assert_close(context.collect("features", 10**6), everything, atol=1e-5, rtol=1e-4)

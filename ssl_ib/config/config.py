@@ -114,8 +114,15 @@ class LinearConfig(Section):
     weight_decay: NonNegative = 0.0
 
 
+PartSpec = Annotated[dict[str, Any], BeforeValidator(named), "a name, or {name: ..., KEY: VALUE}"]
+
+
 class EvalConfig(Section):
-    """The online evaluation: weighted kNN and representation health, on at most so many images of each split."""
+    """The online evaluation: weighted kNN and representation health, on at most so many images of each split.
+
+    source: another source whose images are scored with their labels, in place of the run's own, which health and the
+    held-out loss are taken of in any case.
+    """
 
     every_epochs: PositiveInt = 10
     batch_size: PositiveInt = 256
@@ -124,15 +131,13 @@ class EvalConfig(Section):
     knn_k: PositiveInt = 20
     knn_temperature: Positive = 0.07
     linear: LinearConfig = LinearConfig()
+    source: PartSpec | None = None
 
 
 class OpsConfig(Section):
     """How the ops are computed: auto, reference, chunked, triton or cuda. `auto` says once what it chose."""
 
     backend: str = "auto"
-
-
-PartSpec = Annotated[dict[str, Any], BeforeValidator(named), "a name, or {name: ..., KEY: VALUE}"]
 
 
 class Config(Section):
@@ -189,7 +194,12 @@ class Config(Section):
 def _path(key: str) -> list[str]:
     """A dotted key's steps; a part's `.name` means the part."""
     path = key.split(".")
-    return path[:-1] if path[0] in PARTS and path[1:] and path[-1] == "name" else path
+    return path[:-1] if _in_part(path[:-1]) and path[-1] == "name" else path
+
+
+def _in_part(path: list[str]) -> bool:
+    """Whether the steps lead into a part: one of the six, or the source of the evaluation."""
+    return path[:1] != [] and (path[0] in PARTS or path[:2] == ["eval", "source"])
 
 
 def _laid_over(data: dict[str, Any], overrides: Iterable[tuple[str, Any]], problems: list[str]) -> dict[str, Any]:
@@ -206,13 +216,13 @@ def _apply(data: dict[str, Any], key: str, value: Any, problems: list[str]) -> N
     place = data
     for depth, step in enumerate(path[:-1]):
         below = place.get(step)
-        below = {} if below is None else named(below) if path[0] in PARTS else below
+        below = {} if below is None else named(below) if _in_part(path[: depth + 1]) else below
         if not isinstance(below, dict):
             problems.append(f"{key}: {'.'.join(path[: depth + 1])} is {below!r}, which has no keys")
             return
         place[step] = dict(below)
         place = place[step]
-    place[path[-1]] = merge(place.get(path[-1]), value, path[0])
+    place[path[-1]] = merge(place.get(path[-1]), value, "source" if path == ["eval", "source"] else path[0])
 
 
 def _parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tuple[str, Any]]:
@@ -275,6 +285,10 @@ def resolve(
     for kind in PARTS:
         if data.get(kind) is not None:
             checked[kind] = check_part(kind, data[kind], kind, problems, elsewhere)
+    scored = data.get("eval")
+    if isinstance(scored, dict) and scored.get("source") is not None:
+        found = check_part("source", scored["source"], "eval.source", problems, elsewhere)
+        checked["eval"] = {**scored, "source": found}
     try:
         config = Config.model_validate_json(json.dumps(checked, default=str))
     except ValidationError as error:

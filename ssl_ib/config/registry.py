@@ -129,12 +129,12 @@ class Registry(Generic[T]):
         return maker.__init__ if inspect.isclass(maker) else maker
 
 
-TASKS: Registry = Registry("task", "ssl_ib.tasks", supplied=("views", "masker", "info"))
+TASKS: Registry = Registry("task", "ssl_ib.tasks", supplied=("views", "masker", "info", "source"))
 MODELS: Registry = Registry("model", "ssl_ib.models", supplied=("info",))
 CRITERIONS: Registry = Registry("criterion", "ssl_ib.criterions", supplied=("info",))
 MASKERS: Registry = Registry("masker", "ssl_ib.maskers")
 SOURCES: Registry = Registry("source", "ssl_ib.data.sources")
-VIEWS: Registry = Registry("views", "ssl_ib.data.views")
+VIEWS: Registry = Registry("views", "ssl_ib.data.views", supplied=("source",))
 
 #: By kind, in the order in which a run builds them.
 REGISTRIES: dict[str, Registry] = {r.kind: r for r in (SOURCES, VIEWS, MASKERS, TASKS, MODELS, CRITERIONS)}

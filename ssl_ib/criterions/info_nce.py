@@ -33,7 +33,7 @@ class InfoNCE(Criterion):
     symmetric:   average both directions, or let only the first view pick.
 
     Watched: `mi_nats`, log(candidates) - loss, a lower bound on the views' mutual information in nats (van den Oord et
-    al., 2018), at most log(candidates); `positive_similarity`, the mean cosine of this process's pairs.
+    al., 2018), at most `mi_ceiling`, log(candidates); `positive_similarity`, the mean cosine of this process's pairs.
     """
 
     requires = frozenset({"projection"})
@@ -58,6 +58,7 @@ class InfoNCE(Criterion):
         loss = Loss.weighted(info_nce=(value, 1.0))
         watched = {
             "mi_nats": math.log(candidates) - value.detach(),
+            "mi_ceiling": torch.full_like(value.detach(), math.log(candidates)),
             "positive_similarity": (first * second).detach().sum(dim=1).mean(),
         }
         return replace(loss, terms=loss.terms | watched)

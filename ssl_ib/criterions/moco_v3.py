@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .. import distributed
@@ -25,7 +26,8 @@ class MoCoV3(Criterion):
 
     temperature: T (0.2 for vision transformers, 1 for ResNet-50). The factor 2 T keeps the gradient's scale.
 
-    Watched: `mi_nats`, log(images of the batch) - the mean of the two directions: a lower bound in nats.
+    Watched: `mi_nats`, log(images of the batch) - the mean of the two directions: a lower bound in nats, at most
+    `mi_ceiling`, log(images of the batch).
     """
 
     requires = frozenset({"prediction", "target"})
@@ -46,5 +48,6 @@ class MoCoV3(Criterion):
             for q, k in zip(queries, keys, strict=True)
         )
         loss = Loss.weighted(info_nce=(both, 2 * self.temperature))
-        num_images = len(labels) * distributed.world_size()
-        return replace(loss, terms=loss.terms | {"mi_nats": math.log(num_images) - both.detach() / 2})
+        ceiling = math.log(len(labels) * distributed.world_size())
+        watched = {"mi_nats": ceiling - both.detach() / 2, "mi_ceiling": torch.full_like(both.detach(), ceiling)}
+        return replace(loss, terms=loss.terms | watched)

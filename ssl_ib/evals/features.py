@@ -25,9 +25,9 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Encodes every image once, without augmentation.
 
-    encode:  images [B, 3, H, W] -> representations [B, D], or anything of more dimensions, which is flattened.
+    encode:  plain views -> representations [B, D], or anything of more dimensions, which is flattened.
     samples: batches of raw images.
-    center:  raw batch (already on `device`) -> the plain, normalised view [B, 3, H, W].
+    center:  raw batch (already on `device`) -> the plain, normalised view, [B, 3, H, W] of images.
     amp:     the dtype to compute in where autocast allows; None leaves that to the autocast around the call, if any.
 
     Returns float32 features [n, D] and int64 labels [n], both on the CPU. Raises UserError where there is no image.

@@ -1,4 +1,4 @@
-"""What a run is asked while it trains: weighted kNN, representation health, held-out loss, at the end a linear probe.
+"""What a run is asked while it trains: weighted kNN, representation health, held-out loss, at the end linear probes.
 
 Nothing here moves the run: the parts are in evaluation mode and get their former modes back, and views come from
 counters of their own.
@@ -18,12 +18,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from .. import distributed, random
 from ..data.loader import ordered
-from ..data.sources.base import stratified
+from ..data.sources.base import ImageSet, stratified
 from ..run import Run
 from ..types import Batch, Progress, Sample
 from . import features, health
 from .knn import knn_top1
-from .linear import linear_top1
+from .linear import linear_distance, linear_top1
 
 #: Images from which rank, spread, alignment and uniformity are estimated.
 HEALTH_IMAGES = 2048
@@ -34,7 +34,10 @@ RAW_SIDE = 64
 
 
 class Online:
-    """Evaluates a run's encoder on its own source. `limit` bounds the images of each split (a dry run), or None."""
+    """Evaluates a run's encoder on its own source, or on that of `eval.source`.
+
+    limit: bounds the images of each split (a dry run), or None.
+    """
 
     def __init__(self, run: Run, limit: int | None = None):
         self.run, self.config, self.limit = run, run.config.eval, limit
@@ -57,22 +60,43 @@ class Online:
         """The run's precision."""
         return torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.config.precision == "bf16")
 
-    def evaluate(self, progress: Progress, final: bool = False) -> dict[str, float]:
-        """`knn/top1`, `health/*`, `held_out/*`, and where `final` asks for it `linear/top1`.
+    def evaluate(self, progress: Progress, final: bool = False, probes: bool = False) -> dict[str, float]:
+        """`knn/top1`, `health/*`, `held_out/*`, where `final` asks for it `linear/top1`, and `probe/*` of `probes`.
 
-        Without two classes there are no accuracies, without held-out images no `held_out/*`.
+        Without two classes there are no accuracies, without held-out images no `held_out/*`. `probe/<factor>` is of a
+        linear layer on the features, for each factor the images have: its accuracy where the factor is a class, its
+        mean Euclidean distance from the truth where it is a number or a vector of them.
         """
         with self.evaluating():
             metrics = self._health(progress) | self._held_out(progress)
             if self._has_labels():
                 encode, device = self.run.model.encode, self.run.device
-                train, test = (
-                    _labelled(features.extract(encode, samples, self._plain, device)) for samples in self._splits()
-                )
+                train, test = (features.extract(encode, samples, self._plain, device) for samples in self._splits())
+                if probes:
+                    metrics |= self._probes(train[0], test[0])
+                train, test = _labelled(train), _labelled(test)
                 metrics["knn/top1"] = self._knn(train, test)
                 if final and self.config.linear.enabled:
                     metrics["linear/top1"] = self._linear(train, test)
         return metrics
+
+    def _probes(self, train: Tensor, test: Tensor) -> dict[str, float]:
+        """`probe/<factor>` by features of the images that are scored, [n, D] and [m, D]."""
+        found = {}
+        for name, (known, wanted) in self._factors().items():
+            if known.is_floating_point():
+                found[f"probe/{name}"] = linear_distance(train, known, test, wanted)
+            elif self.config.linear.enabled:
+                found[f"probe/{name}"] = self._linear((train, known), (test, wanted))
+        return found
+
+    def _factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each factor of the images that are scored: of the training images and of the held-out ones."""
+        train, val = self.run.evaluated.train(), self.run.evaluated.val()
+        chosen = {name: self._chosen(name) for name in ("train", "val")}
+        return {
+            name: (values[chosen["train"]], val.factors[name][chosen["val"]]) for name, values in train.factors.items()
+        }
 
     def raw_pixels(self) -> dict[str, float]:
         """`knn/top1` on the pixels themselves: what the encoder has to beat. Empty without two classes.
@@ -87,12 +111,19 @@ class Online:
     def chance(self) -> dict[str, float]:
         """What the accuracies have to be held against: `knn/top1` of always naming the most frequent class.
 
-        `images` is the number of held-out images that are scored. Empty without two classes.
+        `images` is the number of held-out images that are scored; `probe/<factor>` is that of the training images' most
+        frequent class, or of their mean. Empty without two classes.
         """
         if not self._has_labels():
             return {}
-        labels = self.run.source.val().labels[self._chosen("val")]
-        return {"knn/top1": int(labels.bincount().max()) / len(labels), "images": len(labels)}
+        labels = self.run.evaluated.val().labels[self._chosen("val")]
+        found = {"knn/top1": int(labels.bincount().max()) / len(labels), "images": len(labels)}
+        for name, (known, wanted) in self._factors().items():
+            if known.is_floating_point():
+                found[f"probe/{name}"] = (wanted - known.mean(dim=0)).norm(dim=1).mean().item()
+            else:
+                found[f"probe/{name}"] = (wanted == known.bincount().argmax()).double().mean().item()
+        return found
 
     def collect(self, name: str, n: int, draw: int | None = None) -> Tensor:
         """The model's output `name`, of its first view, for n plain training images (or all): [n, ...].
@@ -105,9 +136,9 @@ class Online:
         else:
             index = random.shuffled(self.run.config.seed, draw, len(images))[:n]
             samples = map(images.gather, index.split(self.config.batch_size))
-        wanted = model.wanted
+        wanted, views = model.wanted, model.wanted_views
         try:
-            model.wanted = frozenset({name})
+            model.wanted, model.wanted_views = frozenset({name}), {}
             with torch.no_grad(), self.evaluating():
                 for sample in samples:
                     sample = sample.to(self.run.device)
@@ -115,14 +146,14 @@ class Online:
                     # Not through a compiled __call__, which would compile the model once more for these images.
                     found.append(model.forward(batch)[name][0])
         finally:
-            model.wanted = wanted
+            model.wanted, model.wanted_views = wanted, views
         return torch.cat(found)
 
     @torch.no_grad()
     def _held_out(self, progress: Progress) -> dict[str, float]:
         """The loss and its terms on held-out images, always the same views and masks of them, of this process alone."""
         run, images, sums, batches = self.run, self.run.source.val(), {}, 0
-        if images is None or not len(images):
+        if images is None or not len(images) or not run.criterion.held_out:
             return {}
         # What a criterion gets at once in training.
         size = run.batch_size // run.config.accumulate
@@ -142,12 +173,12 @@ class Online:
 
     def _has_labels(self) -> bool:
         """Whether there is anything to tell apart: two classes in the training images and in the held-out ones."""
-        sets = self.run.source.train(), self.run.source.val()
+        sets = self.run.evaluated.train(), self.run.evaluated.val()
         return all(images is not None and len(images.labels[images.labels >= 0].unique()) > 1 for images in sets)
 
     def _chosen(self, split: str) -> Tensor:
         """The labelled images of the split "train" or "val" that are scored: their numbers, int64 [n]."""
-        labels = getattr(self.run.source, split)().labels
+        labels = getattr(self.run.evaluated, split)().labels
         labelled = (labels >= 0).nonzero()[:, 0]
         limit = min(filter(None, (self.limit, getattr(self.config, f"{split}_images"))), default=len(labelled))
         return labelled[stratified(labels[labelled], limit)]
@@ -155,18 +186,24 @@ class Online:
     def _splits(self) -> Iterator[Iterator[Sample]]:
         """The images of the training and of the held-out split that are scored, in batches."""
         for name in ("train", "val"):
-            images = getattr(self.run.source, name)()
+            images = getattr(self.run.evaluated, name)()
             yield map(images.gather, self._chosen(name).split(self.config.batch_size))
 
     def _samples(self, images, limit: int | None) -> Iterator[Sample]:
         return ordered(images, self.config.batch_size, limit)
 
     def _plain(self, sample: Sample) -> Tensor:
-        return self.run.views.center(sample.images, sample.extra.get("size"))
+        return self.run.views.center(sample)
+
+    def _plain_shape(self, images: ImageSet) -> tuple[int, ...]:
+        """The shape of a plain view of these images, without the batch."""
+        return tuple(self._plain(images.gather(torch.zeros(1, dtype=torch.int64)).to(self.run.device)).shape[1:])
 
     def _small(self, sample: Sample) -> Tensor:
         images = self._plain(sample)
-        return adaptive_avg_pool2d(images, RAW_SIDE) if images.shape[-1] > RAW_SIDE else images
+        if images.shape[-1] <= RAW_SIDE:
+            return images
+        return adaptive_avg_pool2d(images.flatten(1, -3), RAW_SIDE)
 
     def _knn(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
         return knn_top1(*train, *test, k=self.config.knn_k, temperature=self.config.knn_temperature)
@@ -176,19 +213,19 @@ class Online:
         return linear_top1(*train, *test, **probe, seed=self.run.config.seed)
 
     def _health(self, progress: Progress) -> dict[str, float]:
-        """Rank and spread of the plain features; alignment and uniformity of two views, where views are images."""
+        """Rank and spread of the plain features; alignment and uniformity of two views that are like the plain one."""
         held_out = self.run.source.val()
         images = self.run.source.train() if held_out is None or not len(held_out) else held_out
         limit = min(filter(None, (self.limit, HEALTH_IMAGES)))
         plain, _ = features.extract(self.run.model.encode, self._samples(images, limit), self._plain, self.run.device)
         metrics = {"health/rankme": health.rankme(plain), "health/std": health.dimension_std(plain)}
         shapes = self.run.views.shapes
-        if len(shapes) >= 2 and len(shapes[0]) == 3 and shapes[0] == shapes[1]:
+        if len(shapes) >= 2 and shapes[0] == shapes[1] == self._plain_shape(images):
             # An epoch that training never has, so that every evaluation draws the same views.
             fixed = replace(progress, epoch=-1)
 
             def pair(sample: Sample) -> Tensor:
-                return torch.cat(self.run.task.prepare(sample, fixed).views[:2])
+                return torch.cat([view[: len(sample)] for view in self.run.task.prepare(sample, fixed).views[:2]])
 
             def encode(views: Tensor) -> Tensor:
                 return torch.cat(self.run.model.encode(views).chunk(2), dim=1)

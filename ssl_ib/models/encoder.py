@@ -47,8 +47,9 @@ class Encoder(nn.Module):
         positions: Literal["learned", "sincos"] = "learned",
     ):
         super().__init__()
-        channels, height, width = shape
         self.name, self.pool = name, pool
+        channels, height, width = self._image(shape)
+        self.channels = channels
         self.arguments = {"num_classes": 0, "in_chans": channels, **arguments}
         self.backbone = self._create(height, width)
         self.is_vit = (
@@ -111,9 +112,20 @@ class Encoder(nn.Module):
             "the views (views.size, and views.local_size of local crops)"
         )
 
+    def _image(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """The shape, where it is an image's. Raises UserError where it is not."""
+        if len(shape) != 3:
+            raise UserError(f"backbone {self.name!r} reads views [C, H, W], and this one is {list(shape)}")
+        return shape
+
     @torch.no_grad()
-    def check(self, shape: tuple[int, int, int]) -> None:
-        """Raises UserError where the backbone cannot read a view of shape [C, H, W]."""
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises UserError where the backbone cannot read a view of this shape."""
+        self._image(shape)
+        if shape[0] != self.channels:
+            raise UserError(
+                f"backbone {self.name!r} reads views of {self.channels} channels, and this one has {shape[0]}"
+            )
         if self.is_vit:
             self.grid(shape)
             return
@@ -143,7 +155,7 @@ class Encoder(nn.Module):
 
         Raises UserError where the patches do not divide the view.
         """
-        if not self.is_vit:
+        if not self.is_vit or len(shape) != 3:
             return None
         _, height, width = shape
         if height % self.patch_size or width % self.patch_size:

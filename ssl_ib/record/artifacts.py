@@ -102,11 +102,11 @@ def finish(
     draw_attention(run, evaluating, folder / "attention.png")
     for part in parts(run.task, run.model, run.criterion):
         part.draw(folder)
-    lines = []
-    description = of_run(run)
-    if description is not None:
-        save_backbone(run.model.backbone, description, out)
-        lines.append("the encoder, with timm alone:\n" + snippet(out).rstrip())
+    lines, exports = [], run.model.exports()
+    for name, description in of_run(run).items():
+        save_backbone(exports[name][0], description, out, name)
+        which = "the encoder" if len(exports) == 1 else f"the encoder {name}"
+        lines.append(f"{which}, with timm alone:\n" + snippet(out, name).rstrip())
     write_results(out, results)
     return [*lines, *summary(out, results)]
 
@@ -155,18 +155,21 @@ def draw_views(run: Run, evaluating: Evaluating, path: Path) -> None:
     sample, names = _sample(run)
     with evaluating():
         batch = run.task.prepare(sample, Progress(0, -1, 1, 1, run.config.seed))
-        if any(view.ndim != 4 or view.shape[1] != 3 for view in batch.views):
+        views = [run.views.show(view, number) for number, view in enumerate(batch.views)]
+        if any(view is None for view in views):
             return
         pixels = run.criterion.pixels(run.model(batch), batch)
     grids = [run.model.grid(tuple(view.shape[1:])) for view in batch.views]
     images = None
     if pixels is not None:
         images = [
-            run.views.denormalize(figures.unpatchify(patches.float(), grid)).cpu().unflatten(0, (len(sample), -1))
-            for patches, grid in zip(pixels, grids, strict=True)
+            run.views.show(figures.unpatchify(patches.float(), grid, batch.views[number].shape[1]), number)
+            .cpu()
+            .unflatten(0, (len(sample), -1))
+            for number, (patches, grid) in enumerate(zip(pixels, grids, strict=True))
         ]
     figures.reconstructions(
-        [run.views.denormalize(view).cpu() for view in batch.views],
+        [view.cpu() for view in views],
         [None if masks is None else masks.mask.cpu() for masks in batch.masks],
         images,
         patch=batch.views[0].shape[-1] // grids[0][1] if grids[0] else 1,
@@ -185,10 +188,13 @@ def draw_attention(run: Run, evaluating: Evaluating, path: Path) -> None:
     if not has_class_attention(backbone):
         return
     sample, names = _sample(run)
-    images = run.views.center(sample.images, sample.extra.get("size"))
+    images = run.views.center(sample)
+    shown = run.views.show(images, None)
+    if shown is None:
+        return
     with evaluating():
         maps = class_attention(backbone, images)
-    figures.attention(run.views.denormalize(images).cpu(), maps.cpu(), path, SHOWN, names)
+    figures.attention(shown.cpu(), maps.cpu(), path, SHOWN, names)
 
 
 def summary(out: Path, results: dict[str, Any]) -> list[str]:
@@ -212,6 +218,10 @@ def summary(out: Path, results: dict[str, Any]) -> list[str]:
     shown = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items() if v is not None)
     probe = results["trained"].get("linear/top1")
     linear = "" if probe is None else f" | linear trained {probe:.4f}"
+    for key in (key for key in results["trained"] if key.startswith("probe/")):
+        known = {name: results.get(name, {}).get(key) for name in ("chance", "untrained", "trained")}
+        values = ", ".join(f"{'constant' if k == 'chance' else k} {v:.4f}" for k, v in known.items() if v is not None)
+        lines.append(f"{key}: {values}")
     return [*lines, f"kNN top-1: {shown}{linear} | {ending}"]
 
 

@@ -3,7 +3,8 @@
 A folder holds `backbone.safetensors` (the state_dict) and `backbone.json`:
     {"model": timm's name, "arguments": {...}, "mean": [...], "std": [...], "preprocessing": {...}, "ssl_ib": version}
 and "stem": "cifar" where the stem of a ResNet was exchanged (see `create`), which takes two lines more. A checkpoint
-has the same under `backbone`, with the "prefix" of the encoder's names among its `parts`.
+has the same under `backbones`, by name, with the "prefix" of the encoder's names among its `parts`. A model with
+several encoders leaves such a pair of files of each, under names of their own.
 
 The preprocessing is that of the evaluated view (`Views.center`): the image is shrunk until its longer side has at most
 `max_side` pixels (null: as it is), its shorter side is resized to size / crop_ratio by `interpolation`, and size x size
@@ -23,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..data.views import Views
 from ..errors import UserError
 from ..run import Run
 from .files import replace
 
-_WEIGHTS, _DESCRIPTION = "backbone.safetensors", "backbone.json"
-
+#: The name of the encoder of a model that has one.
+MAIN = "backbone"
 
 #: What `create` does for a stem of small images, as a reader without this package would.
 _CIFAR_STEM = (
@@ -88,35 +88,32 @@ def describe(
         raise UserError(f"backbone {name!r}: expected arguments fit for JSON, got {arguments!r} ({error})") from None
 
 
-def of_run(run: Run) -> dict[str, Any] | None:
-    """The description of a run's encoder, or None where its model exports none."""
-    exported = run.model.export()
-    if exported is None:
-        return None
-    preprocessing = None
-    if getattr(type(run.views), "center", None) is Views.center:
-        first = run.views.augments[0]
-        preprocessing = {
-            "size": first.size,
-            "crop_ratio": run.views.crop_ratio,
-            "interpolation": first.interpolation,
-            "max_side": getattr(run.source, "max_side", None),
-        }
-    return describe(*exported, run.source.statistics(), preprocessing)
+def of_run(run: Run) -> dict[str, dict[str, Any]]:
+    """The descriptions of the encoders that a run's model exports, by name."""
+    preprocessing = run.views.preprocessing
+    if preprocessing is not None:
+        preprocessing = {**preprocessing, "max_side": getattr(run.source, "max_side", None)}
+    return {
+        name: describe(model, arguments, run.views.statistics, preprocessing)
+        for name, (_, model, arguments) in run.model.exports().items()
+    }
 
 
-def in_checkpoint(run: Run) -> dict[str, Any] | None:
-    """`of_run`, with the `prefix` of the encoder's names among a checkpoint's `parts`; None where it is not there."""
-    description = of_run(run)
-    names = (name for name, module in run.model.named_modules(prefix="model") if module is run.model.backbone)
-    prefix = None if description is None else next(names, None)
-    return None if prefix is None else {**description, "prefix": f"{prefix}."}
+def in_checkpoint(run: Run) -> dict[str, dict[str, Any]]:
+    """`of_run`, each with the `prefix` of the encoder's names among a checkpoint's `parts`; those that are there."""
+    exports, found = run.model.exports(), {}
+    for name, description in of_run(run).items():
+        names = (key for key, module in run.model.named_modules(prefix="model") if module is exports[name][0])
+        prefix = next(names, None)
+        if prefix is not None:
+            found[name] = {**description, "prefix": f"{prefix}."}
+    return found
 
 
-def save_backbone(module: nn.Module, description: dict[str, Any], folder: Path | str) -> Path:
+def save_backbone(module: nn.Module, description: dict[str, Any], folder: Path | str, name: str = MAIN) -> Path:
     """Writes a backbone and what `describe` said of it to `folder`, and returns the path of the weights.
 
-    A reader never meets a half-written file.
+    name: of the files, without their endings. A reader never meets a half-written file.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,15 +122,21 @@ def save_backbone(module: nn.Module, description: dict[str, Any], folder: Path |
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in module.state_dict().items()
     }
-    replace(folder / _WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    replace(folder / _DESCRIPTION, json.dumps(description, indent=2) + "\n")
-    return folder / _WEIGHTS
+    description_file, weights = files(folder, name)
+    replace(weights, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    replace(description_file, json.dumps(description, indent=2) + "\n")
+    return weights
 
 
-def snippet(folder: Path | str) -> str:
-    """A few lines of Python that rebuild the backbone in `folder` with timm alone, as `model`."""
-    description, weights = (str(Path(folder) / name) for name in (_DESCRIPTION, _WEIGHTS))
-    if (Path(folder) / _DESCRIPTION).is_file() and "stem" in json.loads((Path(folder) / _DESCRIPTION).read_text()):
+def files(folder: Path | str, name: str = MAIN) -> tuple[Path, Path]:
+    """The files of a backbone in `folder`: its description and its weights."""
+    return Path(folder) / f"{name}.json", Path(folder) / f"{name}.safetensors"
+
+
+def snippet(folder: Path | str, name: str = MAIN) -> str:
+    """A few lines of Python that rebuild a backbone in `folder` with timm alone, as `model`."""
+    description, weights = map(str, files(folder, name))
+    if Path(description).is_file() and "stem" in json.loads(Path(description).read_text()):
         return (
             "import json, timm, torch, safetensors.torch\n"
             f"saved = json.load(open({description!r}))\n"
@@ -159,13 +162,13 @@ def rebuild(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
-def read(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the state_dict saved in `folder`. Raises UserError where there is none."""
-    folder = Path(folder)
-    missing = [name for name in (_DESCRIPTION, _WEIGHTS) if not (folder / name).is_file()]
+def read(folder: Path | str, name: str = MAIN) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the state_dict saved in `folder` under a name. Raises UserError where there is none."""
+    description, weights = files(folder, name)
+    missing = [file.name for file in (description, weights) if not file.is_file()]
     if missing:
         raise UserError(f"{folder}: expected a saved backbone, found no {' and no '.join(missing)}")
-    return json.loads((folder / _DESCRIPTION).read_text()), safetensors.torch.load_file(folder / _WEIGHTS)
+    return json.loads(description.read_text()), safetensors.torch.load_file(weights)
 
 
 def load_backbone(folder: Path | str) -> nn.Module:

@@ -221,16 +221,18 @@ def hide(images: Tensor, mask: Tensor, patch: int) -> Tensor:
     return images.masked_fill(hidden, _GREY)
 
 
-def unpatchify(pred: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Puts patches together: [B, L, p * p * 3] -> images [B, 3, rows * p, columns * p], with grid = (rows, columns).
+def unpatchify(pred: Tensor, grid: tuple[int, int], channels: int = 3) -> Tensor:
+    """Puts patches together: [B, L, p * p * C] -> images [B, C, rows * p, columns * p], with grid = (rows, columns).
 
     In MAE's order: patches row-major; within a patch row, column, channel, the channel running fastest.
     """
     rows, columns = grid
     batch, num_patches, numbers = pred.shape
-    p = math.isqrt(numbers // 3)
-    assert num_patches == rows * columns and numbers == 3 * p * p, f"{tuple(pred.shape)} is no {rows} x {columns} grid"
-    return pred.view(batch, rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, rows * p, columns * p)
+    p = math.isqrt(numbers // channels)
+    fits = num_patches == rows * columns and numbers == channels * p * p
+    assert fits, f"{tuple(pred.shape)} is no {rows} x {columns} grid"
+    patches = pred.view(batch, rows, columns, p, p, channels)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * p, columns * p)
 
 
 def chart(width: float, height: float) -> Figure:

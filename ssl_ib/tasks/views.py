@@ -57,4 +57,4 @@ class ViewsTask(Task):
             None if self.masker is None else self.masker(keys(MASK + v, mask_epoch).to(device), grid)
             for v, grid in enumerate(self.grids)
         ]
-        return Batch(drawn, masks, sample.index.to(device), sample.label)
+        return Batch(drawn, masks, sample.index.to(device), sample.label, sample.factors)

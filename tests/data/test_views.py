@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from ssl_ib import UserError, random
 from ssl_ib.config.registry import VIEWS, build_part, check_part, describe
-from ssl_ib.data.views import Augment, Views, colour
+from ssl_ib.data.views import Augment, Crops, colour
 from ssl_ib.types import Sample
 
 STRONG = {"jitter": (0.4, 0.4, 0.2, 0.1), "grey_p": 0.2, "blur_p": 0.5, "solarise_p": 0.2, "interpolation": "bicubic"}
@@ -25,7 +25,7 @@ def keys(n: int, view: int = 0) -> torch.Tensor:
     return random.image_keys(seed=0, epoch=0, index=torch.arange(n), stream=view)
 
 
-def build(name: str, **arguments) -> Views:
+def build(name: str, **arguments) -> Crops:
     problems = []
     spec = check_part("views", {"name": name, **arguments}, "views", problems)
     assert not problems, problems
@@ -216,47 +216,48 @@ def sample(b: int, **extra) -> Sample:
     return Sample(pixels(b), torch.arange(b), torch.full((b,), -1), extra)
 
 
-def test_draw_normalises_and_denormalize_undoes_it():
-    views, drawn_keys = Views([Augment(16, **STRONG), Augment(8)]), [keys(6, 0), keys(6, 1)]
+def test_draw_normalises_and_show_undoes_it():
+    views, drawn_keys = Crops([Augment(16, **STRONG), Augment(8)]), [keys(6, 0), keys(6, 1)]
     raw = views.draw(sample(6), drawn_keys)
     assert views.shapes == ((3, 16, 16), (3, 8, 8))
     assert [view.shape[1:] for view in raw] == list(views.shapes)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     views.normalize(mean, std)
-    for view, before in zip(views.draw(sample(6), drawn_keys), raw, strict=True):
+    assert views.statistics == (pytest.approx(mean), pytest.approx(std))
+    for number, (view, before) in enumerate(zip(views.draw(sample(6), drawn_keys), raw, strict=True)):
         torch.testing.assert_close(view, tv.normalize(before, mean, std))
-        torch.testing.assert_close(views.denormalize(view), before, atol=1e-6, rtol=0)
+        torch.testing.assert_close(views.show(view, number), before, atol=1e-6, rtol=0)
 
 
 def test_draw_reads_the_sizes_of_padded_images():
     sizes = torch.tensor([[24, 30], [10, 12]])
     augment = Augment(16)
-    [view] = Views([augment]).draw(sample(2, size=sizes), [keys(2)])
+    [view] = Crops([augment]).draw(sample(2, size=sizes), [keys(2)])
     assert torch.equal(view, augment(pixels(2), keys(2), sizes))
     assert not torch.equal(view[1], augment(pixels(2), keys(2))[1])
 
 
-@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,)), ((0.5,) * 3, (0.5, 0.0, 0.5))])
-def test_normalize_wants_three_channels_and_positive_deviations(mean, std):
-    with pytest.raises(UserError, match="3 channels"):
-        Views([Augment(16)]).normalize(mean, std)
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,) * 3), ((), ()), ((0.5,) * 3, (0.5, 0.0, 0.5))])
+def test_normalize_wants_both_of_each_channel_and_positive_deviations(mean, std):
+    with pytest.raises(UserError, match="for each channel"):
+        Crops([Augment(16)]).normalize(mean, std)
 
 
 def test_center_resizes_the_shorter_side_and_cuts_the_centre():
-    views = Views([Augment(14)], crop_ratio=0.875)
+    views = Crops([Augment(14)], crop_ratio=0.875)
     resized = tv.resize(pixels(4) / 255, [16], antialias=True)
-    torch.testing.assert_close(views.center(pixels(4)), tv.center_crop(resized, [14, 14]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(views.center(sample(4)), tv.center_crop(resized, [14, 14]), atol=1e-5, rtol=0)
     sizes = torch.tensor([[24, 30], [9, 20], [12, 7], [5, 5]])
     for i, (height, width) in enumerate(sizes.tolist()):
-        alone = views.center(pixels(4)[i : i + 1, :, :height, :width])
-        torch.testing.assert_close(views.center(pixels(4), sizes)[i : i + 1], alone, atol=1e-5, rtol=0)
+        alone = views.center(Sample.unlabelled(pixels(4)[i : i + 1, :, :height, :width]))
+        torch.testing.assert_close(views.center(sample(4, size=sizes))[i : i + 1], alone, atol=1e-5, rtol=0)
 
 
 def test_center_leaves_images_of_the_views_size_as_they_are():
     images = pixels(3, 24, 24)
     for interpolation in ("bilinear", "bicubic"):
-        views = Views([Augment(24, interpolation=interpolation)])
-        torch.testing.assert_close(views.center(images), images / 255, atol=1e-7, rtol=0)
+        views = Crops([Augment(24, interpolation=interpolation)])
+        torch.testing.assert_close(views.center(Sample.unlabelled(images)), images / 255, atol=1e-7, rtol=0)
 
 
 # --- recipes ---

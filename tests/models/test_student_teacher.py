@@ -353,7 +353,7 @@ def test_collecting_from_the_teacher_runs_no_student():
     sample = trainer.images.gather(order[:5])
     with torch.no_grad():
         encoder, head = model.eval().teacher.networks
-        expected = head(encoder(trainer.run.views.center(sample.images))[1])
+        expected = head(encoder(trainer.run.views.center(sample))[1])
     torch.testing.assert_close(found[:5], expected)
     assert not torch.equal(trainer.context().collect("teacher", 5, 4), found[:5])
     assert torch.equal(trainer.context().collect("teacher", 5, 3), found[:5])

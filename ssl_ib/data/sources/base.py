@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -33,11 +34,14 @@ class ImageSet(ABC):
 
     labels:    int64 [n], -1 where unknown; on the CPU.
     classes:   the labels' names; label k is `classes[k]`.
+    factors:   what is known of how the images came about, by name: int64 [n] for classes, float32 [n, d] for numbers.
+               Linear probes read them off the representation. For sets of which every image can be read.
     in_memory: whether every image is decoded already; `gather` is then a mere indexing.
     max_unreadable: the share of the images that may be unreadable, in [0, 1); one may be in any case, but not at 0.
     """
 
     in_memory: ClassVar[bool]
+    factors: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, labels: Tensor, classes: Sequence[str], max_unreadable: float = MAX_UNREADABLE):
         self.labels, self.classes, self.max_unreadable = labels, list(classes), max_unreadable
@@ -59,6 +63,12 @@ class ImageSet(ABC):
         unreadable image is replaced by the next readable one, with that one's number and label. Raises UserError
         where more than `max_unreadable` of the set has turned out to be unreadable.
         """
+
+    def sample(self, images: Tensor, sizes: Tensor, index: Tensor) -> Sample:
+        """The images numbered `index` with what is known of each; sizes int64 [B, 2] of (height, width)."""
+        extra = {"size": sizes} if bool((sizes != sizes[:1]).any()) else {}
+        factors = {name: values[index] for name, values in self.factors.items()}
+        return Sample(images, index, self.labels[index], extra, factors)
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The set with its images on `device`, if it is held in memory and fits there; else the set itself."""
@@ -82,11 +92,6 @@ class ImageSet(ABC):
                 f"source.max_unreadable: {count} of {total} images cannot be read ({count / total:.1%}), and at most "
                 f"{100 * self.max_unreadable:g}% may be left out: {first}{'; ...' if count > 3 else ''}"
             )
-
-
-def _sample(images: Tensor, sizes: Tensor, index: Tensor, label: Tensor) -> Sample:
-    differ = bool((sizes != sizes[:1]).any())
-    return Sample(images, index, label, {"size": sizes} if differ else {})
 
 
 class InMemory(ImageSet):
@@ -115,7 +120,7 @@ class InMemory(ImageSet):
         height, width = sizes.amax(dim=0).tolist()
         device = self.images.device
         images = self.images[:, :, :height, :width].index_select(0, index.to(device))
-        return _sample(images, sizes, index, self.labels[index]).to(device)
+        return self.sample(images, sizes, index).to(device)
 
     def to(self, device: torch.device | str) -> InMemory:
         device = torch.device(device)
@@ -174,7 +179,7 @@ class Streamed(ImageSet):
         if any(image is None for _, image, _ in found):
             return None, unreadable
         index = torch.tensor([number for number, _, _ in found], dtype=torch.int64)
-        return _sample(*pack(image for _, image, _ in found), index, self.labels[index]), unreadable
+        return self.sample(*pack(image for _, image, _ in found), index), unreadable
 
     def _nearest_readable(self, number: int) -> tuple[int, Tensor | None, list[Unreadable]]:
         """The first readable image from `number` on, its number, and the unreadable files before it."""

@@ -2,5 +2,6 @@
 
 from . import recipes as recipes
 from .augment import Augment as Augment
+from .augment import Crops as Crops
 from .augment import Parameters as Parameters
-from .augment import Views as Views
+from .base import Views as Views

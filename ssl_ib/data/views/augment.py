@@ -1,4 +1,4 @@
-"""How a view is drawn from an image: `Augment` is one view's distribution, `Views` all views of a recipe.
+"""How a view is drawn from an image: `Augment` is one view's distribution, `Crops` all views of a recipe.
 
 A view is drawn in two acts. First its parameters, a few numbers an image, on the CPU: they are functions of the image's
 key alone, come out alike wherever the pixels are, and tell which images an operation applies to without waiting for
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from ... import random
 from ...errors import UserError
 from ...types import Sample
 from . import colour, resample
+from .base import Views
+
+Operation = Literal["jitter", "grey", "blur", "solarise"]
 
 # A stream an operation, so that its draw does not depend on which other operations are on.
 _CROP, _FLIP, _JITTER, _ORDER, _GREY, _BLUR, _SOLARISE = range(7)
@@ -49,7 +52,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Augment:
-    """The distribution of one view: crop, flip, colour jitter, grey, blur, solarise, in this order.
+    """The distribution of one view: a crop, a flip, and then the operations in the order of `operations`.
 
     size:       pixels of a side of the view.
     scale:      range of the crop's share of the image's area, within (0, 1].
@@ -61,6 +64,7 @@ class Augment:
     blur_p:     probability of a Gaussian blur with sigma uniform in blur_sigma, in pixels of the view. Its kernel spans
                 about a tenth of the view: 23 pixels at 224, 3 at 32.
     solarise_p: probability of inverting the pixels above one half.
+    operations: what is done after the flip, and in which order; one that is left out is not done.
 
     Raises UserError where a number is out of its range.
     """
@@ -76,6 +80,7 @@ class Augment:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarise_p: float = 0.0
     interpolation: resample.Interpolation = "bilinear"
+    operations: tuple[Operation, ...] = get_args(Operation)
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -89,6 +94,9 @@ class Augment:
         for name in ("flip", "jitter_p", "grey_p", "blur_p", "solarise_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: expected a probability, got {getattr(self, name)}")
+        known = get_args(Operation)
+        if not set(self.operations) <= set(known) or len(set(self.operations)) < len(self.operations):
+            raise UserError(f"operations: expected some of {', '.join(known)}, each once, got {list(self.operations)}")
 
     @property
     def blur_radius(self) -> int:
@@ -121,14 +129,25 @@ class Augment:
     def apply(self, images: Tensor, drawn: Parameters) -> Tensor:
         """Makes the view: images uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1]."""
         view = resample.resized_crop(images, drawn.boxes, self.size, drawn.flip, self.interpolation).clamp_(0.0, 1.0)
+        for operation in self.operations:
+            view = getattr(self, f"_{operation}")(view, drawn)
+        return view
+
+    def _jitter(self, view: Tensor, drawn: Parameters) -> Tensor:
         if self.jitter_p and any(self.jitter):
-            view = colour.colour_jitter(view, drawn.factors, drawn.order)
-        _on_rows(view, drawn.grey, colour.greyscale)
+            return colour.colour_jitter(view, drawn.factors, drawn.order)
+        return view
+
+    def _grey(self, view: Tensor, drawn: Parameters) -> Tensor:
+        return _on_rows(view, drawn.grey, colour.greyscale)
+
+    def _blur(self, view: Tensor, drawn: Parameters) -> Tensor:
         blurred = drawn.sigma > 0
         sigma = drawn.sigma[blurred]
-        _on_rows(view, blurred, lambda x: resample.gaussian_blur(x, sigma, self.blur_radius).clamp_(0.0, 1.0))
-        _on_rows(view, drawn.solarise, colour.solarise)
-        return view
+        return _on_rows(view, blurred, lambda x: resample.gaussian_blur(x, sigma, self.blur_radius).clamp_(0.0, 1.0))
+
+    def _solarise(self, view: Tensor, drawn: Parameters) -> Tensor:
+        return _on_rows(view, drawn.solarise, colour.solarise)
 
     def __call__(self, images: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
         """One view an image: uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1].
@@ -146,65 +165,64 @@ def _chance(keys: Tensor, stream: int, probability: float) -> Tensor:
     return random.uniform(random.fold(keys, stream), 1)[:, 0] < probability
 
 
-def _on_rows(images: Tensor, chosen: Tensor, operation: Callable[[Tensor], Tensor]) -> None:
-    """Applies an operation in place to the images chosen (bool [B], on the CPU), and spends nothing on the others."""
+def _on_rows(images: Tensor, chosen: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Applies an operation in place to the images chosen (bool [B], on the CPU), and spends nothing on the others.
+
+    Returns the images.
+    """
     rows = chosen.nonzero()[:, 0]
     if len(rows):
         rows = rows.to(images.device)
         images[rows] = operation(images[rows])
+    return images
 
 
-class Views:
-    """The views of a recipe, drawn in batch, and the plain view that is evaluated.
+class Crops(Views):
+    """Views that are each cut from the image and changed by chance; the plain one is cut from its centre.
 
     augments:   one distribution a view.
-    crop_ratio: the evaluation view's size over the side that the shorter side of the image is resized to, in (0, 1].
+    crop_ratio: the plain view's size over the side that the shorter side of the image is resized to, in (0, 1].
     num_global: how many of the views, the first ones, are global crops (default: all), which a teacher may see.
     """
 
-    registry_kind: ClassVar[str] = "views"
-
     def __init__(self, augments: Sequence[Augment], crop_ratio: float = 1.0, num_global: int | None = None):
+        super().__init__()
         self.augments, self.crop_ratio = list(augments), crop_ratio
         self.num_global = len(self.augments) if num_global is None else num_global
-        self._mean, self._std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """[C, H, W] of each view."""
         return tuple((3, augment.size, augment.size) for augment in self.augments)
 
-    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Sets what views are normalised with, channel by channel, for pixels in [0, 1]; until then they are not."""
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise UserError(f"expected a mean and a positive std for each of 3 channels, got {mean} and {std}")
-        self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-        self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
-
     def draw(self, sample: Sample, keys: list[Tensor]) -> list[Tensor]:
-        """One view of each augment: keys, an int64 [B] a view -> normalised float32 [B, 3, h, w] a view.
-
-        Reads `sample.extra["size"]` where images are padded. See `Augment.__call__`.
-        """
+        """Reads `sample.extra["size"]` where images are padded. See `Augment.__call__`."""
         sizes = sample.extra.get("size")
         drawn = zip(self.augments, keys, strict=True)
         return [self._normalised(augment(sample.images, key, sizes)) for augment, key in drawn]
 
-    def center(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """The view that is evaluated: the first view's size, cut from the centre, without chance; normalised.
-
-        The shorter side is resized to size / crop_ratio, so that images of the view's size stay as they are at a
-        crop_ratio of 1. images: uint8 [B, 3, H, W]; sizes: int64 [B, 2] where they are padded. Returns float32
-        [B, 3, h, w].
-        """
+    def center(self, sample: Sample) -> Tensor:
+        """Of the first view's size: the shorter side of the image is resized to size / crop_ratio, so that images of
+        the view's size stay as they are at a crop_ratio of 1. uint8 [B, 3, H, W] -> float32 [B, 3, h, w]."""
         size, interpolation = self.augments[0].size, self.augments[0].interpolation
-        sizes = resample.full_sizes(images) if sizes is None else sizes
-        view = resample.centre_crop(images, sizes, round(size / self.crop_ratio), size, interpolation)
-        return self._normalised(view.clamp_(0.0, 1.0))
+        return self._normalised(plain_crop(sample, size, self.crop_ratio, interpolation))
 
-    def denormalize(self, views: Tensor) -> Tensor:
-        """Normalised views [..., 3, h, w] back to [0, 1], for figures."""
-        return (views * self._std.to(views.device) + self._mean.to(views.device)).clamp_(0.0, 1.0)
+    @property
+    def preprocessing(self) -> dict[str, Any] | None:
+        if type(self).center is not Crops.center:
+            return None
+        first = self.augments[0]
+        return {"size": first.size, "crop_ratio": self.crop_ratio, "interpolation": first.interpolation}
 
     def _normalised(self, views: Tensor) -> Tensor:
         return views.sub_(self._mean.to(views.device)).div_(self._std.to(views.device))
+
+
+def plain_crop(sample: Sample, size: int, crop_ratio: float, interpolation: resample.Interpolation) -> Tensor:
+    """The centre of each image: its shorter side is resized to size / crop_ratio, and size x size pixels are cut out.
+
+    Images uint8 [B, 3, H, W], padded where there is `extra["size"]` -> float32 [B, 3, size, size] in [0, 1].
+    """
+    sizes = sample.extra.get("size")
+    sizes = resample.full_sizes(sample.images) if sizes is None else sizes
+    view = resample.centre_crop(sample.images, sizes, round(size / crop_ratio), size, interpolation)
+    return view.clamp_(0.0, 1.0)

@@ -15,7 +15,7 @@ from annotated_types import Interval
 from ...config.hints import Count, NonNegative, PositiveInt, Probability
 from ...config.registry import register_views
 from ...errors import UserError
-from .augment import Augment, Views
+from .augment import Augment, Crops
 from .resample import Interpolation
 
 Share = Annotated[float, Interval(gt=0, le=1)]
@@ -35,7 +35,7 @@ def _two_views(
     crop_ratio: float,
     interpolation: Interpolation,
     flip: float = 0.5,
-) -> Views:
+) -> Crops:
     augments = [
         Augment(
             size,
@@ -50,7 +50,7 @@ def _two_views(
         )
         for blur, solarise in zip(blur_p, solarise_p, strict=True)
     ]
-    return Views(augments, crop_ratio)
+    return Crops(augments, crop_ratio)
 
 
 @register_views("simclr")
@@ -64,7 +64,7 @@ def simclr(
     crop_ratio: Share = 0.875,
     interpolation: Interpolation = "bicubic",
     flip: Probability = 0.5,
-) -> Views:
+) -> Crops:
     """Two views alike: strong colour jitter (.8, .8, .8, .2), grey, blur (Chen et al., SimCLR, appendix A)."""
     jitter, blur, never = (0.8, 0.8, 0.8, 0.2), (blur_p, blur_p), (0.0, 0.0)
     return _two_views(size, scale, jitter, strength, jitter_p, grey_p, blur, never, crop_ratio, interpolation, flip)
@@ -80,7 +80,7 @@ def simclr_cifar(
     crop_ratio: Share = 1.0,
     interpolation: Interpolation = "bicubic",
     flip: Probability = 0.5,
-) -> Views:
+) -> Crops:
     """SimCLR's views of small images: half the jitter, no blur (SimCLR, appendix B.9)."""
     return simclr(size, scale, strength, jitter_p, grey_p, 0.0, crop_ratio, interpolation, flip)
 
@@ -95,7 +95,7 @@ def moco_v2(
     blur_p: Probability = 0.5,
     crop_ratio: Share = 0.875,
     interpolation: Interpolation = "bilinear",
-) -> Views:
+) -> Crops:
     """Two views alike: jitter (.4, .4, .4, .1), grey, blur (Chen et al., MoCo v2)."""
     jitter, blur, never = (0.4, 0.4, 0.4, 0.1), (blur_p, blur_p), (0.0, 0.0)
     return _two_views(size, scale, jitter, strength, jitter_p, grey_p, blur, never, crop_ratio, interpolation)
@@ -113,7 +113,7 @@ def byol(
     solarise_p: Probabilities = (0.0, 0.2),
     crop_ratio: Share = 0.875,
     interpolation: Interpolation = "bicubic",
-) -> Views:
+) -> Crops:
     """Two unlike views: the first always blurred, the second at times solarised (Grill et al., BYOL, appendix B)."""
     jitter = (0.4, 0.4, 0.2, 0.1)
     return _two_views(size, scale, jitter, strength, jitter_p, grey_p, blur_p, solarise_p, crop_ratio, interpolation)
@@ -129,7 +129,7 @@ def byol_cifar(
     solarise_p: Probabilities = (0.0, 0.2),
     crop_ratio: Share = 1.0,
     interpolation: Interpolation = "bicubic",
-) -> Views:
+) -> Crops:
     """BYOL's views of small images: no blur; the second view is still solarised at times."""
     return byol(size, scale, strength, jitter_p, grey_p, (0.0, 0.0), solarise_p, crop_ratio, interpolation)
 
@@ -145,7 +145,7 @@ def dino(
     solarise_p: Probabilities = (0.0, 0.2),
     crop_ratio: Share = 0.875,
     interpolation: Interpolation = "bicubic",
-) -> Views:
+) -> Crops:
     """DINO's two global views: BYOL's, of larger crops (Caron et al., DINO, appendix)."""
     return byol(size, scale, strength, jitter_p, grey_p, blur_p, solarise_p, crop_ratio, interpolation)
 
@@ -167,7 +167,7 @@ def multi_crop(
     crop_ratio: Share = 0.875,
     interpolation: Interpolation = "bicubic",
     flip: Probability = 0.5,
-) -> Views:
+) -> Crops:
     """Global crops, then local ones: BYOL's augmentation (Caron et al., SwAV, 2020; DINO, 2021).
 
     A teacher sees the global crops alone. Probabilities of blur and solarisation are those of the first global crop, of
@@ -188,7 +188,7 @@ def multi_crop(
     augments += [augment(local_size, local_scale, 2, "local_scale") for _ in range(num_local)]
     for number, side, *share in further_local:
         augments += [augment(side, tuple(share), 2, "further_local") for _ in range(number)]
-    return Views(augments, crop_ratio, num_global)
+    return Crops(augments, crop_ratio, num_global)
 
 
 @register_views("plain")
@@ -199,6 +199,6 @@ def plain(
     crop_ratio: Share = 0.875,
     interpolation: Interpolation = "bicubic",
     flip: Probability = 0.5,
-) -> Views:
+) -> Crops:
     """Crop and flip alone, as masked image modelling has it (He et al., MAE)."""
-    return Views([Augment(size, scale, flip=flip, interpolation=interpolation)] * num_views, crop_ratio)
+    return Crops([Augment(size, scale, flip=flip, interpolation=interpolation)] * num_views, crop_ratio)
