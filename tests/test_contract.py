@@ -121,6 +121,29 @@ def test_what_a_model_returns(instance, answer, message):
     assert message in str(caught.value)
 
 
+def test_what_nobody_reads_may_be_missing_and_a_model_may_make_views(instance):
+    model = Gives({"projection": [PROJECTION, None]})
+    model.wanted_views = {"projection": (0,)}
+    assert model.reads("projection", 0) and not model.reads("projection", 1) and not model.reads("features", 0)
+    check(instance, model)
+    model.wanted_views = {"projection": (1,)}
+    with pytest.raises(UserError, match="to be a list of 2 tensors"):
+        check(instance, model)
+    model = Gives({"projection": [PROJECTION] * 3})
+    model.counts = {"projection": 3}
+    check(instance, model)
+
+
+def test_a_task_may_add_rows(instance):
+    def batch(rows: int) -> Batch:
+        return Batch([torch.zeros(rows, 3, 16, 16)], [None], torch.arange(rows), torch.arange(rows))
+
+    for model, rows in ((Gives({"projection": [torch.zeros(16, 4)]}), 16), (Gives({"projection": [PROJECTION]}), 8)):
+        check(instance, model, task=Prepares(batch(rows)))
+    with pytest.raises(UserError, match="expected a batch of 8 images, or a multiple of that, got 12"):
+        check(instance, task=Prepares(batch(12)))
+
+
 def test_a_teacher_may_have_seen_the_global_views_alone(instance):
     for count in (1, 2):
         check(instance, Gives({"projection": [PROJECTION] * count}), num_global=1)

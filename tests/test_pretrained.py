@@ -16,6 +16,7 @@ from ssl_ib.data.loader import ordered
 from ssl_ib.evals import features
 from ssl_ib.pretrained import of_run
 from ssl_ib.record import backbone as record
+from ssl_ib.record.artifacts import finish
 
 VIT = "backbone: vit_tiny_patch16_224, backbone_args: {patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3}"
 STUDENT = (
@@ -202,3 +203,31 @@ def test_the_description_is_in_every_checkpoint():
     description = checkpoint(finished())["backbones"]["backbone"]
     assert description.pop("prefix") == "model.encoder.backbone."
     assert description == json.loads((finished() / "backbone.json").read_text())
+
+
+def test_a_model_with_two_encoders(tmp_path):
+    instance = trainer("epochs=1", "batch_size=512", out=tmp_path)
+    model = instance.run.model
+    model.twin = type(model.encoder)("resnet10t", {}, (3, 16, 16), "cls")
+    model.exports = lambda: {
+        "first": (model.backbone, *model.export()),
+        "second": (model.twin.backbone, "resnet10t", model.twin.arguments),
+    }
+    with torch.no_grad():
+        model.twin.backbone.conv1[0].weight.fill_(0.5)
+    lines = finish(
+        tmp_path,
+        instance.run,
+        [{"step": 1, "loss": 1.0}],
+        {"untrained": {}, "trained": {}, "seconds": 1.0},
+        instance.online.evaluating,
+    )
+    assert "the encoder first, with timm alone" in lines[0] and "second.json" in lines[1]
+    for source in (tmp_path, instance.save()):
+        with pytest.raises(UserError, match="holds the encoders first, second: say which, with name="):
+            ssl_ib.load(source)
+        with pytest.raises(UserError, match="and 'third' is none of them"):
+            ssl_ib.load(source, name="third")
+        assert (ssl_ib.load(source, name="second").model.conv1[0].weight == 0.5).all()
+        assert torch.equal(ssl_ib.load(source, name="first").model.pos_embed, model.backbone.pos_embed)
+    assert {*of_run(instance.run)} == {"first", "second"}

@@ -260,6 +260,28 @@ def test_center_leaves_images_of_the_views_size_as_they_are():
         torch.testing.assert_close(views.center(Sample.unlabelled(images)), images / 255, atol=1e-7, rtol=0)
 
 
+def test_operations_are_done_in_the_stated_order_and_one_left_out_is_not_done():
+    strong = {"grey_p": 1.0, "solarise_p": 1.0, "flip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    images = pixels(4, 16, 16)
+    plain = images / 255
+    luma = tv.rgb_to_grayscale(plain, 3)
+    inverted = torch.minimum(plain, 1 - plain)
+    for operations, expected in (
+        (("grey", "solarise"), torch.minimum(luma, 1 - luma)),
+        (("solarise", "grey"), tv.rgb_to_grayscale(inverted, 3)),
+        (("solarise",), inverted),
+        ((), plain),
+    ):
+        found = Augment(16, operations=operations, **strong)(images, keys(4))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("operations", [("blurr",), ("grey", "grey")])
+def test_operations_that_do_not_exist_or_come_twice(operations):
+    with pytest.raises(UserError, match="operations: expected some of jitter, .*, each once, got"):
+        Augment(16, operations=operations)
+
+
 # --- recipes ---
 
 

@@ -119,3 +119,9 @@ def test_the_few_images_with_labels_are_all_scored():
     relabel(instance.run.source.train(), list(range(10)) * 3)
     counts = [sum(len(sample) for sample in samples) for samples in Online(instance.run)._splits()]
     assert counts == [30, 359]
+
+
+def test_a_criterion_without_a_held_out_loss():
+    instance = trainer()
+    instance.run.criterion.held_out = False
+    assert held_out(instance) == {} and "health/rankme" in instance.online.evaluate(instance.progress())

@@ -155,6 +155,21 @@ def test_heads(depth, norm):
         assert not head[-1].affine
 
 
+def test_a_head_without_batch_norm_has_biases():
+    head = mlp_head(6, 5, 4, 3, last_norm=False, hidden_norm=False)
+    assert [type(m).__name__ for m in head] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    assert all(m.bias is not None for m in head[::2])
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 16, 16), (1, 16, 16)])
+def test_a_view_that_the_encoder_cannot_read(shape):
+    message = r"reads views \[C, H, W\]|reads views of 3 channels, and this one has 1|needs views with equal channels"
+    with pytest.raises(UserError, match=message):
+        siamese(info=RunInfo((SHAPE, shape), batch_size=4))
+    with pytest.raises(UserError, match=r"reads views of 3 channels|reads views \[C, H, W\]"):
+        siamese().encoder.check(shape)
+
+
 # --- what the criterion asks for --------------------------------------------------------------------------------------
 
 
