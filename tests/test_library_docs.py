@@ -97,7 +97,7 @@ def test_plugins(here, capsys):
             assert program == "ssl-ib-train" and "--plugin" in arguments
             assert main([*arguments, "--dry-run"]) == 0, capsys.readouterr().err
             passed += 1
-    assert passed == 7
+    assert passed == 8
 
 
 def test_the_notebook_is_stripped():
