@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cached_property
@@ -296,6 +297,7 @@ class Trainer:
         state = {
             "step": self.step,
             "images": len(self.images),
+            "labels": self._labels,
             "parts": self.state.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "results": self.results,
@@ -304,6 +306,11 @@ class Trainer:
             "backbones": self._backbones,
         }
         return checkpoint.save(state, self.out / "checkpoints", keep_as)
+
+    @cached_property
+    def _labels(self) -> int:
+        """A checksum of the training images' labels, by which a resumed run sees that they are the same."""
+        return zlib.crc32(self.images.labels.numpy().tobytes())
 
     @cached_property
     def _backbones(self) -> dict[str, dict[str, Any]]:
@@ -329,6 +336,8 @@ class Trainer:
             raise UserError(
                 f"--resume: the run was trained on {state['images']} images, and now there are {len(self.images)}"
             )
+        if state.get("labels", self._labels) != self._labels:
+            raise UserError("--resume: the training images have other labels, or another order, than before")
         try:
             self.state.load_state_dict(state["parts"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -245,6 +245,7 @@ def test_the_checkpoint_must_fit(tmp_path):
 
 def test_a_run_does_not_go_on_with_other_images_held_out():
     state = checkpoint(finished())
+    del state["labels"]  # Earlier versions saved none.
     fresh = trainer()
     fresh.images.labels = torch.full_like(fresh.images.labels, -1)
     with pytest.raises(UserError, match="began with labels, and now there are none: set source.labels to folders"):
@@ -253,6 +254,15 @@ def test_a_run_does_not_go_on_with_other_images_held_out():
     fresh.restore(state)
     del state["results"]["untrained"]["held_out/loss"]
     with pytest.raises(UserError, match="without held-out images, and now there are 359: set source.val_fraction to 0"):
+        fresh.restore(state)
+
+
+def test_edited_labels_of_as_many_images_are_seen():
+    state = checkpoint(finished())
+    trainer().restore(state)
+    fresh = trainer()
+    fresh.images.labels = fresh.images.labels.flip(0)
+    with pytest.raises(UserError, match="the training images have other labels, or another order"):
         fresh.restore(state)
 
 
