@@ -66,7 +66,7 @@ setup(
         "pybind11",
         "pillow",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist"], "wandb": ["wandb"]},
+    extras_require={"test": ["pytest", "pytest-xdist", "scikit-image"], "wandb": ["wandb"]},
     entry_points={
         "console_scripts": [
             "ssl-ib-train = ssl_ib.cli.train:main",

@@ -21,11 +21,12 @@ from ...errors import UserError
 from ...types import Sample
 from . import colour, resample
 from .base import Views
+from .rand_augment import Operations, RandAugment
 
-Operation = Literal["jitter", "grey", "blur", "solarise"]
+Operation = Literal["jitter", "grey", "blur", "solarise", "rand_augment"]
 
 # A stream an operation, so that its draw does not depend on which other operations are on.
-_CROP, _FLIP, _JITTER, _ORDER, _GREY, _BLUR, _SOLARISE = range(7)
+_CROP, _FLIP, _JITTER, _ORDER, _GREY, _BLUR, _SOLARISE, _RAND_AUGMENT = range(8)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Parameters:
     grey:     bool [B].
     sigma:    float32 [B], the blur's width in pixels; 0 where there is none.
     solarise: bool [B].
+    ops:      the operations of RandAugment, where the view has it.
     """
 
     boxes: Tensor
@@ -48,6 +50,7 @@ class Parameters:
     grey: Tensor
     sigma: Tensor
     solarise: Tensor
+    ops: Operations | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Augment:
                 about a tenth of the view: 23 pixels at 224, 3 at 32.
     solarise_p: probability of inverting the pixels above one half.
     operations: what is done after the flip, and in which order; one that is left out is not done.
+    rand_augment: the distribution of RandAugment's operations; None for none.
 
     Raises UserError where a number is out of its range.
     """
@@ -81,6 +85,7 @@ class Augment:
     solarise_p: float = 0.0
     interpolation: resample.Interpolation = "bilinear"
     operations: tuple[Operation, ...] = get_args(Operation)
+    rand_augment: RandAugment | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -115,6 +120,7 @@ class Augment:
             grey=_chance(keys, _GREY, self.grey_p),
             sigma=sigma * _chance(keys, _BLUR, self.blur_p),
             solarise=_chance(keys, _SOLARISE, self.solarise_p),
+            ops=None if self.rand_augment is None else self.rand_augment.draw(random.fold(keys, _RAND_AUGMENT)),
         )
 
     def _factors(self, keys: Tensor) -> Tensor:
@@ -148,6 +154,9 @@ class Augment:
 
     def _solarise(self, view: Tensor, drawn: Parameters) -> Tensor:
         return _on_rows(view, drawn.solarise, colour.solarise)
+
+    def _rand_augment(self, view: Tensor, drawn: Parameters) -> Tensor:
+        return view if drawn.ops is None else self.rand_augment.apply(view, drawn.ops)
 
     def __call__(self, images: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
         """One view an image: uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1].

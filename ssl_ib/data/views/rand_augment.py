@@ -1,0 +1,321 @@
+"""RandAugment on a batch: every image draws its own operations and strengths (Cubuk et al., 2020; timm's variant).
+
+The operations do to float images what timm's do to Pillow's images of 8 bits: an image that is changed is first rounded
+to the 256 grey levels, and every operation returns whole levels again. Drawing and changing are two acts, as in
+augment.py.
+
+Shapes: B images, n of them that one operation changes, H x W pixels, N operations an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ... import random
+from ...errors import UserError, nearest
+
+#: What each operation does at magnitude 10, in its own unit. The others, without a number, have no strength.
+STRENGTHS = {
+    "rotate": 30.0,  # degrees
+    "posterize": 4.0,  # bits that are kept: fewer at smaller magnitudes, none below 2.5
+    "solarize": 256.0,  # grey level from which pixels are inverted: at 256 none is
+    "solarize_add": 110.0,  # grey levels added to pixels below 128
+    "colour": 1.8,  # these four blend with a factor of 0.1 + this
+    "contrast": 1.8,
+    "brightness": 1.8,
+    "sharpness": 1.8,
+    "shear_x": 0.3,  # pixels a row (shear_y: a column)
+    "shear_y": 0.3,
+    "translate_x": 0.45,  # share of the width (translate_y: of the height)
+    "translate_y": 0.45,
+}
+#: The 15 operations of InfoMin and of timm, of which an image draws uniformly and with replacement.
+OPS = ("autocontrast", "equalize", "invert", *STRENGTHS)
+#: The 8 operations that CMC's variant has, which leave colours as they are: `identity` changes nothing.
+PLAIN_OPS = ("autocontrast", "identity", "rotate", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y")
+
+_SIGNED = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
+_BLENDED = {"colour", "contrast", "brightness", "sharpness"}
+_WHOLE = {"posterize", "solarize", "solarize_add"}
+_MOST = {"posterize": 8.0, "solarize": 256.0, "solarize_add": 128.0, "rotate": 180.0}
+_DRAWS = 5  # for each operation of an image: which, whether, magnitude, sign, interpolation
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What was drawn for B images; on the CPU.
+
+    op:      int64 [B, N], the number of the operation in `RandAugment.ops`; -1 where it does not fire.
+    value:   float64 [B, N], its strength in its own unit, with its sign.
+    bicubic: bool [B, N], whether a geometric operation interpolates bicubically (else bilinearly).
+    """
+
+    op: Tensor
+    value: Tensor
+    bicubic: Tensor
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """The distribution of the operations that an image draws, one after the other.
+
+    number:        operations an image (N), drawn uniformly and with replacement.
+    magnitude:     mean of the magnitude, in [0, 10]; each operation draws its own, normal, clipped to [0, 10].
+    magnitude_std: standard deviation of the magnitude.
+    op_p:          probability that a drawn operation fires.
+    ops:           names of the operations to draw from; one that stands there twice is drawn twice as often.
+    op_strengths:  what an operation does at magnitude 10, in the units of STRENGTHS, where it is not what stands there.
+    fill:          colour in [0, 1] that geometric operations put where the image has no pixels; the mean of ImageNet.
+
+    Raises UserError where a number is out of its range or a name is unknown.
+    """
+
+    number: int = 2
+    magnitude: float = 10.0
+    magnitude_std: float = 0.5
+    op_p: float = 0.5
+    ops: tuple[str, ...] = OPS
+    op_strengths: Mapping[str, float] = field(default_factory=dict)
+    fill: tuple[float, float, float] = (0.485, 0.456, 0.406)
+
+    def __post_init__(self) -> None:
+        if not self.ops:
+            raise UserError(f"ops: expected the name of an operation or several, got none{nearest('', FUNCTIONS)}")
+        for name in self.ops:
+            if name not in FUNCTIONS:
+                raise UserError(f"ops: unknown operation {name!r}{nearest(name, FUNCTIONS)}")
+        for name, strength in self.op_strengths.items():
+            if name not in STRENGTHS:
+                why = "has no strength" if name in FUNCTIONS else "is unknown"
+                raise UserError(f"op_strengths: operation {name!r} {why}{nearest(name, STRENGTHS)}")
+            most = _MOST.get(name, math.inf)
+            if not 0 <= strength <= most:
+                allowed = "of 0 or more" if most == math.inf else f"in [0, {most:g}]"
+                raise UserError(f"op_strengths: expected a strength {allowed} for {name!r}, got {strength}")
+        if self.number < 0:
+            raise UserError(f"rand_augment: expected 0 operations an image or more, got {self.number}")
+        if not 0 <= self.magnitude <= 10:
+            raise UserError(f"magnitude: expected a number in [0, 10], got {self.magnitude}")
+        if self.magnitude_std < 0:
+            raise UserError(f"magnitude_std: expected 0 or more, got {self.magnitude_std}")
+        if not 0 <= self.op_p <= 1:
+            raise UserError(f"op_p: expected a probability, got {self.op_p}")
+
+    def draw(self, keys: Tensor) -> Operations:
+        """Draws the operations of B images: keys int64 [B]."""
+        which, whether, normal, sign, bicubic = (
+            random.uniform(keys.cpu(), _DRAWS * self.number).double().view(len(keys), self.number, _DRAWS).unbind(2)
+        )
+        op = (which * len(self.ops)).long()
+        # Half a step keeps the uniform number above 0, where the normal one would be minus infinity.
+        magnitude = self.magnitude + self.magnitude_std * torch.special.ndtri(normal + 2.0**-25)
+        share = magnitude.clamp(0.0, 10.0) / 10.0
+        strength = torch.tensor([{**STRENGTHS, **self.op_strengths}.get(name, 0.0) for name in self.ops])
+        value = share * strength.double()[op]
+        value = torch.where(self._is(_WHOLE)[op], value.trunc(), value)
+        value = value + 0.1 * self._is(_BLENDED)[op]
+        value = torch.where(self._is(_SIGNED)[op] & (sign < 0.5), -value, value)
+        return Operations(torch.where(whether < self.op_p, op, -1), value, bicubic < 0.5)
+
+    def _is(self, names: set[str]) -> Tensor:
+        """Which operations are among the names: bool [number of ops]."""
+        return torch.tensor([name in names for name in self.ops])
+
+    def apply(self, images: Tensor, drawn: Operations) -> Tensor:
+        """Changes the images in place, and returns them: float32 [B, 3, H, W] in [0, 1].
+
+        An image for which nothing fires stays as it is; the others come out in multiples of 1/255.
+        """
+        fired = (drawn.op >= 0).any(1).nonzero()[:, 0]
+        if not len(fired):
+            return images
+        on_device = fired.to(images.device)
+        levels = images[on_device].mul_(255.0).round_()
+        fill = torch.tensor(self.fill, device=images.device).mul_(255.0).round_()[:, None, None]
+        # The rows of each turn lie sorted by operation, so that few small tensors have to be moved to the device.
+        op, order = drawn.op[fired].T.sort(dim=1, stable=True)
+        value = drawn.value[fired].T.gather(1, order).float().to(images.device)
+        bicubic = drawn.bicubic[fired].T.gather(1, order).to(images.device)
+        rows = order.to(images.device)
+        for turn in range(self.number):
+            numbers, counts = op[turn].unique_consecutive(return_counts=True)
+            start = 0
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                part, start = slice(start, start + count), start + count
+                if number >= 0:
+                    chosen, function = rows[turn, part], FUNCTIONS[self.ops[number]]
+                    levels[chosen] = function(levels[chosen], value[turn, part], bicubic[turn, part], fill)
+        images[on_device] = levels.div_(255.0)
+        return images
+
+
+# Each operation below takes levels, float32 [n, 3, H, W] of whole numbers in [0, 255], and returns such again; value
+# and bicubic are [n], fill is [3, 1, 1]. It may change what it is given.
+
+
+def _identity(levels: Tensor, *_: Tensor) -> Tensor:
+    return levels
+
+
+def _autocontrast(levels: Tensor, *_: Tensor) -> Tensor:
+    low, high = levels.amin((2, 3), keepdim=True), levels.amax((2, 3), keepdim=True)
+    stretched = (levels - low).mul_(255.0).div_((high - low).clamp_min(1.0)).floor_()
+    return torch.where(high > low, stretched, levels)
+
+
+def _equalize(levels: Tensor, *_: Tensor) -> Tensor:
+    """Every channel's levels mapped so that they come up equally often."""
+    flat = levels.long().flatten(2)
+    counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(2, flat, torch.ones_like(flat))
+    brightest = counts.gather(2, flat.amax(2, keepdim=True))
+    step = (flat.shape[2] - brightest) // 255
+    table = (counts.cumsum(2) - counts + step // 2).div_(step.clamp_min(1), rounding_mode="floor").clamp_max_(255)
+    equal = table.gather(2, flat).to(levels.dtype).view_as(levels)
+    return torch.where(step[..., None] > 0, equal, levels)
+
+
+def _invert(levels: Tensor, *_: Tensor) -> Tensor:
+    return 255.0 - levels
+
+
+def _posterize(levels: Tensor, bits: Tensor, *_: Tensor) -> Tensor:
+    step = torch.exp2(8.0 - bits.clamp(0.0, 8.0))[:, None, None, None]
+    return levels.div_(step).floor_().mul_(step)
+
+
+def _solarize(levels: Tensor, threshold: Tensor, *_: Tensor) -> Tensor:
+    return torch.where(levels < threshold[:, None, None, None], levels, 255.0 - levels)
+
+
+def _solarize_add(levels: Tensor, added: Tensor, *_: Tensor) -> Tensor:
+    return torch.where(levels < 128.0, (levels + added[:, None, None, None]).clamp_max_(255.0), levels)
+
+
+def _luma(levels: Tensor) -> Tensor:
+    """Rec. 601 brightness as Pillow rounds it: [n, 3, H, W] -> [n, 1, H, W]. The sums are whole and below 2^24."""
+    red, green, blue = levels.split(1, 1)
+    return (red * 19595.0).add_(green, alpha=38470.0).add_(blue, alpha=7471.0).add_(32768.0).div_(65536.0).floor_()
+
+
+def _blend(reference: Tensor | float, levels: Tensor, factor: Tensor) -> Tensor:
+    """reference + factor x (levels - reference), as Pillow rounds it: down."""
+    blended = (levels - reference).mul_(factor[:, None, None, None]).add_(reference)
+    return blended.clamp_(0.0, 255.0).floor_()
+
+
+def _colour(levels: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+    return _blend(_luma(levels), levels, factor)
+
+
+def _contrast(levels: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+    mean = _luma(levels).mean(3, keepdim=True).mean(2, keepdim=True)
+    return _blend(mean.add_(0.5).floor_(), levels, factor)
+
+
+def _brightness(levels: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+    return _blend(0.0, levels, factor)
+
+
+def _sharpness(levels: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+    """A blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, whose outermost pixels are those of the image."""
+    smooth = levels.clone()
+    if min(levels.shape[2:]) > 2:
+        three = levels[:, :, :-2] + levels[:, :, 1:-1] + levels[:, :, 2:]
+        nine = three[..., :-2] + three[..., 1:-1] + three[..., 2:]
+        smooth[:, :, 1:-1, 1:-1] = nine.add_(levels[:, :, 1:-1, 1:-1], alpha=4.0).div_(13.0).round_()
+    return _blend(smooth, levels, factor)
+
+
+def _taps(at: Tensor, bicubic: Tensor, size: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The four pixels of an axis that are read at the places `at`, as Pillow's `transform` has them.
+
+    at: float [n, H, W], in pixels from the axis' start, where 0.5 is the centre of the first; bicubic: bool [n].
+    Returns the pixels (int64 [n, H, W] each), their weights (alike), and whether a place is inside (bool [n, H, W]).
+    """
+    inside = (at >= 0) & (at < size)
+    at = at - 0.5
+    first = at.floor()
+    d = at - first
+    # The cubic kernel is Keys' with a = -1 (resampling to another size has a = -1/2).
+    squared, bicubic = d * d, bicubic[:, None, None]
+    cubed = squared * d
+    linear = (torch.zeros_like(d), 1.0 - d, d, torch.zeros_like(d))
+    cubic = (2.0 * squared - d - cubed, 1.0 - 2.0 * squared + cubed, d + squared - cubed, cubed - squared)
+    first = first.long()
+    pixels = [(first + step).clamp(0, size - 1) for step in range(-1, 3)]
+    return pixels, [torch.where(bicubic, c, b) for c, b in zip(cubic, linear, strict=True)], inside
+
+
+def _to_levels(sums: Tensor) -> Tensor:
+    return sums.clamp_(0.0, 255.0).floor_()
+
+
+def _slide(levels: Tensor, shift: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+    """Each row read from `shift` pixels further right: shift [n, H], or [n, 1] for all rows alike."""
+    _, c, height, width = levels.shape
+    at = torch.arange(width, device=levels.device) + 0.5 + shift[:, :, None].expand(-1, height, -1)
+    pixels, weights, inside = _taps(at, bicubic, width)
+    result = torch.zeros_like(levels)
+    for pixel, weight in zip(pixels, weights, strict=True):
+        result += weight[:, None] * levels.gather(3, pixel[:, None].expand(-1, c, -1, -1))
+    return torch.where(inside[:, None], _to_levels(result), fill)
+
+
+def _shear_x(levels: Tensor, value: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+    middle = torch.arange(levels.shape[2], device=levels.device) + 0.5
+    return _slide(levels, value[:, None] * middle, bicubic, fill)
+
+
+def _translate_x(levels: Tensor, value: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+    return _slide(levels, value[:, None] * levels.shape[3], bicubic, fill)
+
+
+def _shear_y(levels: Tensor, value: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+    return _shear_x(levels.mT, value, bicubic, fill).mT
+
+
+def _translate_y(levels: Tensor, value: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+    return _translate_x(levels.mT, value, bicubic, fill).mT
+
+
+def _rotate(levels: Tensor, degrees: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+    """Counter-clockwise, around the image's centre."""
+    n, c, height, width = levels.shape
+    angle = (degrees * (math.pi / 180.0))[:, None, None]
+    cos, sin = angle.cos(), angle.sin()
+    x = torch.arange(width, device=levels.device) + (0.5 - width / 2)
+    y = (torch.arange(height, device=levels.device) + (0.5 - height / 2))[:, None]
+    columns, across, inside_x = _taps(cos * x - sin * y + width / 2, bicubic, width)
+    lines, down, inside_y = _taps(sin * x + cos * y + height / 2, bicubic, height)
+    flat, result = levels.flatten(2), torch.zeros_like(levels)
+    for line, vertical in zip(lines, down, strict=True):
+        for column, horizontal in zip(columns, across, strict=True):
+            pixel = (line * width + column).view(n, 1, -1).expand(-1, c, -1)
+            result += (vertical * horizontal)[:, None] * flat.gather(2, pixel).view_as(levels)
+    return torch.where((inside_x & inside_y)[:, None], _to_levels(result), fill)
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "autocontrast": _autocontrast,
+    "brightness": _brightness,
+    "colour": _colour,
+    "contrast": _contrast,
+    "equalize": _equalize,
+    "identity": _identity,
+    "invert": _invert,
+    "posterize": _posterize,
+    "rotate": _rotate,
+    "sharpness": _sharpness,
+    "shear_x": _shear_x,
+    "shear_y": _shear_y,
+    "solarize": _solarize,
+    "solarize_add": _solarize_add,
+    "translate_x": _translate_x,
+    "translate_y": _translate_y,
+}
