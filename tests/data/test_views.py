@@ -9,11 +9,17 @@ from torchvision.transforms.v2 import functional as tv
 
 from ssl_ib import UserError, random
 from ssl_ib.config.registry import VIEWS, build_part, check_part, describe
-from ssl_ib.data.views import Augment, Crops, colour
+from ssl_ib.data.sources.base import InMemory, Source
+from ssl_ib.data.views import Augment, Crops, RandAugment, Views, colour
+from ssl_ib.data.views.rand_augment import OPS, PLAIN_OPS
+from ssl_ib.data.views.splits import Split
 from ssl_ib.types import Sample
 
 STRONG = {"jitter": (0.4, 0.4, 0.2, 0.1), "grey_p": 0.2, "blur_p": 0.5, "solarise_p": 0.2, "interpolation": "bicubic"}
 RECIPES = ["barlow_twins", "byol", "byol_cifar", "dino", "moco_v2", "plain", "simclr", "simclr_cifar"]
+CROPS = [*RECIPES, "instdis", "moco_v1"]
+#: Arguments that make any recipe small, of which each takes those it has.
+SMALL = {"size": 16, "local_size": 8, "num_local": 2, "distance": 5, "jigsaw_size": 20, "jigsaw_patch": 6}
 
 
 def pixels(b: int, height: int = 24, width: int = 30, seed: int = 0) -> torch.Tensor:
@@ -25,7 +31,7 @@ def keys(n: int, view: int = 0) -> torch.Tensor:
     return random.image_keys(seed=0, epoch=0, index=torch.arange(n), stream=view)
 
 
-def build(name: str, **arguments) -> Crops:
+def build(name: str, **arguments) -> Views:
     problems = []
     spec = check_part("views", {"name": name, **arguments}, "views", problems)
     assert not problems, problems
@@ -285,11 +291,59 @@ def test_operations_that_do_not_exist_or_come_twice(operations):
 # --- recipes ---
 
 
-def test_every_recipe_is_registered():
-    assert set(RECIPES) <= set(VIEWS.names())
+@pytest.fixture(scope="module")
+def built_in() -> list[str]:
+    """The recipes of the package, without those that plugins of other tests have registered."""
+    return [name for name in VIEWS.names() if VIEWS[name].__module__.startswith("ssl_ib.")]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def small(name: str, **arguments) -> Views:
+    return build(name, **{key: value for key, value in SMALL.items() if key in VIEWS.schema(name)}, **arguments)
+
+
+def source_of(images: torch.Tensor) -> Source:
+    class Some(Source):
+        def train(self):
+            return held
+
+    held = InMemory(images, torch.full((len(images),), -1), [])
+    return Some()
+
+
+def test_every_recipe_is_registered(built_in):
+    assert {*CROPS, "infomin", "pirl", "cmc", "patches", "colour_split", "frequency_split"} <= {*built_in}
+
+
+def test_every_view_has_its_shape_and_is_drawn_of_its_image_alone(built_in):
+    for name in built_in:
+        views = small(name)
+        all_keys = [keys(6, view) for view in range(len(views.shapes))]
+        drawn = views.draw(sample(6), all_keys)
+        assert [tuple(view.shape[1:]) for view in drawn] == list(views.shapes), name
+        rows = slice(2, 4)
+        for view, some in zip(drawn, views.draw(sample(6)[rows], [key[rows] for key in all_keys]), strict=True):
+            torch.testing.assert_close(some, view[rows], atol=1e-5, rtol=0, msg=name)
+        other = views.draw(sample(6), [keys(6, view + 100) for view in range(len(views.shapes))])
+        assert not any(torch.equal(a, b) for a, b in zip(drawn, other, strict=True)), name
+
+
+def test_every_view_is_normalised_with_what_was_measured_and_can_be_shown(built_in):
+    images = pixels(40, 24, 24)
+    images[:, 1] //= 2
+    for name in built_in:
+        views = small(name, **({"crop_ratio": 1.0} if "crop_ratio" in VIEWS.schema(name) else {}))
+        views.measure(source_of(images))
+        plain = views.center(Sample.unlabelled(images)).transpose(0, 1).flatten(1)
+        assert plain.mean(1).abs().max() < 0.05, name
+        if isinstance(views, Split):  # What the others are normalised with is measured before anything is resized.
+            assert (plain.std(1) - 1).abs().max() < 0.05, name
+        drawn = views.draw(sample(6), [keys(6, view) for view in range(len(views.shapes))])
+        for number, view in [*enumerate(drawn), (None, views.center(sample(6)))]:
+            picture = views.show(view, number)
+            assert picture.shape[:2] == (6, 3) and 0 <= picture.min() < picture.max() <= 1, (name, number)
+
+
+@pytest.mark.parametrize("name", CROPS)
 def test_every_recipe_draws_at_any_size(name):
     views = build(name, size=16, scale=[0.3, 0.9], crop_ratio=0.5)
     drawn = views.draw(sample(5), [keys(5, view) for view in range(len(views.augments))])
@@ -307,6 +361,7 @@ STRONG_JITTER, MOCO, BYOL = (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.4, 0.1), (0.4, 0.
         ("simclr", 224, (0.08, 1), STRONG_JITTER, (0.5, 0.5), (0, 0)),
         ("simclr_cifar", 32, (0.08, 1), (0.4, 0.4, 0.4, 0.1), (0, 0), (0, 0)),
         ("moco_v2", 224, (0.2, 1), MOCO, (0.5, 0.5), (0, 0)),
+        ("infomin", 224, (0.2, 1), STRONG_JITTER, (0.5, 0.5), (0, 0)),
         ("byol", 224, (0.08, 1), BYOL, (1.0, 0.1), (0, 0.2)),
         ("barlow_twins", 224, (0.08, 1), BYOL, (1.0, 0.1), (0, 0.2)),
         ("byol_cifar", 32, (0.08, 1), BYOL, (0, 0), (0, 0.2)),
@@ -320,6 +375,34 @@ def test_the_papers_numbers(name, size, scale, jitter, blur, solarise):
     for a in augments:
         assert (a.size, a.scale, a.jitter) == (size, scale, pytest.approx(jitter))
         assert (a.flip, a.jitter_p, a.grey_p, a.blur_sigma) == (0.5, 0.8, 0.2, (0.1, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "scale", "jitter", "grey"),
+    [
+        ("instdis", 1, (0.08, 1), (0.4, 0.4, 0.4, 0.4), 0.2),
+        ("moco_v1", 2, (0.2, 1), (0.4, 0.4, 0.4, 0.4), 0.2),
+        ("pirl", 1, (0.08, 1), (0.4, 0.4, 0.4, 0.4), 0.2),
+        ("cmc", 1, (0.08, 1), MOCO, 0.0),
+    ],
+)
+def test_the_numbers_of_views_that_are_always_jittered(name, number, scale, jitter, grey):
+    views = build(name)
+    augments = views.augments if isinstance(views, Crops) else [views.augment]
+    assert [(a.size, a.scale, a.jitter, a.jitter_p, a.grey_p, a.blur_p) for a in augments] == [
+        (224, scale, pytest.approx(jitter), 1.0, grey, 0.0)
+    ] * number
+
+
+def test_infomins_order_and_operations():
+    views = build("infomin")
+    assert views.augments[0].operations == ("jitter", "blur", "rand_augment", "grey")
+    assert views.augments[0].rand_augment == RandAugment(2, 10.0, 0.5, 0.5, OPS, {})
+    assert views.shapes == ((3, 224, 224), (3, 224, 224), (9, 3, 64, 64)) and views.num_global == 2
+    assert build("infomin", jigsaw=False).shapes == ((3, 224, 224),) * 2
+    assert build("cmc", rand_augment=1).augment.rand_augment.ops == PLAIN_OPS
+    with pytest.raises(UserError, match="op_strengths: operation 'rotat' is unknown"):
+        build("infomin", op_strengths={"rotat": 3.0})
 
 
 def test_plain_is_crop_and_flip():

@@ -154,6 +154,18 @@ def centre_crop(
     return _resample(images, rows, columns)
 
 
+def cut(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
+    """P squares of each image as they are: images [B, C, H, W] -> [B, P, C, size, size].
+
+    top, left: int64 [B, P], their corners; the squares lie within the image.
+    """
+    pixel = torch.arange(size, device=images.device)
+    rows = (top.to(images.device)[:, :, None] + pixel)[..., None]
+    columns = (left.to(images.device)[:, :, None] + pixel)[:, :, None]
+    number = torch.arange(len(images), device=images.device)[:, None, None, None]
+    return images.permute(0, 2, 3, 1)[number, rows, columns].permute(0, 1, 4, 2, 3).contiguous()
+
+
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Gaussian blur with each image's own width and reflected borders; the kernel spans 2 radius + 1 pixels.
 
