@@ -20,7 +20,7 @@ from .products import operands
 def info_nce(
     rows: Tensor,
     cols: Tensor | None,
-    row_labels: Tensor,
+    row_labels: Tensor | None,
     col_labels: Tensor | None,
     temperature: float,
     self_index: Tensor | None = None,
@@ -30,7 +30,8 @@ def info_nce(
 
     rows [N, d], cols [M, d], or None for the rows themselves; row_labels int [N], col_labels int [M] (None with cols
     None); temperature > 0; self_index int [N]: the column to leave out of row n, -1 for none; own [N, d]: one further
-    column, a positive, that only its row sees (MoCo: cols is the queue).
+    column, a positive, that only its row sees (MoCo: cols is the queue). With own and cols, no labels at all (None,
+    None) say that no column is a positive, which saves the search for them.
     A row without positives gives 0. The answer and all sums are float32 (float64 for float64 rows); under autocast the
     GPU kernels round the vectors, as a matrix product would, and nothing else.
     Raises UserError for arguments that do not fit. Source: van den Oord et al., "Representation Learning with
@@ -45,7 +46,7 @@ def info_nce(
 def info_nce_parts(
     rows: Tensor,
     cols: Tensor | None,
-    row_labels: Tensor,
+    row_labels: Tensor | None,
     col_labels: Tensor | None,
     temperature: float,
     self_index: Tensor | None = None,
@@ -66,7 +67,7 @@ def check(
     op: str,
     rows: Tensor,
     cols: Tensor | None,
-    row_labels: Tensor,
+    row_labels: Tensor | None,
     col_labels: Tensor | None,
     temperature: float,
     self_index: Tensor | None,
@@ -74,8 +75,11 @@ def check(
 ) -> None:
     if rows.ndim != 2:
         raise UserError(f"{op}: expected rows [N, d], got {list(rows.shape)}")
-    if (cols is None) != (col_labels is None):
-        raise UserError(f"{op}: expected cols and col_labels together, got only one of them")
+    unlabelled = cols is not None and own is not None and row_labels is None and col_labels is None
+    if not unlabelled and ((cols is None) != (col_labels is None) or row_labels is None):
+        raise UserError(
+            f"{op}: expected row_labels, and cols and col_labels together, or cols and own without any labels"
+        )
     num_rows, width = rows.shape
     num_cols = num_rows if cols is None else len(cols)
     expected = {"row_labels": (row_labels, (num_rows,)), "self_index": (self_index, (num_rows,))}
@@ -94,7 +98,7 @@ def _parts(
     op: str,
     rows: Tensor,
     cols: Tensor | None,
-    row_labels: Tensor,
+    row_labels: Tensor | None,
     col_labels: Tensor | None,
     temperature: float,
     self_index: Tensor | None,
@@ -105,19 +109,24 @@ def _parts(
     backend, rows, cols = operands("info_nce", rows, cols)
     if backend == "reference":
         return _reference(rows, cols, row_labels, col_labels, temperature, self_index, own, drop_group)
-    groups = Groups(row_labels, row_labels if col_labels is None else col_labels, self_index)
+    groups = None
+    if row_labels is not None:
+        groups = Groups(row_labels, row_labels if col_labels is None else col_labels, self_index)
     lse, _ = operators.lse(
         rows,
         cols,
         temperature,
         self_index,
-        groups.rows if drop_group else None,
-        groups.cols if drop_group and cols is not None else None,
+        groups.rows if drop_group and groups else None,
+        groups.cols if drop_group and groups and cols is not None else None,
         cols is not None and rows.requires_grad and torch.is_grad_enabled(),
         backend,
     )
-    positive = operators.positives(rows, cols, groups.rows, groups.cols, groups.counts, groups.own, temperature)
-    count = groups.counts
+    if groups is None:
+        positive, count = torch.zeros_like(lse), torch.zeros_like(lse, dtype=torch.int64)
+    else:
+        positive = operators.positives(rows, cols, groups.rows, groups.cols, groups.counts, groups.own, temperature)
+        count = groups.counts
     if own is not None:
         own_logit = (rows.to(lse.dtype) * own.to(lse.dtype)).sum(dim=1) / temperature
         positive = (positive * count + own_logit) / (count + 1)
@@ -152,7 +161,7 @@ class Groups:
 def _reference(
     rows: Tensor,
     cols: Tensor | None,
-    row_labels: Tensor,
+    row_labels: Tensor | None,
     col_labels: Tensor | None,
     temperature: float,
     self_index: Tensor | None,
@@ -168,7 +177,10 @@ def _reference(
     # Autocast would round the logits to bfloat16: an error of some hundredths at small temperatures.
     with torch.autocast(rows.device.type, enabled=False):
         logits = rows @ cols.T / temperature
-    siblings = row_labels[:, None] == col_labels
+    if row_labels is None:
+        siblings = torch.zeros_like(logits, dtype=torch.bool)
+    else:
+        siblings = row_labels[:, None] == col_labels
     left_out = torch.zeros_like(siblings)
     if self_index is not None:
         left_out = self_index[:, None] == torch.arange(len(cols), device=rows.device)

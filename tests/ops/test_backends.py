@@ -167,6 +167,8 @@ NCE = {
     "other_selves": dict(n=9, m=None, self_index=integers(10, 9) - 1),
     "cross": dict(n=11, m=17),
     "queue": dict(n=6, m=19, own=True),
+    "queue_without_labels": dict(n=6, m=19, own=True, unlabelled=True),
+    "bank_without_labels": dict(n=6, m=19, own=True, unlabelled=True, self_index=integers(20, 6) - 1),
     "one_row": dict(n=1, m=None, self_index=torch.arange(1)),
     "no_columns": dict(n=3, m=0),
     "no_rows": dict(n=0, m=3),
@@ -181,6 +183,8 @@ def test_info_nce_parts(device, name, dtype, case, temperature, drop_group, piec
     n, m = case["n"], case["m"]
     row_labels = integers(10**12, 5, seed=3)[torch.arange(n) // case.get("groups", 2) % 5].to(device)
     col_labels = None if m is None else integers(10**12, 5, seed=3)[torch.arange(m) % 5].to(device)
+    if case.get("unlabelled"):
+        row_labels = col_labels = None
     self_index = case["self_index"].to(device) if "self_index" in case else None
     leaves = (
         [unit(n, 20)] + ([] if m is None else [unit(m, 20, seed=1)]) + ([unit(n, 20, seed=2)] if "own" in case else [])

@@ -196,6 +196,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("drop_group", [False, True])
+def test_without_labels_no_column_is_a_positive(drop_group):
+    rows, cols, own, selves = draw(3, 4), draw(5, 4, seed=1), draw(3, 4, seed=2), torch.tensor([-1, 2, 0])
+    labels = torch.zeros(3), torch.ones(5)
+    expected = ops.info_nce_parts(rows, cols, *labels, 0.5, selves, own, drop_group=drop_group)
+    found = ops.info_nce_parts(rows, cols, None, None, 0.5, selves, own, drop_group=drop_group)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("drop_group", [False, True])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_info_nce(case, drop_group):
     n, m, temperature = case["n"], case["m"], 0.5
@@ -282,6 +291,7 @@ def test_info_nce_is_not_rounded_by_autocast():
         (lambda x, k: ops.masked_patch_mse(x, draw(2, 1, 4, 4), x[..., 0] > 0), r"pred \[G, 4, 4\]"),
         (lambda x, k: ops.masked_patch_mse(x, draw(2, 1, 4, 6), x[..., 0]), "expected mask bool"),
         (lambda x, k: ops.info_nce(x[0], x[1], k[0], None, 0.1), "cols and col_labels together"),
+        (lambda x, k: ops.info_nce(x[0], x[1], None, None, 0.1), "or cols and own without any labels"),
         (lambda x, k: ops.info_nce(x[0], None, k[0], None, 0.1), r"expected row_labels \[6\]"),
         (lambda x, k: ops.info_nce(x[0], None, torch.arange(6), None, 0.0), "temperature above 0"),
         (
