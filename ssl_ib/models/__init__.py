@@ -1,3 +1,3 @@
 """The built-in models, one a file."""
 
-from . import mae, mrcl, siamese, simmim, student_teacher  # noqa: F401
+from . import mae, moco, mrcl, siamese, simmim, student_teacher, two_stream  # noqa: F401
