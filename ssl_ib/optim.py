@@ -71,14 +71,20 @@ def build_optimizer(config: OptimConfig, roots: Sequence[Part]) -> torch.optim.O
 
 
 def learning_rate(config: OptimConfig, lr: float, epoch: float, epochs: float) -> float:
-    """The rate after `epoch` epochs (a fraction counts): linear from 0 to lr, then as `shape` says (OptimConfig)."""
+    """The rate after `epoch` epochs (a fraction counts): a linear warm-up, then as `shape` says (OptimConfig)."""
+    first = 0.0 if config.cosine_from == "start" else config.warmup_epochs
     if epoch < config.warmup_epochs:
-        return lr * epoch / config.warmup_epochs
+        top = _cosine(config, lr, config.warmup_epochs / epochs) if config.cosine_from == "start" else lr
+        return config.warmup_from + (top - config.warmup_from) * epoch / config.warmup_epochs
     if config.shape == "constant":
         return lr
     if config.shape == "step":
         return lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
-    t = (epoch - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-12)
+    return _cosine(config, lr, (epoch - first) / max(epochs - first, 1e-12))
+
+
+def _cosine(config: OptimConfig, lr: float, t: float) -> float:
+    """The rate at t, the share of the cosine's span that is done."""
     return config.min_lr + (lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(t, 1.0)))
 
 

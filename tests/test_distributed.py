@@ -1,5 +1,7 @@
 """Two processes must learn what one process learns from the whole batch: same loss, same gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import answers_of, join
@@ -7,27 +9,47 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_ib import Batch, Masks, Model, Progress, distributed
+from ssl_ib import Batch, Masks, Model, Progress, RunInfo, distributed
+from ssl_ib.config.registry import CRITERIONS
+from ssl_ib.criterions.bank_nce import BankNCE
 from ssl_ib.criterions.barlow_twins import BarlowTwins
 from ssl_ib.criterions.byol import BYOL
 from ssl_ib.criterions.info_nce import InfoNCE
+from ssl_ib.criterions.mae import MAE
 from ssl_ib.criterions.moco_v3 import MoCoV3
 from ssl_ib.criterions.mrcl import MRCL
-from ssl_ib.part import Step
+from ssl_ib.criterions.queue_nce import QueueNCE
+from ssl_ib.criterions.reconstruction import HiddenPatches
+from ssl_ib.criterions.simmim import SimMIM
+from ssl_ib.part import Context, Step, detached
 
 RANKS, ROWS = 2, 3
-CRITERIONS = {
-    "info_nce": lambda: InfoNCE(),
-    "info_nce_one_way": lambda: InfoNCE(symmetric=False),
-    "info_nce_cross": lambda: InfoNCE(negatives="cross"),
-    "info_nce_eq16": lambda: InfoNCE(negatives="cross", symmetric=False),
-    "barlow_twins": lambda: BarlowTwins(lambd=0.1),
-    "byol": lambda: BYOL(),
-    "moco_v3": lambda: MoCoV3(),
-    "mrcl": lambda: MRCL(),
-    "mrcl_barlow_all": lambda: MRCL(BarlowTwins(), rec_reduce="all", norm_pix=True),
-    "mrcl_byol_sum": lambda: MRCL(BYOL(), rec_reduce="sum"),
-    "mrcl_moco_v3": lambda: MRCL(MoCoV3()),
+#: Of every built-in criterion at least one example, which `Linear` gives what it reads...
+EXAMPLES = {
+    "info_nce": lambda info: InfoNCE(),
+    "info_nce_one_way": lambda info: InfoNCE(symmetric=False),
+    "info_nce_cross": lambda info: InfoNCE(negatives="cross"),
+    "info_nce_eq16": lambda info: InfoNCE(negatives="cross", symmetric=False),
+    "barlow_twins": lambda info: BarlowTwins(lambd=0.1),
+    "byol": lambda info: BYOL(),
+    "moco_v3": lambda info: MoCoV3(),
+    "mrcl": lambda info: MRCL(),
+    "mrcl_barlow_all": lambda info: MRCL(BarlowTwins(), rec_reduce="all", norm_pix=True),
+    "mrcl_byol_sum": lambda info: MRCL(BYOL(), rec_reduce="sum"),
+    "mrcl_moco_v3": lambda info: MRCL(MoCoV3()),
+    "mae": lambda info: MAE(info),
+    "simmim": lambda info: SimMIM(info),
+    "queue_nce": lambda info: QueueNCE(info, size=12, queries=(0, 1), temperature=0.2),
+    "queue_nce_two_queues": lambda info: QueueNCE(info, size=6, queries=(0, 1), key=(1, 0)),
+    "bank_nce": lambda info: BankNCE(info, negatives="all", temperature=0.2),
+    "bank_nce_cmc": lambda info: BankNCE(info, queries=(0, 1), banks=(1, 0), num_negatives=20),
+}
+#: ... or a test of its own of two processes: the file and the function.
+ELSEWHERE = {
+    "dino": ("criterions/test_dino.py", "test_two_processes_are_one"),
+    "mi_mae": ("criterions/test_mi_mae_run.py", "test_two_ranks_learn_what_one_process_learns"),
+    "svib": ("criterions/test_svib.py", "test_two_processes_learn_what_one_does"),
+    "swav": ("criterions/test_swav.py", "test_two_processes_are_one"),
 }
 
 
@@ -75,11 +97,13 @@ def test_batch_norm_is_common_on_gpus_and_keeps_names_and_parameters(caplog):
     assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
 
 
-def whole_batch() -> Batch:
+def whole_batch(masked: int = 1) -> Batch:
+    """Two views of all processes' images, the first `masked` of them with masks."""
     generator, index = torch.Generator().manual_seed(0), torch.arange(RANKS * ROWS)
     views = [torch.randn(len(index), 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
     keep = torch.rand(len(index), 4, generator=generator).argsort(dim=1)[:, :3]
-    return Batch(views, [Masks.from_keep(keep, 4), None], index, index)
+    masks = Masks.from_keep(keep, 4)
+    return Batch(views, [masks if view < masked else None for view in range(2)], index, index)
 
 
 def share(batch: Batch, rows: slice) -> Batch:
@@ -87,15 +111,27 @@ def share(batch: Batch, rows: slice) -> Batch:
     return Batch([v[rows] for v in batch.views], masks, batch.index[rows], batch.label[rows])
 
 
-def learn(name: str, batch: Batch, parallel: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step of `Linear` with fixed weights."""
+def learn(name: str, rows: slice = slice(None)) -> dict[str, dict[str, torch.Tensor]]:
+    """Loss and gradients of `Linear` with fixed weights in a second step, and what the criterion remembers after it."""
     torch.manual_seed(0)
-    step = Step(Linear(), CRITERIONS[name]()).double()
+    world = distributed.world_size()
+    shapes, per_process = ((1, 4, 4),) * 2, RANKS * ROWS // world
+    info = RunInfo(shapes, per_process, world, images=lambda: 9, width=lambda name: 5)
+    step = Step(Linear(), EXAMPLES[name](info)).double()
     step.model.select(step.criterion.requires)
-    wrapped = DistributedDataParallel(step) if parallel else step
-    _, loss = wrapped(batch, Progress(0, 0, 1, 1))
-    loss.total.backward()
-    return loss.total.detach(), {n: p.grad for n, p in step.named_parameters() if p.grad is not None}
+    batch = share(whole_batch(2 if isinstance(step.criterion, HiddenPatches) else 1), rows)
+    wrapped = DistributedDataParallel(step) if world > 1 else step
+    for number in range(2):
+        progress = Progress(number, 0, 2, 1)
+        step.zero_grad()
+        outputs, loss = wrapped(batch, progress)
+        loss.total.backward()
+        context = Context(progress, lambda *a: None, lambda p: None)
+        with torch.no_grad():
+            step.criterion.after_forward(detached(outputs), batch, detached(loss.terms), context)
+    gradients = {n: p.grad for n, p in step.named_parameters() if p.grad is not None}
+    value = distributed.all_reduce_mean(loss.total.detach())
+    return {"loss": {"total": value}, "gradients": gradients, "memory": dict(step.criterion.named_buffers())}
 
 
 def check_collectives() -> None:
@@ -124,12 +160,8 @@ def work(rank: int, port: int, path: str) -> None:
     join(rank, RANKS, port)
     assert (distributed.rank(), distributed.world_size()) == (rank, RANKS) and distributed.is_main() == (rank == 0)
     check_collectives()
-    batch = share(whole_batch(), slice(ROWS * rank, ROWS * (rank + 1)))
-    answers = {}
-    for name in CRITERIONS:
-        loss, gradients = learn(name, batch, parallel=True)
-        answers[name] = (distributed.all_reduce_mean(loss), gradients)
-    torch.save(answers, f"{path}/{rank}.pt")
+    rows = slice(ROWS * rank, ROWS * (rank + 1))
+    torch.save({name: learn(name, rows) for name in EXAMPLES}, f"{path}/{rank}.pt")
     distributed.shutdown()
     assert distributed.world_size() == 1
 
@@ -139,13 +171,23 @@ def answers(tmp_path_factory) -> list[dict]:
     return answers_of(work, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", CRITERIONS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_two_ranks_learn_what_one_process_learns(name, answers):
-    loss, gradients = learn(name, whole_batch(), parallel=False)
-    assert gradients["model.project.weight"].abs().sum() > 0.01
+    expected = learn(name)
+    trained = "model.project.weight"
+    assert expected["gradients"][trained].abs().sum() > 0.01
     for answer in answers:
-        torch.testing.assert_close(answer[name][0], loss, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(answer[name][1], gradients, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(answer[name], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_every_criterion_is_among_them():
+    built_in = {n: CRITERIONS[n] for n in CRITERIONS.names() if CRITERIONS[n].__module__.startswith("ssl_ib.")}
+    info = RunInfo(((1, 4, 4),) * 2, ROWS, images=lambda: 9, width=lambda name: 5)
+    shown = {type(make(info)) for make in EXAMPLES.values()}
+    missing = [name for name, criterion in built_in.items() if criterion not in shown and name not in ELSEWHERE]
+    assert not missing, f"no example of two processes for {', '.join(missing)}: add one to EXAMPLES or ELSEWHERE"
+    for file, function in ELSEWHERE.values():
+        assert f"\ndef {function}(" in (Path(__file__).parent / file).read_text()
 
 
 def test_a_single_process_needs_no_group(monkeypatch):

@@ -64,8 +64,10 @@ class OptimConfig(Section):
     """The optimiser, by timm's name (its `sgd` is Nesterov's; `momentum` is the plain one).
 
     lr is used as it stands, or with `linear_scaling` as the base rate of lr x batch_size x samples_per_image / 256.
-    It warms up linearly from 0 and then follows `shape`: cosine goes down to `min_lr`, step multiplies by `gamma` at
-    each of the epochs `milestones`, constant stays. A schedule in place of lr replaces both warm-up and shape.
+    It warms up linearly from `warmup_from` and then follows `shape`: cosine goes down to `min_lr`, step multiplies by
+    `gamma` at each of the epochs `milestones`, constant stays. The cosine begins at the warm-up's end, or with
+    cosine_from=start at the run's, and then the warm-up leads to the value that the cosine has at its end. `warmup_from`
+    and `min_lr` are rates as they stand. A schedule in place of lr replaces both warm-up and shape.
     weight_decay never acts on biases and other 1-D parameters, whose rate is multiplied by `bias_lr_scale`.
     clip bounds the gradient's norm, over the whole model and over the whole criterion, or over each parameter. args go
     to the optimiser as they are.
@@ -78,8 +80,10 @@ class OptimConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.9
     warmup_epochs: NonNegative = 0.0
+    warmup_from: NonNegative = 0.0
     min_lr: NonNegative = 0.0
     shape: Literal["cosine", "step", "constant"] = "cosine"
+    cosine_from: Literal["warmup", "start"] = "warmup"
     milestones: tuple[NonNegative, ...] = Field((), validate_default=True)
     gamma: Positive = 0.1
     bias_lr_scale: Positive = 1.0
@@ -93,6 +97,13 @@ class OptimConfig(Section):
         if (info.data.get("shape") == "step") != bool(milestones):
             raise ValueError("the epochs at which shape=step lowers the rate, and none with another shape")
         return milestones
+
+    @field_validator("cosine_from")
+    @classmethod
+    def _belongs_to_cosines(cls, cosine_from: str, info: ValidationInfo) -> str:
+        if cosine_from == "start" and info.data.get("shape") != "cosine":
+            raise ValueError("warmup, as there is no cosine with another shape")
+        return cosine_from
 
 
 class CheckpointConfig(Section):
