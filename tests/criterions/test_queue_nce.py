@@ -103,7 +103,7 @@ def test_the_queue_is_read_before_its_oldest_keys_are_replaced():
     address = criterion.queue.data_ptr()
     for number, outputs in enumerate(seen[:3]):
         before = criterion.queue[0].clone()
-        assert float(criterion(outputs, BATCH, PROGRESS).total) == pytest.approx(
+        assert criterion(outputs, BATCH, PROGRESS).total.item() == pytest.approx(
             moco(outputs["projection"][0], outputs["target"][1], before, 0.07).item()
         )
         step(criterion, outputs)
@@ -159,7 +159,7 @@ def largest_allocation(criterion: QueueNCE, outputs) -> int:
 
 
 def test_no_tensor_of_images_by_queue():
-    images, rows = 64, 65536
+    images, rows = 128, 65536
     criterion = QueueNCE(info(images), size=rows)
     outputs = {name: [z.detach().float().requires_grad_() for z in v] for name, v in draw_outputs(0, images).items()}
     found = {}
@@ -167,8 +167,8 @@ def test_no_tensor_of_images_by_queue():
         with ops.use_backend(backend), ops.record() as ran:
             found[backend] = largest_allocation(criterion, outputs)
         assert {used for _, used in ran} == {backend}
-    # The logits would have 16 MB.
-    assert found["reference"] >= 4 * images * rows and found["chunked"] < images * rows
+    # The logits would have 32 MB.
+    assert found["reference"] >= 4 * images * rows >= 3 * found["chunked"]
     with ops.record() as ran:
         criterion(outputs, BATCH, PROGRESS).total.backward()
     assert {used for _, used in ran} == {"chunked"}
