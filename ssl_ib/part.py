@@ -34,6 +34,8 @@ class RunInfo:
     cap:         the largest number of rows a bank of past features may have (a dry run makes it small), or None.
     images:      how many training images there are; a call, because it may have to read the source.
     classes:     names of the training images' classes; a call, because it may have to read the source.
+    factors:     what is known of how the training images came about (`Sample.factors`), of all of them; a call, because
+                 it may have to read the source.
     deviation:   standard deviation of each channel, by which views are divided, for pixels in [0, 1]; a call, because
                  it may have to read the source.
     grid:        patches (rows, columns) the model cuts a view of a given shape into, or None; known once the model is.
@@ -48,6 +50,7 @@ class RunInfo:
     cap: int | None = None
     images: Callable[[], int] = lambda: 0
     classes: Callable[[], Sequence[str]] = lambda: ()
+    factors: Callable[[], Mapping[str, Tensor]] = lambda: {}
     deviation: Callable[[], Sequence[float]] = lambda: (1.0,)
     grid: Callable[[tuple[int, ...]], tuple[int, int] | None] = lambda shape: None
     width: Callable[[str], int] = lambda name: 1

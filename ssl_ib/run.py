@@ -130,6 +130,7 @@ def build_run(config: Config, dry: bool = False) -> Run:
             "cap": DRY_BANK_BATCHES * batch_size if dry else None,
             "images": (lambda: len(source.train())) if source is not None else (lambda: 0),
             "classes": (lambda: source.train().classes) if source is not None else tuple,
+            "factors": (lambda: source.train().factors) if source is not None else dict,
             "deviation": partial(_deviation, views, source),
             "masks": partial(_masks, masker),
         }

@@ -1,3 +1,12 @@
 """The built-in models, one a file."""
 
-from . import mae, moco, mrcl, siamese, simmim, student_teacher, two_stream  # noqa: F401
+from . import (  # noqa: F401
+    frame_sequence,
+    mae,
+    moco,
+    mrcl,
+    siamese,
+    simmim,
+    student_teacher,
+    two_stream,
+)
