@@ -101,7 +101,8 @@ class Online:
     def raw_pixels(self) -> dict[str, float]:
         """`knn/top1` on the pixels themselves: what the encoder has to beat. Empty without two classes.
 
-        Images above RAW_SIDE pixels are shrunk: ImageNet's would not fit into memory.
+        Images above RAW_SIDE pixels are shrunk, and of a sequence of frames the last counts: more would not fit into
+        memory.
         """
         if not self._has_labels():
             return {}
@@ -201,9 +202,8 @@ class Online:
 
     def _small(self, sample: Sample) -> Tensor:
         images = self._plain(sample)
-        if images.shape[-1] <= RAW_SIDE:
-            return images
-        return adaptive_avg_pool2d(images.flatten(1, -3), RAW_SIDE)
+        images = images[:, -1] if images.ndim == 5 else images
+        return adaptive_avg_pool2d(images, RAW_SIDE) if images.shape[-1] > RAW_SIDE else images
 
     def _knn(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
         return knn_top1(*train, *test, k=self.config.knn_k, temperature=self.config.knn_temperature)

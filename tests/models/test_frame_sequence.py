@@ -16,14 +16,14 @@ def batch(size=4):
     return Batch(views, [None, None], index, index)
 
 
-def model(share=False, **more):
+def model(share="none", **more):
     torch.manual_seed(0)
     return FrameSequence(RunInfo(SHAPES, 4), share=share, **more).eval()
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("share", ["none", "frames"])
 def test_each_view_goes_through_its_network(share):
-    net, given = model(share, channels=(4, 8), hidden=6, projector_dim=5), batch()
+    net, given = model(share, channels=(4, 8), strides=(2, 1), hidden=6, projector_dim=5), batch()
     outputs = net(given)
     assert [tuple(x.shape) for x in outputs["features"]] == [(4, 6), (4, 8)]
     assert [tuple(x.shape) for x in outputs["projection"]] == [(4, 5), (4, 5)]
@@ -32,8 +32,17 @@ def test_each_view_goes_through_its_network(share):
     assert torch.allclose(outputs["features"][0], state, atol=1e-5)
     assert torch.equal(net.encode(given.views[0]), outputs["features"][0])
     assert torch.equal(net.encode(given.views[1]), outputs["features"][1])
-    assert (net.frame is net.sequence.frames) is share
+    assert (net.frame is net.sequence.frames) is (share == "frames")
     assert net.widths == {"features": 6, "projection": 5}
+
+
+def test_a_frame_may_be_a_sequence_of_one():
+    net, given = model("all"), batch()
+    features = net(given)["features"]
+    assert torch.equal(features[1], net.encode(given.views[1][:, None]))
+    assert torch.equal(features[0], model()(given)["features"][0])
+    names = {name.split(".")[0] for name, _ in net.named_parameters()}
+    assert names == {"sequence", "sequence_projector"}
 
 
 def test_what_nobody_reads_is_neither_computed_nor_trained():
@@ -49,6 +58,11 @@ def test_what_nobody_reads_is_neither_computed_nor_trained():
     outputs = net(batch())
     sum(z.square().sum() for z in outputs["projection"]).backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_a_stride_for_each_of_the_channels():
+    with pytest.raises(UserError, match=r"strides=\(2, 2, 2, 2\): expected a stride for each of the channels \(4, 8\)"):
+        model(channels=(4, 8))
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (9, 1, 8, 8), (3, 2, 3, 8, 8)])

@@ -35,9 +35,8 @@ class MovingViews(Views):
         if unknown:
             raise UserError(f"share: unknown factor {unknown[0]!r}{nearest(unknown[0], FACTORS)}")
         if not share:
-            raise UserError(
-                f"share: expected at least one of {', '.join(FACTORS)}: views that share nothing teach nothing"
-            )
+            choices = ", ".join(FACTORS)
+            raise UserError(f"share: expected at least one of {choices}; views that share nothing teach nothing")
         # Where the source could not be built, that has been said, and the size is of no matter.
         if source is not None and not isinstance(source, MovingMNIST):
             raise UserError(f"views 'moving_mnist' need source=moving_mnist, got a {type(source).__name__}")
