@@ -1,6 +1,6 @@
 """An invertible map of each pixel's three channels: InfoMin's generator of views (Tian et al., 2020, section 4.2).
 
-A block passes one channel through and changes the other two by small networks of it, 1x1 convolutions with a ReLU
+A block lets one channel pass and changes the other two by small networks of it, two 1x1 convolutions with a ReLU
 between; the channel that passes is the first, the second and the third in turn. Nothing mixes pixels, so images are
 laid out as [channels, pixels] and each convolution is one matrix product.
 
@@ -25,45 +25,48 @@ _PIXELS_ELSEWHERE = 1 << 22
 
 
 class _Pointwise(torch.autograd.Function):
-    """last @ relu(first @ x) in pieces of pixels, whose hidden activations the backward computes again.
+    """last @ relu(first @ [x, 1]) + last_bias in pieces of pixels, whose hidden activations the backward computes again.
 
-    All pieces share their buffers: for small networks, asking the system for fresh memory is most of the time.
+    All pieces share their buffers: asking the system for fresh memory would take most of the time.
     """
 
     @staticmethod
-    def forward(ctx, x, first, last):
+    def forward(ctx, x, first, last, last_bias):
         ctx.save_for_backward(x, first, last)
         out = x.new_empty(len(last), x.shape[1])
-        for columns, (hidden,) in _pieces(x, len(first), buffers=1):
-            torch.mm(first, x[:, columns], out=hidden).relu_()
-            torch.mm(last, hidden, out=out[:, columns])
+        for columns, piece, (hidden,) in _pieces(x, len(first), buffers=1):
+            torch.mm(first, piece, out=hidden).relu_()
+            torch.addmm(last_bias, last, hidden, out=out[:, columns])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, first, last = ctx.saved_tensors
-        d_x, d_first, d_last = torch.empty_like(x), torch.zeros_like(first), torch.zeros_like(last)
-        for columns, (hidden, d_hidden) in _pieces(x, len(first), buffers=2):
-            piece, d_out = x[:, columns], grad[:, columns]
+        d_x, d_first, d_last = torch.empty_like(x), torch.zeros_like(first.t()), torch.zeros_like(last)
+        weight = first[:, :-1].t()
+        for columns, piece, (hidden, d_hidden) in _pieces(x, len(first), buffers=2):
+            d_out = grad[:, columns]
             torch.mm(first, piece, out=hidden).relu_()
             torch.mm(last.t(), d_out, out=d_hidden)
             torch.ops.aten.threshold_backward.grad_input(d_hidden, hidden, 0, grad_input=d_hidden)
-            torch.mm(first.t(), d_hidden, out=d_x[:, columns])
-            # The smaller operand first: the other order takes several times as long.
-            d_first += (piece @ d_hidden.t()).t()
-            d_last += d_out @ hidden.t()
-        return d_x, d_first, d_last
+            torch.mm(weight, d_hidden, out=d_x[:, columns])
+            # The operand with few rows first: the other order takes several times as long.
+            d_first.addmm_(piece, d_hidden.t())
+            d_last.addmm_(d_out, hidden.t())
+        return d_x, d_first.t(), d_last, grad.sum(1, keepdim=True)
 
 
-def _pieces(x: Tensor, hidden: int, buffers: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Which columns of x [C, P] a piece holds, and buffers of shape [hidden, columns], of undefined content."""
-    total = x.shape[1]
+def _pieces(x: Tensor, hidden: int, buffers: int) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """The columns of x [C, P] in pieces: where one is, itself above a row of ones, and empty buffers [hidden, columns]."""
+    rows, total = x.shape
     step = min(total, _PIXELS.get(x.device.type, _PIXELS_ELSEWHERE))
     shared = [x.new_empty(hidden, step) for _ in range(buffers)]
+    above = x.new_ones(rows + 1, step)
     for start in range(0, total, step):
-        stop = min(start + step, total)
-        yield slice(start, stop), [buffer[:, : stop - start] for buffer in shared]
+        count = min(step, total - start)
+        above[:rows, :count] = x[:, start : start + count]
+        yield slice(start, start + count), above[:, :count], [buffer[:, :count] for buffer in shared]
 
 
 class Pointwise(nn.Module):
@@ -79,32 +82,24 @@ class Pointwise(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # With a row of ones the bias is one more weight.
-        x = torch.cat([x, x.new_ones(1, x.shape[1])])
         first = torch.cat([self.first.weight, self.first.bias[:, None]], dim=1)
-        return _Pointwise.apply(x, first, self.last.weight) + self.last.bias[:, None]
+        return _Pointwise.apply(x, first, self.last.weight, self.last.bias[:, None])
 
 
 class Coupling(nn.Module):
-    """One block: the channel `passes` stays, and with it as x1 the other two become x2 * exp(G(x1)) + F(x1).
+    """One block: of the rows (x1, x2) [1 + 2, P] the first passes, and x2 becomes x2 * exp(G(x1)) + F(x1).
+
+    It returns (x2, x1), [2 + 1, P], so that another channel is the first for the next block.
 
     flow: "vp" preserves volume (G = 0); "nvp" does not.
     clip: G lies in (-clip, clip), by a tanh.
     """
 
-    def __init__(self, passes: int, flow: Flow, hidden: int, clip: float):
+    def __init__(self, flow: Flow, hidden: int, clip: float):
         super().__init__()
-        self.passes, self.clip = passes, clip
+        self.clip = clip
         self.shift = Pointwise(1, hidden, 2)
         self.scale = Pointwise(1, hidden, 2) if flow == "nvp" else None
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[3, P] -> the channel that passes [1, P], and the two after it in the cycle [2, P]."""
-        turned = x.roll(-self.passes, 0)
-        return turned[:1], turned[1:]
-
-    def _joined(self, x1: Tensor, x2: Tensor) -> Tensor:
-        return torch.cat([x1, x2]).roll(self.passes, 0)
 
     def log_scale(self, x1: Tensor) -> Tensor:
         """G: [1, P] -> [2, P]."""
@@ -112,24 +107,22 @@ class Coupling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[3, P] -> [3, P]."""
-        x1, x2 = self._split(x)
-        if self.scale is not None:
-            x2 = x2 * self.log_scale(x1).exp()
-        return self._joined(x1, x2 + self.shift(x1))
+        x1, x2 = x.split([1, 2])
+        shift = self.shift(x1)
+        x2 = x2 + shift if self.scale is None else torch.addcmul(shift, x2, self.log_scale(x1).exp())
+        return torch.cat([x2, x1])
 
     def inverse(self, y: Tensor) -> Tensor:
         """[3, P] -> [3, P]."""
-        x1, x2 = self._split(y)
+        x2, x1 = y.split([2, 1])
         x2 = x2 - self.shift(x1)
         if self.scale is not None:
             x2 = x2 * (-self.log_scale(x1)).exp()
-        return self._joined(x1, x2)
+        return torch.cat([x1, x2])
 
     def log_det(self, x: Tensor) -> Tensor:
         """Logarithm of the factor by which a pixel's volume grows: [3, P] -> [P]."""
-        if self.scale is None:
-            return x.new_zeros(x.shape[1])
-        return self.log_scale(self._split(x)[0]).sum(0)
+        return x.new_zeros(x.shape[1]) if self.scale is None else self.log_scale(x[:1]).sum(0)
 
 
 class Couplings(nn.Module):
@@ -143,7 +136,7 @@ class Couplings(nn.Module):
 
     def __init__(self, flow: Flow = "nvp", blocks: int = 6, hidden: int = 32, clip: float = 1.0):
         super().__init__()
-        self.blocks = nn.ModuleList([Coupling(number % 3, flow, hidden, clip) for number in range(blocks)])
+        self.blocks = nn.ModuleList([Coupling(flow, hidden, clip) for _ in range(blocks)])
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, h, w] -> [B, 3, h, w]."""
@@ -151,12 +144,14 @@ class Couplings(nn.Module):
             x = _pixels(images)
             for block in self.blocks:
                 x = block(x)
+            # Each block has turned the channels by one.
+            x = x.roll(len(self.blocks), 0)
         return _images(x, images)
 
     def inverse(self, images: Tensor) -> Tensor:
         """The images that `forward` maps to these: [B, 3, h, w] -> [B, 3, h, w]."""
         with torch.autocast(images.device.type, enabled=False):
-            x = _pixels(images)
+            x = _pixels(images).roll(-len(self.blocks), 0)
             for block in reversed(self.blocks):
                 x = block.inverse(x)
         return _images(x, images)
