@@ -152,7 +152,7 @@ def pretrain(
         # Every process finds the same; one says it.
         logging.getLogger("ssl_ib").setLevel(logging.ERROR)
     state = folder.examine(out, config, resume, overwrite) if out else None
-    trainer = Trainer(build_run(config, dry), out)
+    trainer = Trainer(build_run(config, dry, resumed=state is not None), out)
     # Every process has found its arguments right and looked at the folder before one of them changes it.
     distributed.barrier()
     main = distributed.is_main()

@@ -36,8 +36,8 @@ class RunInfo:
     classes:     names of the training images' classes; a call, because it may have to read the source.
     factors:     what is known of how the training images came about (`Sample.factors`), of all of them; a call, because
                  it may have to read the source.
-    deviation:   standard deviation of each channel, by which views are divided, for pixels in [0, 1]; a call, because
-                 it may have to read the source.
+    mean, deviation: of each channel, with which views are normalised, for pixels in [0, 1]; calls, because they may
+                 have to read the source.
     grid:        patches (rows, columns) the model cuts a view of a given shape into, or None; known once the model is.
     width:       size of the last dimension of an output of the model, by name; known once the model is.
     masks:       how many masks an image gets on a grid, and how many patches each keeps, or None without a masker.
@@ -51,6 +51,7 @@ class RunInfo:
     images: Callable[[], int] = lambda: 0
     classes: Callable[[], Sequence[str]] = lambda: ()
     factors: Callable[[], Mapping[str, Tensor]] = lambda: {}
+    mean: Callable[[], Sequence[float]] = lambda: (0.0,)
     deviation: Callable[[], Sequence[float]] = lambda: (1.0,)
     grid: Callable[[tuple[int, ...]], tuple[int, int] | None] = lambda shape: None
     width: Callable[[str], int] = lambda name: 1

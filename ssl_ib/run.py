@@ -53,8 +53,11 @@ class Run:
         return self.batch_size * distributed.world_size() * self.task.samples_per_image
 
 
-def build_run(config: Config, dry: bool = False) -> Run:
-    """Builds every part. Raises ConfigError with all that does not fit."""
+def build_run(config: Config, dry: bool = False, resumed: bool = False) -> Run:
+    """Builds every part. Raises ConfigError with all that does not fit.
+
+    dry: as in `Run`; resumed: whether the parts' state is loaded from a checkpoint afterwards.
+    """
     problems: list[str] = []
     built: dict[str, Any] = {}
     schedules: list[tuple[Any, str, Schedule]] = []
@@ -113,7 +116,7 @@ def build_run(config: Config, dry: bool = False) -> Run:
         batch_size = min(batch_size, pieces * max(DRY_BATCH // pieces, 1))
     torch.manual_seed(config.seed)
     source = build("source")
-    views = build("views", source=source)
+    views = build("views", source=source, resumed=resumed)
     evaluated = source
     if config.eval.source is not None:
         found = attempt("eval.source", lambda: build_part("source", config.eval.source, "eval.source"))
@@ -131,7 +134,8 @@ def build_run(config: Config, dry: bool = False) -> Run:
             "images": (lambda: len(source.train())) if source is not None else (lambda: 0),
             "classes": (lambda: source.train().classes) if source is not None else tuple,
             "factors": (lambda: source.train().factors) if source is not None else dict,
-            "deviation": partial(_deviation, views, source),
+            "mean": lambda: _statistics(views, source)[0],
+            "deviation": lambda: _statistics(views, source)[1],
             "masks": partial(_masks, masker),
         }
         model = build("model", info=RunInfo(**info))
@@ -174,12 +178,12 @@ def plain_attention(model: torch.nn.Module) -> bool:
     return bool(fused)
 
 
-def _deviation(views: Any, source: Any) -> Sequence[float]:
-    """What the channels of views are divided by; 1 without a source, which is a problem of its own."""
+def _statistics(views: Any, source: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """What views are normalised with; 0 and 1 without a source, which is a problem of its own."""
     if source is None:
-        return (1.0,)
+        return (0.0,), (1.0,)
     views.measure(source)
-    return views.statistics[1]
+    return views.statistics
 
 
 def _masks(masker: Any, grid: tuple[int, int]) -> tuple[int, int] | None:

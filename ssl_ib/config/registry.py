@@ -134,7 +134,7 @@ MODELS: Registry = Registry("model", "ssl_ib.models", supplied=("info",))
 CRITERIONS: Registry = Registry("criterion", "ssl_ib.criterions", supplied=("info",))
 MASKERS: Registry = Registry("masker", "ssl_ib.maskers")
 SOURCES: Registry = Registry("source", "ssl_ib.data.sources")
-VIEWS: Registry = Registry("views", "ssl_ib.data.views", supplied=("source",))
+VIEWS: Registry = Registry("views", "ssl_ib.data.views", supplied=("source", "resumed"))
 
 #: By kind, in the order in which a run builds them.
 REGISTRIES: dict[str, Registry] = {r.kind: r for r in (SOURCES, VIEWS, MASKERS, TASKS, MODELS, CRITERIONS)}

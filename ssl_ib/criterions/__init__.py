@@ -14,3 +14,4 @@ from .simmim import SimMIM as SimMIM
 from .supervised import Supervised as Supervised
 from .svib import SVIB as SVIB
 from .swav import SwAV as SwAV
+from .view_game import ViewGame as ViewGame

@@ -9,4 +9,5 @@ from . import (  # noqa: F401
     simmim,
     student_teacher,
     two_stream,
+    view_generator,
 )

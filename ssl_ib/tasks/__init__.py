@@ -1,3 +1,3 @@
 """The built-in tasks, one a file."""
 
-from . import views  # noqa: F401
+from . import labelled_pair, views  # noqa: F401

@@ -1,6 +1,7 @@
 """How views are drawn from images. Importing this package registers the named recipes."""
 
 from . import infomin as infomin
+from . import learned_split as learned_split
 from . import moving_mnist as moving_mnist
 from . import recipes as recipes
 from . import splits as splits

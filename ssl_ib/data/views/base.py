@@ -20,8 +20,9 @@ from ..statistics import Statistics
 class Views(nn.Module, ABC):
     """The views of a recipe, drawn in batch, and the plain view that is evaluated.
 
-    A recipe's constructor may ask for the run's source, as an argument `source`. Parameters and buffers of views are
-    saved in checkpoints, but for the statistics, which are measured anew.
+    A recipe's constructor may ask for the run's source, as an argument `source`, and whether all state is loaded from a
+    checkpoint afterwards, as an argument `resumed`. Parameters and buffers of views are saved in checkpoints, but for
+    the statistics, which are measured anew.
 
     shapes:     of each view without the batch, such as (3, h, w), (1, h, w), or (10, 3, h, w) of a film.
     num_global: how many of the views, the first ones, a teacher may see; None for all.
