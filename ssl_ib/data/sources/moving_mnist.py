@@ -273,8 +273,8 @@ class MovingMNIST(Source):
             raise _of_backgrounds(error) from None
         if sets[1] is None:
             raise UserError(
-                f"source.backgrounds: expected ten pictures or more in {self.backgrounds}, to hold a tenth of them out, got "
-                f"{len(sets[0])}"
+                f"source.backgrounds: expected ten pictures or more in {self.backgrounds}, to hold a tenth of them "
+                f"out, got {len(sets[0])}"
             )
         # One class is nothing to tell apart.
         classes = len(sets[0].labels[sets[0].labels >= 0].unique()) > 1

@@ -25,7 +25,7 @@ _PIXELS_ELSEWHERE = 1 << 22
 
 
 class _Pointwise(torch.autograd.Function):
-    """last @ relu(first @ [x, 1]) + last_bias in pieces of pixels, whose hidden activations the backward computes again.
+    """last @ relu(first @ [x, 1]) + last_bias in pieces of pixels; the backward computes the hidden activations again.
 
     All pieces share their buffers: asking the system for fresh memory would take most of the time.
     """
@@ -58,7 +58,7 @@ class _Pointwise(torch.autograd.Function):
 
 
 def _pieces(x: Tensor, hidden: int, buffers: int) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
-    """The columns of x [C, P] in pieces: where one is, itself above a row of ones, and empty buffers [hidden, columns]."""
+    """The columns of x [C, P] in pieces: where one is, itself above a row of ones, empty buffers [hidden, columns]."""
     rows, total = x.shape
     step = min(total, _PIXELS.get(x.device.type, _PIXELS_ELSEWHERE))
     shared = [x.new_empty(hidden, step) for _ in range(buffers)]
