@@ -9,7 +9,7 @@ Shapes: B images, h x w pixels, P = B * h * w pixels of a batch, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -23,73 +23,113 @@ Flow = Literal["vp", "nvp"]
 _PIXELS = {"cpu": 4096}
 _PIXELS_ELSEWHERE = 1 << 22
 
+#: Weights of a small network: of its hidden layer with the bias as last column [H, 2], of its outputs [2, H], [2, 1].
+Weights = tuple[Tensor, Tensor, Tensor]
 
-class _Pointwise(torch.autograd.Function):
-    """last @ relu(first @ [x, 1]) + last_bias in pieces of pixels; the backward computes the hidden activations again.
 
-    All pieces share their buffers: asking the system for fresh memory would take most of the time.
+class _Block(torch.autograd.Function):
+    """(x1, x2) -> (x2 * exp(clip * tanh(G(x1))) + F(x1), x1), in pieces of pixels; without G, x2 + F(x1).
+
+    The backward computes the hidden activations again. All pieces share their buffers: asking the system for fresh
+    memory would take longer than the products.
     """
 
     @staticmethod
-    def forward(ctx, x, first, last, last_bias):
-        ctx.save_for_backward(x, first, last)
-        out = x.new_empty(len(last), x.shape[1])
-        for columns, piece, (hidden,) in _pieces(x, len(first), buffers=1):
-            torch.mm(first, piece, out=hidden).relu_()
-            torch.addmm(last_bias, last, hidden, out=out[:, columns])
-        return out
+    def forward(ctx, x: Tensor, clip: float, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.clip, (shift, *scale) = clip, _networks(weights)
+        y = torch.empty_like(x)
+        y[2] = x[0]
+        for at, x1, (hidden,) in _pieces(x, len(weights[0]), buffers=1):
+            x2, out = x[1:, at], y[:2, at]
+            moved = _network(x1, shift, hidden)
+            if scale:
+                torch.addcmul(moved, x2, (clip * _network(x1, scale[0], hidden).tanh_()).exp_(), out=out)
+            else:
+                torch.add(moved, x2, out=out)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, first, last = ctx.saved_tensors
-        d_x, d_first, d_last = torch.empty_like(x), torch.zeros_like(first.t()), torch.zeros_like(last)
-        weight = first[:, :-1].t()
-        for columns, piece, (hidden, d_hidden) in _pieces(x, len(first), buffers=2):
-            d_out = grad[:, columns]
-            torch.mm(first, piece, out=hidden).relu_()
-            torch.mm(last.t(), d_out, out=d_hidden)
-            torch.ops.aten.threshold_backward.grad_input(d_hidden, hidden, 0, grad_input=d_hidden)
-            torch.mm(weight, d_hidden, out=d_x[:, columns])
-            # The operand with few rows first: the other order takes several times as long.
-            d_first.addmm_(piece, d_hidden.t())
-            d_last.addmm_(d_out, hidden.t())
-        return d_x, d_first.t(), d_last, grad.sum(1, keepdim=True)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        clip, (shift, *scale) = ctx.clip, _networks(weights)
+        d_x, sums = torch.empty_like(x), [torch.zeros_like(weight) for weight in weights]
+        d_shift, *d_scale = _networks(sums)
+        for at, x1, (hidden, d_hidden) in _pieces(x, len(weights[0]), buffers=2):
+            d_out, x2 = grad[:2, at], x[1:, at]
+            torch.relu_(torch.mm(shift[0], x1, out=hidden))
+            d_x1 = grad[2:, at] + _network_backward(x1, shift, hidden, d_hidden, d_out, d_shift)
+            if scale:
+                bounded = _network(x1, scale[0], hidden).tanh_()
+                d_x2 = (clip * bounded).exp_().mul_(d_out)
+                d_log_scale = (d_x2 * x2).mul_(clip).mul_(bounded.square_().neg_().add_(1.0))
+                d_x1 += _network_backward(x1, scale[0], hidden, d_hidden, d_log_scale, d_scale[0])
+            else:
+                d_x2 = d_out
+            d_x[:1, at], d_x[1:, at] = d_x1, d_x2
+        return d_x, None, *sums
+
+
+def _networks(weights: Sequence[Tensor]) -> list[Weights]:
+    return [tuple(weights[i : i + 3]) for i in range(0, len(weights), 3)]
 
 
 def _pieces(x: Tensor, hidden: int, buffers: int) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
-    """The columns of x [C, P] in pieces: where one is, itself above a row of ones, empty buffers [hidden, columns]."""
-    rows, total = x.shape
+    """Pieces of x [3, P]: its columns, its first row above a row of ones [2, n], and empty buffers [hidden, n]."""
+    total = x.shape[1]
     step = min(total, _PIXELS.get(x.device.type, _PIXELS_ELSEWHERE))
-    shared = [x.new_empty(hidden, step) for _ in range(buffers)]
-    above = x.new_ones(rows + 1, step)
+    shared, above = [x.new_empty(hidden, step) for _ in range(buffers)], x.new_ones(2, step)
     for start in range(0, total, step):
         count = min(step, total - start)
-        above[:rows, :count] = x[:, start : start + count]
+        above[0, :count] = x[0, start : start + count]
         yield slice(start, start + count), above[:, :count], [buffer[:, :count] for buffer in shared]
 
 
+def _network(x1: Tensor, weights: Weights, hidden: Tensor) -> Tensor:
+    """A small network of x1 [2, n], the second row ones: [2, n]; its hidden activations are left in `hidden`."""
+    first, last, bias = weights
+    torch.relu_(torch.mm(first, x1, out=hidden))
+    return torch.addmm(bias, last, hidden)
+
+
+def _network_backward(
+    x1: Tensor, weights: Weights, hidden: Tensor, d_hidden: Tensor, d_out: Tensor, sums: Weights
+) -> Tensor:
+    """The gradient of x1's first row [1, n]; those of the weights are added to `sums`."""
+    first, last, _ = weights
+    torch.mm(last.t(), d_out, out=d_hidden)
+    torch.ops.aten.threshold_backward.grad_input(d_hidden, hidden, 0, grad_input=d_hidden)
+    # The operand with few rows first: the other order takes several times as long.
+    sums[0].add_((x1 @ d_hidden.t()).t())
+    sums[1].addmm_(d_out, hidden.t())
+    sums[2].add_(d_out.sum(1, keepdim=True))
+    # Both rows, of which one is wanted: a product with a single row takes longer.
+    return torch.mm(first.t(), d_hidden)[:1]
+
+
 class Pointwise(nn.Module):
-    """Two 1x1 convolutions with a ReLU between, on pixels: [in_channels, P] -> [out_channels, P].
+    """Two 1x1 convolutions with a ReLU between, on pixels: [1, P] -> [2, P]. Starts as zero everywhere."""
 
-    Starts as zero everywhere. Gradients cannot be differentiated again.
-    """
-
-    def __init__(self, in_channels: int, hidden: int, out_channels: int):
+    def __init__(self, hidden: int):
         super().__init__()
-        self.first, self.last = nn.Linear(in_channels, hidden), nn.Linear(hidden, out_channels)
+        self.first, self.last = nn.Linear(1, hidden), nn.Linear(hidden, 2)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def weights(self) -> Weights:
         first = torch.cat([self.first.weight, self.first.bias[:, None]], dim=1)
-        return _Pointwise.apply(x, first, self.last.weight, self.last.bias[:, None])
+        return first, self.last.weight, self.last.bias[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.t()).relu()).t()
 
 
 class Coupling(nn.Module):
     """One block: of the rows (x1, x2) [1 + 2, P] the first passes, and x2 becomes x2 * exp(G(x1)) + F(x1).
 
-    It returns (x2, x1), [2 + 1, P], so that another channel is the first for the next block.
+    It returns (x2, x1), [2 + 1, P], so that another channel is the first for the next block. The gradient of `forward`
+    cannot be differentiated again.
 
     flow: "vp" preserves volume (G = 0); "nvp" does not.
     clip: G lies in (-clip, clip), by a tanh.
@@ -98,8 +138,8 @@ class Coupling(nn.Module):
     def __init__(self, flow: Flow, hidden: int, clip: float):
         super().__init__()
         self.clip = clip
-        self.shift = Pointwise(1, hidden, 2)
-        self.scale = Pointwise(1, hidden, 2) if flow == "nvp" else None
+        self.shift = Pointwise(hidden)
+        self.scale = Pointwise(hidden) if flow == "nvp" else None
 
     def log_scale(self, x1: Tensor) -> Tensor:
         """G: [1, P] -> [2, P]."""
@@ -107,10 +147,7 @@ class Coupling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[3, P] -> [3, P]."""
-        x1, x2 = x.split([1, 2])
-        shift = self.shift(x1)
-        x2 = x2 + shift if self.scale is None else torch.addcmul(shift, x2, self.log_scale(x1).exp())
-        return torch.cat([x2, x1])
+        return _Block.apply(x, self.clip, *self.shift.weights(), *(self.scale.weights() if self.scale else ()))
 
     def inverse(self, y: Tensor) -> Tensor:
         """[3, P] -> [3, P]."""
