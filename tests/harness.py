@@ -25,6 +25,9 @@ TINY = str(ROOT / "tests" / "recipes" / "tiny.yaml")
 PARTS = str(ROOT / "tests" / "recipes" / "parts.py")
 STEPS = 11
 
+#: What a recipe needs to be tried, besides source=digits, where it goes by what another run has left.
+ALONE = {"learned_split_cifar10": ["views.run=null", "views.space=ydbdr"]}
+
 
 def parts():
     """The plugin of test parts, as a run loads it."""

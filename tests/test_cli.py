@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from harness import (
+    ALONE,
     PARTS,
     ROOT,
     STEPS,
@@ -29,7 +30,7 @@ from ssl_ib.config.config import resolve
 from ssl_ib.config.recipe import recipe_names
 from ssl_ib.run import build_run
 
-SMALL = [name for name in recipe_names() if name.endswith(("digits", "cifar10", "imagenette96"))]
+SMALL = [name for name in recipe_names() if name.endswith(("digits", "cifar10", "imagenette96", "rgb", "ydbdr"))]
 LARGE = [name for name in recipe_names() if name not in SMALL]
 
 
@@ -301,7 +302,7 @@ def test_help(capsys):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_recipe_fits_together(here, name):
-    run = build_run(resolve(name, ["source=digits"]), dry=True)
+    run = build_run(resolve(name, ["source=digits", *ALONE.get(name, [])]), dry=True)
     assert run.criterion.requires <= run.model.provides and tree(here) == {}
 
 
@@ -310,7 +311,7 @@ def test_a_small_recipe_fits_together(here, name):
 )
 def test_dry_run_of_a_shipped_recipe(here, capsys, name):
     before = tree(ROOT / "recipes")
-    assert main([name, "--dry-run", "source=digits", "eval.linear.epochs=3"]) == 0
+    assert main([name, "--dry-run", "source=digits", "eval.linear.epochs=3", *ALONE.get(name, [])]) == 0
     output = capsys.readouterr().out
     assert "writes nothing" in output and f"dry run of {name} passed: 2 steps" in output.splitlines()[-1]
     assert tree(here) == {} and tree(ROOT / "recipes") == before

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from harness import ALONE
 
 from ssl_ib.cli import sweep, train
 from ssl_ib.config.config import configure
@@ -55,6 +56,12 @@ def on_digits(text: str) -> str:
     return " ".join(word for word in text.split(" ") if not word.startswith("source."))
 
 
+def alone(overrides: list[str], recipe: str) -> list[str]:
+    """Overrides with which a recipe needs neither an image set nor what another run has left."""
+    kept = [text for text in overrides if not text.startswith(("source", "views.run", "views.space"))]
+    return [*kept, "source=digits", *ALONE.get(recipe, [])]
+
+
 def resolved(words: list[str]) -> list:
     """The configurations that a command trains, on digits. Raises UserError where there is a mistake in it."""
     if words[0] == "ssl-ib-train":
@@ -63,10 +70,10 @@ def resolved(words: list[str]) -> list:
             return []
         # The folder that a run of a recipe leaves is a recipe too.
         options.recipe = options.recipe.removeprefix("runs/")
-        options.overrides = [text for text in options.overrides if not text.startswith("source")] + ["source=digits"]
+        options.overrides = alone(options.overrides, options.recipe)
         return [train.configuration(options)]
     options = sweep.parser().parse_intermixed_args(words[1:])
-    overrides = [text for text in options.overrides if not text.startswith("source")] + ["source=digits"]
+    overrides = alone(options.overrides, options.recipe)
     problems: list[str] = []
     axes = points.parse_axes(options.vary, [on_digits(case) for case in options.case], overrides, problems)
     seeds = points.parse_seeds(options.seeds, problems) if options.seeds else None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssl_ib import Criterion, Loss, register_criterion
+from ssl_ib import Criterion, Loss, Model, RunInfo, register_criterion, register_model
 from ssl_ib.config.hints import Count, PositiveInt
 
 #: What the criterion `recorded` was asked, in order: (hook, step, epoch), and its `amount` then.
@@ -127,3 +127,25 @@ class Broken(Criterion):
         else:
             loss.terms["root"] = 0 * spread
         return Loss(loss.total + loss.terms["root"], loss.terms, loss.weights)
+
+
+@register_model("split_linear")
+class SplitLinear(Model):
+    """A layer on the mean pixel rows of each view; the plain view has the channels of all."""
+
+    provides = frozenset({"projection"})
+
+    def __init__(self, info: RunInfo):
+        super().__init__()
+        self.channels = [shape[0] for shape in info.view_shapes]
+        self.layers = nn.ModuleList(nn.Linear(c * width, 8) for c, _, width in info.view_shapes)
+
+    def forward(self, batch):
+        return {"projection": [self._project(number, view) for number, view in enumerate(batch.views)]}
+
+    def _project(self, number, view):
+        return self.layers[number](view.mean(dim=2).flatten(1))
+
+    def encode(self, images):
+        views = images.split(self.channels, dim=1)
+        return torch.cat([self._project(number, view) for number, view in enumerate(views)], dim=1)
