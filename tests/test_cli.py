@@ -37,7 +37,7 @@ LARGE = [name for name in recipe_names() if name not in SMALL]
 def kind(name: str) -> tuple[str, ...]:
     """What a recipe trains: its model, its criterion and the criterion inside that, views and optimiser."""
     config = resolve(name)
-    inner = config.criterion.get("contrastive", {}).get("name", "")
+    inner = (config.criterion.get("contrastive") or {}).get("name", "")
     return config.model["name"], config.criterion["name"], inner, config.views["name"], config.optim.name
 
 
