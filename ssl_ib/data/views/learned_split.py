@@ -129,7 +129,7 @@ def _generator_of(run: str) -> dict[str, Any]:
     folder, advice = Path(run), "give the folder of a run of the model view_generator"
     if not (folder / "config.yaml").is_file():
         there = "that folder holds no run (no config.yaml)" if folder.is_dir() else "there is no such folder"
-        raise UserError(f"run={run}: {there}: {advice}, such as ssl-ib-train view_generator_semi_ydbdr leaves")
+        raise UserError(f"run={run}: {there}: {advice} (`ssl-ib-train view_generator_semi_ydbdr` trains one)")
     file = folder / "checkpoints" / "last.pt"
     if not file.is_file():
         raise UserError(f"run={run}: the run has no checkpoint yet: wait for its first, or {advice}")
