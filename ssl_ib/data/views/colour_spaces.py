@@ -18,7 +18,7 @@ from torch import Tensor
 
 Space = Literal["rgb", "ydbdr", "lab", "ycbcr", "hsv"]
 
-_YDBDR = ((0.299, 0.587, 0.114), (-0.45, -0.883, 1.333), (-1.333, 1.116, 0.217))
+YDBDR = ((0.299, 0.587, 0.114), (-0.45, -0.883, 1.333), (-1.333, 1.116, 0.217))
 _YCBCR = ((65.481, 128.553, 24.966), (-37.797, -74.203, 112.0), (112.0, -93.786, -18.214))
 _YCBCR_OFFSET = (16.0, 128.0, 128.0)
 _XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -39,7 +39,7 @@ def convert(images: Tensor, space: Space) -> Tensor:
     if space == "rgb":
         return images
     if space == "ydbdr":
-        return _mixed(images, _matrix(_YDBDR, images))
+        return _mixed(images, _matrix(YDBDR, images))
     if space == "ycbcr":
         return _mixed(images, _matrix(_YCBCR, images)) + _channels(_YCBCR_OFFSET, images)
     return _to_lab(images) if space == "lab" else _to_hsv(images)
@@ -48,7 +48,7 @@ def convert(images: Tensor, space: Space) -> Tensor:
 def invert(images: Tensor, space: Space) -> Tensor:
     """From a space back to red, green and blue, clamped to [0, 1]."""
     if space == "ydbdr":
-        images = _mixed(images, _matrix(_YDBDR, images).inverse())
+        images = _mixed(images, _matrix(YDBDR, images).inverse())
     elif space == "ycbcr":
         images = _mixed(images - _channels(_YCBCR_OFFSET, images), _matrix(_YCBCR, images).inverse())
     elif space == "lab":

@@ -12,12 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .colour_spaces import YDBDR
 from .couplings import Couplings, Flow
 
 Space = Literal["rgb", "ydbdr"]
-
-#: YDbDr of an RGB pixel in [0, 1], the luma first.
-YDBDR = ((0.299, 0.587, 0.114), (-0.450, -0.883, 1.333), (-1.333, 1.116, 0.217))
 
 
 class Generator(nn.Module):

@@ -14,23 +14,18 @@ from torch import Tensor
 from ...config.hints import NonNegative, PositiveInt, Probability
 from ...config.registry import register_views
 from ...errors import UserError
-from ...types import Sample
-from ..loader import ordered
-from ..sources.base import Source
-from .augment import Augment, plain_crop
-from .base import Views
+from .augment import Augment
 from .generator import Generator, Space
 from .recipes import Scale, Share
 from .resample import Interpolation
+from .splits import Split
 
-#: Training images of which the channels' statistics are measured.
-_MEASURED = 2048
 #: Where the generator of the model `view_generator` is among a checkpoint's parts.
 _PREFIX = "model.generator."
 
 
 @register_views("learned_split")
-class LearnedSplit(Views):
+class LearnedSplit(Split):
     """One channel and two channels of what a learned generator makes of an augmented image; both views of one crop.
 
     The generator is frozen, and its weights are in this run's checkpoint: the other run is read at the start alone. The
@@ -58,17 +53,16 @@ class LearnedSplit(Views):
         interpolation: Interpolation = "bicubic",
         resumed: bool = False,
     ):
-        super().__init__()
         if (run is None) == (space is None):
             raise UserError(
                 "give either run=DIR, the folder of a run of the model view_generator, or space=rgb or space=ydbdr for "
                 f"that space's channels as they are; got run={run} and space={space}"
             )
         jitter = tuple(strength * base for base in (0.8, 0.8, 0.8, 0.2))
-        self.augment = Augment(
+        augment = Augment(
             size, scale, flip=flip, jitter=jitter, grey_p=grey_p, blur_p=blur_p, interpolation=interpolation
         )
-        self.crop_ratio = crop_ratio
+        super().__init__(augment, crop_ratio, channels=3, first=1)
         self.generator = Generator(space or "rgb")
         # A run that resumes has the generator in its own checkpoint.
         if run is not None and not resumed:
@@ -79,49 +73,19 @@ class LearnedSplit(Views):
         for name in ("_mean", "_std"):
             self.register_buffer(name, getattr(self, name), persistent=True)
 
-    @property
-    def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        size = self.augment.size
-        return (1, size, size), (2, size, size)
-
-    def draw(self, sample: Sample, keys: list[Tensor]) -> list[Tensor]:
-        """float32 [B, 1, h, w] and [B, 2, h, w]; only the first view's keys are read, for the crop that both share."""
-        pixels = self.augment(sample.images, keys[0], sample.extra.get("size"))
-        return [view.contiguous() for view in self._standardised(pixels).split([1, 2], dim=1)]
-
-    def center(self, sample: Sample) -> Tensor:
-        """Both views of the centre of the image, one above the other: float32 [B, 3, h, w]."""
-        return self._standardised(plain_crop(sample, self.augment.size, self.crop_ratio, self.augment.interpolation))
-
-    def measure(self, source: Source) -> None:
-        """Measures each channel on plain training images."""
-        total, squares, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
-        self.normalize([0.0] * 3, [1.0] * 3)
-        for sample in ordered(source.train(), 256, _MEASURED):
-            channels = self.center(sample.to(self._mean.device)).transpose(0, 1).flatten(1).double().cpu()
-            total, squares = total + channels.sum(1), squares + channels.square().sum(1)
-            count += channels.shape[1]
-        mean = total / count
-        deviation = (squares / count - mean.square()).clamp_min(0.0).sqrt()
-        # Grey images have channels that never change.
-        self.normalize(mean.tolist(), deviation.clamp_min(1e-3).tolist())
+    @torch.no_grad()
+    def divide(self, pixels: Tensor) -> Tensor:
+        # Statistics may be measured on the CPU, of images for a GPU.
+        return self.generator(self.generator.normalized(pixels.to(self._mean.device)))
 
     def show(self, view: Tensor, number: int | None) -> Tensor:
         """The plain view as the pixels it was made of; a view's channels in grey, or in green and blue."""
         if number is None:
-            view = view * self._std.to(view.device) + self._mean.to(view.device)
-            return self.generator.inverse(view).clamp(0.0, 1.0)
+            return self.generator.inverse(self._denormalised(view, None)).clamp(0.0, 1.0)
         channels = (0.5 + view / 4).clamp(0.0, 1.0)
-        return (
-            channels.expand(-1, 3, -1, -1)
-            if number == 0
-            else torch.cat([torch.zeros_like(channels[:, :1]), channels], 1)
-        )
-
-    @torch.no_grad()
-    def _standardised(self, pixels: Tensor) -> Tensor:
-        views = self.generator(self.generator.normalized(pixels))
-        return (views - self._mean.to(views.device)) / self._std.to(views.device)
+        if number == 0:
+            return channels.expand(-1, 3, -1, -1)
+        return torch.cat([torch.zeros_like(channels[:, :1]), channels], dim=1)
 
 
 def _generator_of(run: str) -> dict[str, Any]:
