@@ -105,7 +105,9 @@ def test_draws_are_uniform_and_magnitudes_normal_and_clipped():
     assert magnitudes.max() == 10.0 and abs((magnitudes == 10.0).double().mean() - 0.159) < 2 / math.sqrt(len(rotated))
     assert abs((magnitudes < 8.5).double().mean() - 0.023) < 2 / math.sqrt(len(rotated))
     assert drawn.value[drawn.op == OPS.index("colour")].max() == pytest.approx(1.9)
-    assert abs(drawn.bicubic.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(2 * n)
+    geometric = drawn.op == OPS.index("rotate")
+    assert abs(drawn.bicubic[geometric].double().mean() - 0.5) < 2 / math.sqrt(geometric.sum())
+    assert not drawn.bicubic[drawn.op == OPS.index("invert")].any()
     assert torch.corrcoef(torch.stack([drawn.op[:, 0], drawn.op[:, 1]]).double())[0, 1].abs() < 4 / math.sqrt(n)
 
 

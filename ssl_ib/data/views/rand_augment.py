@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ OPS = ("autocontrast", "equalize", "invert", *STRENGTHS)
 #: The 8 operations that CMC's variant has, which leave colours as they are: `identity` changes nothing.
 PLAIN_OPS = ("autocontrast", "identity", "rotate", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y")
 
-_SIGNED = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
+#: The geometric operations, which go in either direction and interpolate.
+_GEOMETRIC = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
 _BLENDED = {"colour", "contrast", "brightness", "sharpness"}
 _WHOLE = {"posterize", "solarize", "solarize_add"}
 _MOST = {"posterize": 8.0, "solarize": 256.0, "solarize_add": 128.0, "rotate": 180.0}
@@ -52,7 +54,7 @@ class Operations:
 
     op:      int64 [B, N], the number of the operation in `RandAugment.ops`; -1 where it does not fire.
     value:   float64 [B, N], its strength in its own unit, with its sign.
-    bicubic: bool [B, N], whether a geometric operation interpolates bicubically (else bilinearly).
+    bicubic: bool [B, N], whether a geometric operation interpolates bicubically (else bilinearly); of others False.
     """
 
     op: Tensor
@@ -119,8 +121,9 @@ class RandAugment:
         value = share * strength.double()[op]
         value = torch.where(self._is(_WHOLE)[op], value.trunc(), value)
         value = value + 0.1 * self._is(_BLENDED)[op]
-        value = torch.where(self._is(_SIGNED)[op] & (sign < 0.5), -value, value)
-        return Operations(torch.where(whether < self.op_p, op, -1), value, bicubic < 0.5)
+        value = torch.where(self._is(_GEOMETRIC)[op] & (sign < 0.5), -value, value)
+        bicubic = (bicubic < 0.5) & self._is(_GEOMETRIC)[op]
+        return Operations(torch.where(whether < self.op_p, op, -1), value, bicubic)
 
     def _is(self, names: set[str]) -> Tensor:
         """Which operations are among the names: bool [number of ops]."""
@@ -137,38 +140,38 @@ class RandAugment:
         on_device = fired.to(images.device)
         levels = images[on_device].mul_(255.0).round_()
         fill = torch.tensor(self.fill, device=images.device).mul_(255.0).round_()[:, None, None]
-        # The rows of each turn lie sorted by operation, so that few small tensors have to be moved to the device.
-        op, order = drawn.op[fired].T.sort(dim=1, stable=True)
+        # The rows of each turn lie sorted by what is done to them, so that few small tensors are moved to the device.
+        kind, order = (2 * drawn.op + drawn.bicubic)[fired].T.sort(dim=1, stable=True)
         value = drawn.value[fired].T.gather(1, order).float().to(images.device)
-        bicubic = drawn.bicubic[fired].T.gather(1, order).to(images.device)
         rows = order.to(images.device)
         for turn in range(self.number):
-            numbers, counts = op[turn].unique_consecutive(return_counts=True)
+            kinds, counts = kind[turn].unique_consecutive(return_counts=True)
             start = 0
-            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            for which, count in zip(kinds.tolist(), counts.tolist(), strict=True):
                 part, start = slice(start, start + count), start + count
+                number, bicubic = divmod(which, 2)
                 if number >= 0:
                     chosen, function = rows[turn, part], FUNCTIONS[self.ops[number]]
-                    levels[chosen] = function(levels[chosen], value[turn, part], bicubic[turn, part], fill)
+                    levels[chosen] = function(levels[chosen], value[turn, part], bool(bicubic), fill)
         images[on_device] = levels.div_(255.0)
         return images
 
 
 # Each operation below takes levels, float32 [n, 3, H, W] of whole numbers in [0, 255], and returns such again; value
-# and bicubic are [n], fill is [3, 1, 1]. It may change what it is given.
+# is [n], fill is [3, 1, 1]. It may change what it is given.
 
 
-def _identity(levels: Tensor, *_: Tensor) -> Tensor:
+def _identity(levels: Tensor, *_: Any) -> Tensor:
     return levels
 
 
-def _autocontrast(levels: Tensor, *_: Tensor) -> Tensor:
+def _autocontrast(levels: Tensor, *_: Any) -> Tensor:
     low, high = levels.amin((2, 3), keepdim=True), levels.amax((2, 3), keepdim=True)
     stretched = (levels - low).mul_(255.0).div_((high - low).clamp_min(1.0)).floor_()
     return torch.where(high > low, stretched, levels)
 
 
-def _equalize(levels: Tensor, *_: Tensor) -> Tensor:
+def _equalize(levels: Tensor, *_: Any) -> Tensor:
     """Every channel's levels mapped so that they come up equally often."""
     flat = levels.long().flatten(2)
     counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=flat.device)
@@ -180,20 +183,20 @@ def _equalize(levels: Tensor, *_: Tensor) -> Tensor:
     return torch.where(step[..., None] > 0, equal, levels)
 
 
-def _invert(levels: Tensor, *_: Tensor) -> Tensor:
+def _invert(levels: Tensor, *_: Any) -> Tensor:
     return 255.0 - levels
 
 
-def _posterize(levels: Tensor, bits: Tensor, *_: Tensor) -> Tensor:
+def _posterize(levels: Tensor, bits: Tensor, *_: Any) -> Tensor:
     step = torch.exp2(8.0 - bits.clamp(0.0, 8.0))[:, None, None, None]
     return levels.div_(step).floor_().mul_(step)
 
 
-def _solarize(levels: Tensor, threshold: Tensor, *_: Tensor) -> Tensor:
+def _solarize(levels: Tensor, threshold: Tensor, *_: Any) -> Tensor:
     return torch.where(levels < threshold[:, None, None, None], levels, 255.0 - levels)
 
 
-def _solarize_add(levels: Tensor, added: Tensor, *_: Tensor) -> Tensor:
+def _solarize_add(levels: Tensor, added: Tensor, *_: Any) -> Tensor:
     return torch.where(levels < 128.0, (levels + added[:, None, None, None]).clamp_max_(255.0), levels)
 
 
@@ -209,20 +212,20 @@ def _blend(reference: Tensor | float, levels: Tensor, factor: Tensor) -> Tensor:
     return blended.clamp_(0.0, 255.0).floor_()
 
 
-def _colour(levels: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+def _colour(levels: Tensor, factor: Tensor, *_: Any) -> Tensor:
     return _blend(_luma(levels), levels, factor)
 
 
-def _contrast(levels: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+def _contrast(levels: Tensor, factor: Tensor, *_: Any) -> Tensor:
     mean = _luma(levels).mean(3, keepdim=True).mean(2, keepdim=True)
     return _blend(mean.add_(0.5).floor_(), levels, factor)
 
 
-def _brightness(levels: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+def _brightness(levels: Tensor, factor: Tensor, *_: Any) -> Tensor:
     return _blend(0.0, levels, factor)
 
 
-def _sharpness(levels: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+def _sharpness(levels: Tensor, factor: Tensor, *_: Any) -> Tensor:
     """A blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, whose outermost pixels are those of the image."""
     smooth = levels.clone()
     if min(levels.shape[2:]) > 2:
@@ -232,73 +235,79 @@ def _sharpness(levels: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
     return _blend(smooth, levels, factor)
 
 
-def _taps(at: Tensor, bicubic: Tensor, size: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The four pixels of an axis that are read at the places `at`, as Pillow's `transform` has them.
+def _weights(d: Tensor, bicubic: bool) -> list[Tensor]:
+    """The weights of the pixels around a place, as Pillow's `transform` has them: d beyond the centre of one of them.
 
-    at: float [n, H, W], in pixels from the axis' start, where 0.5 is the centre of the first; bicubic: bool [n].
-    Returns the pixels (int64 [n, H, W] each), their weights (alike), and whether a place is inside (bool [n, H, W]).
+    Two pixels, that one and the next, or four: also the one before and the one after. d: in [0, 1), of any shape.
     """
-    inside = (at >= 0) & (at < size)
-    at = at - 0.5
-    first = at.floor()
-    d = at - first
-    # The cubic kernel is Keys' with a = -1 (resampling to another size has a = -1/2).
-    squared, bicubic = d * d, bicubic[:, None, None]
+    if not bicubic:
+        return [1.0 - d, d]
+    # Keys' cubic kernel with a = -1. (Where images are resized, it has a = -1/2.)
+    squared = d * d
     cubed = squared * d
-    linear = (torch.zeros_like(d), 1.0 - d, d, torch.zeros_like(d))
-    cubic = (2.0 * squared - d - cubed, 1.0 - 2.0 * squared + cubed, d + squared - cubed, cubed - squared)
-    first = first.long()
-    pixels = [(first + step).clamp(0, size - 1) for step in range(-1, 3)]
-    return pixels, [torch.where(bicubic, c, b) for c, b in zip(cubic, linear, strict=True)], inside
+    return [2.0 * squared - d - cubed, 1.0 - 2.0 * squared + cubed, d + squared - cubed, cubed - squared]
 
 
 def _to_levels(sums: Tensor) -> Tensor:
     return sums.clamp_(0.0, 255.0).floor_()
 
 
-def _slide(levels: Tensor, shift: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+def _slide(levels: Tensor, shift: Tensor, bicubic: bool, fill: Tensor) -> Tensor:
     """Each row read from `shift` pixels further right: shift [n, H], or [n, 1] for all rows alike."""
     _, c, height, width = levels.shape
-    at = torch.arange(width, device=levels.device) + 0.5 + shift[:, :, None].expand(-1, height, -1)
-    pixels, weights, inside = _taps(at, bicubic, width)
+    # A row's pixels all lie equally far from where they are read, so that one gather and one weight a row will do.
+    shift = shift.expand(-1, height)
+    whole = shift.floor()
+    weights = _weights(shift - whole, bicubic)
+    reach = len(weights) // 2 - 1
+    column = torch.arange(-reach, width + reach + 1, device=levels.device)
+    pixel = (whole.long()[:, :, None] + column).clamp_(0, width - 1)
+    read = levels.gather(3, pixel[:, None].expand(-1, c, -1, -1))
     result = torch.zeros_like(levels)
-    for pixel, weight in zip(pixels, weights, strict=True):
-        result += weight[:, None] * levels.gather(3, pixel[:, None].expand(-1, c, -1, -1))
-    return torch.where(inside[:, None], _to_levels(result), fill)
+    for number, weight in enumerate(weights):
+        result.addcmul_(read[..., number : number + width], weight[:, None, :, None])
+    at = shift[:, :, None] + torch.arange(width, device=levels.device) + 0.5
+    return torch.where(((at >= 0) & (at < width))[:, None], _to_levels(result), fill)
 
 
-def _shear_x(levels: Tensor, value: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+def _shear_x(levels: Tensor, value: Tensor, bicubic: bool, fill: Tensor) -> Tensor:
     middle = torch.arange(levels.shape[2], device=levels.device) + 0.5
     return _slide(levels, value[:, None] * middle, bicubic, fill)
 
 
-def _translate_x(levels: Tensor, value: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+def _translate_x(levels: Tensor, value: Tensor, bicubic: bool, fill: Tensor) -> Tensor:
     return _slide(levels, value[:, None] * levels.shape[3], bicubic, fill)
 
 
-def _shear_y(levels: Tensor, value: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+def _shear_y(levels: Tensor, value: Tensor, bicubic: bool, fill: Tensor) -> Tensor:
     return _shear_x(levels.mT, value, bicubic, fill).mT
 
 
-def _translate_y(levels: Tensor, value: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+def _translate_y(levels: Tensor, value: Tensor, bicubic: bool, fill: Tensor) -> Tensor:
     return _translate_x(levels.mT, value, bicubic, fill).mT
 
 
-def _rotate(levels: Tensor, degrees: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+def _rotate(levels: Tensor, degrees: Tensor, bicubic: bool, fill: Tensor) -> Tensor:
     """Counter-clockwise, around the image's centre."""
     n, c, height, width = levels.shape
     angle = (degrees * (math.pi / 180.0))[:, None, None]
     cos, sin = angle.cos(), angle.sin()
+    # Where each pixel is read, in pixels from the corner, of which the centre of the first has 0.5.
     x = torch.arange(width, device=levels.device) + (0.5 - width / 2)
     y = (torch.arange(height, device=levels.device) + (0.5 - height / 2))[:, None]
-    columns, across, inside_x = _taps(cos * x - sin * y + width / 2, bicubic, width)
-    lines, down, inside_y = _taps(sin * x + cos * y + height / 2, bicubic, height)
+    x, y = cos * x - sin * y + width / 2, sin * x + cos * y + height / 2
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    column, row = (x - 0.5).floor(), (y - 0.5).floor()
+    across, down = _weights(x - 0.5 - column, bicubic), _weights(y - 0.5 - row, bicubic)
+    column, row, reach = column.long(), row.long(), len(across) // 2 - 1
+    columns = [(column + number - reach).clamp_(0, width - 1) for number in range(len(across))]
     flat, result = levels.flatten(2), torch.zeros_like(levels)
-    for line, vertical in zip(lines, down, strict=True):
+    for i, vertical in enumerate(down):
+        start = (row + i - reach).clamp_(0, height - 1) * width
         for column, horizontal in zip(columns, across, strict=True):
-            pixel = (line * width + column).view(n, 1, -1).expand(-1, c, -1)
-            result += (vertical * horizontal)[:, None] * flat.gather(2, pixel).view_as(levels)
-    return torch.where((inside_x & inside_y)[:, None], _to_levels(result), fill)
+            read = flat.gather(2, (start + column).view(n, 1, -1).expand(-1, c, -1)).view_as(levels)
+            result.addcmul_(read, (vertical * horizontal)[:, None])
+    return torch.where(inside[:, None], _to_levels(result), fill)
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
