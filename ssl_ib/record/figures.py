@@ -146,7 +146,7 @@ def reconstructions(
         titles.append("Grey patches are hidden from the encoder.")
     if rebuilt and note:
         titles.append(f"In a reconstruction {note}.")
-    _contact_sheet(groups, titles, names).savefig(path)
+    contact_sheet(groups, titles, names).savefig(path)
 
 
 def attention(images: Tensor, maps: Tensor, path: Path | str, num: int = 8, names: Sequence[str] = ()) -> None:
@@ -169,7 +169,7 @@ def attention(images: Tensor, maps: Tensor, path: Path | str, num: int = 8, name
         "Where the class token looks: the share of its attention that each patch gets, in the last block",
         f"A share spread evenly over the patches would be {_percent(even)}.",
     ]
-    figure = _contact_sheet([rows], titles, names, foot=64)
+    figure = contact_sheet([rows], titles, names, foot=64)
     width, height = figure.get_size_inches() * _DPI
     bar = figure.add_axes((_LEFT / width, 42 / height, min(3 * 118, width - _LEFT - 12) / width, 10 / height))
     bar.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap="magma", extent=(0, 1, 0, 1))
@@ -306,7 +306,7 @@ def _label_lines(axes: Axes, lines: Sequence[tuple[str, float, str]]) -> None:
         )
 
 
-def _contact_sheet(
+def contact_sheet(
     groups: Sequence[Sequence[tuple[str, Tensor]]], titles: Sequence[str], names: Sequence[str] = (), foot: int = 0
 ) -> Figure:
     """Draws groups of named rows of images [n, C, H, W], each row's name at the left, pixel for pixel.

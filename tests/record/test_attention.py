@@ -47,8 +47,8 @@ def test_only_a_plain_vision_transformer_with_a_class_token_has_one():
 
 
 def test_the_figures(tmp_path, monkeypatch):
-    sheets, sheet = [], figures._contact_sheet
-    monkeypatch.setattr(figures, "_contact_sheet", lambda *a, **k: sheets.append(sheet(*a, **k)) or sheets[0])
+    sheets, sheet = [], figures.contact_sheet
+    monkeypatch.setattr(figures, "contact_sheet", lambda *a, **k: sheets.append(sheet(*a, **k)) or sheets[0])
     images, maps = torch.rand(3, 3, 16, 16), torch.zeros(3, 2, 4, 4)
     maps[:, 0, 1, 2] = 0.3
     maps[1, 1, 0, 0] = 0.1

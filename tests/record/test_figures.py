@@ -188,6 +188,6 @@ def test_unpatchify_is_mae_order():
 
 def test_a_sheet_names_its_columns(tmp_path):
     view = torch.rand(2, 3, 16, 16)
-    figure = figures._contact_sheet([[("image", view)]], ["Title", "More"], ["cat", "a name longer than its image"])
+    figure = figures.contact_sheet([[("image", view)]], ["Title", "More"], ["cat", "a name longer than its image"])
     texts = [text.get_text() for text in figure.texts]
     assert texts[:3] == ["Title", "More", "cat"] and texts[3].endswith("…") and texts[4] == "image"
