@@ -163,8 +163,8 @@ class Augment:
 
         keys:  int64 [B]; the same key draws the same parameters, whatever else is in the batch and on whatever device,
                and the same pixels but for rounding: a matrix product may add up otherwise in another batch size (a few
-               units of 1e-7; RandAugment, which rounds to grey levels, can make one of these of it). Keys that are on the
-               CPU already save a wait for the device.
+               units of 1e-7, of which RandAugment, that rounds to grey levels, can make such a level). Keys that are on
+               the CPU already save a wait for the device.
         sizes: int64 [B, 2], (height, width) of images that lie padded in the top-left corner.
         """
         return self.apply(images, self.draw(keys, resample.full_sizes(images) if sizes is None else sizes))
