@@ -43,7 +43,7 @@ def infomin(
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
 ) -> Crops:
-    """Two views alike for query and key, and by default a JigSaw view (Tian et al., InfoMin, section 4).
+    """Two views alike for query and key, and by default a JigSaw view (Tian et al., InfoMin, 2020).
 
     In order: crop, flip, jitter (.8, .8, .8, .2), blur, RandAugment, grey.
 
@@ -177,7 +177,7 @@ def colour_split(
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
 ) -> ColourSplit:
-    """The first channel of a colour space and the other two, of one crop (InfoMin, section 3.2 and figure 4).
+    """The first channel of a colour space and the other two, of one crop (Tian et al., InfoMin, 2020).
 
     space: rgb, ydbdr, lab, ycbcr or hsv, in scikit-image's units; its statistics are measured on training images.
     """
@@ -193,7 +193,7 @@ def frequency_split(
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
 ) -> FrequencySplit:
-    """One crop blurred, and what the blur took away (InfoMin, appendix on frequency separation).
+    """One crop blurred, and what the blur took away (Tian et al., InfoMin, 2020).
 
     sigma: of the Gaussian blur, in pixels of the view: the smaller, the more the first view has.
     """

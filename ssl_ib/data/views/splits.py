@@ -1,7 +1,7 @@
 """Views that show different parts of one image: two of its channels' groups, two bands of frequencies, two patches.
 
-Each view has an encoder of its own. What both share is set by how the image is divided (Tian et al., InfoMin, section
-3.2): the less they share, the more an encoder has to leave out.
+Each view has an encoder of its own. What both share is set by how the image is divided (Tian et al., InfoMin,
+2020): the less they share, the more an encoder has to leave out.
 
 Shapes: B images, C channels of the divided image, h x w pixels of a view.
 """
@@ -154,7 +154,7 @@ class FrequencySplit(Split):
 
 @register_views("patches")
 class Patches(Views):
-    """Two square patches of an image at an offset of (distance, distance) pixels (InfoMin, section 3.2 and figure 3).
+    """Two square patches of an image at an offset of (distance, distance) pixels (Tian et al., InfoMin, 2020).
 
     The further they are apart, the less they share. Nothing else is changed. Both encoders are evaluated on the whole
     image, its shorter side resized to the side of a patch.
