@@ -41,6 +41,8 @@ def kind(name: str) -> tuple[str, ...]:
     return config.model["name"], config.criterion["name"], inner, config.views["name"], config.optim.name
 
 
+#: Where the small digits are too small, larger ones.
+SOURCES = {"views_patches": "source={name: digits, size: 64}"}
 #: The first small recipe of each kind; those of digits come first, as they take the least time.
 OF_A_KIND = set({kind(name): name for name in sorted(SMALL, key=lambda n: n.endswith("digits"))}.values())
 
@@ -311,7 +313,8 @@ def test_a_small_recipe_fits_together(here, name):
 )
 def test_dry_run_of_a_shipped_recipe(here, capsys, name):
     before = tree(ROOT / "recipes")
-    assert main([name, "--dry-run", "source=digits", "eval.linear.epochs=3", *ALONE.get(name, [])]) == 0
+    given = [SOURCES.get(name, "source=digits"), "eval.linear.epochs=3", *ALONE.get(name, [])]
+    assert main([name, "--dry-run", *given]) == 0
     output = capsys.readouterr().out
     assert "writes nothing" in output and f"dry run of {name} passed: 2 steps" in output.splitlines()[-1]
     assert tree(here) == {} and tree(ROOT / "recipes") == before

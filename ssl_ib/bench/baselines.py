@@ -70,6 +70,12 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, partner, reduction="none")
 
 
+def moco(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """MoCo's loss as its code has it: the logits of key and queue side by side, and `cross_entropy`."""
+    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device), reduction="none")
+
+
 def lightly_nt_xent(z: Tensor, temperature: float) -> Tensor:
     """lightly's NTXentLoss, a mean."""
     loss = _package("lightly.loss").NTXentLoss(temperature=temperature)

@@ -194,6 +194,22 @@ def one_way(rows: int, cols: int, width: int, temperature: float) -> Case:
     )
 
 
+def queue(rows: int, cols: int, width: int, temperature: float) -> Case:
+    """As MoCo uses it: every query has one key, all share the queue, and only the queries get gradients."""
+    return Case(
+        "info_nce",
+        f"queue N={rows} M={cols} d={width} tau={temperature}",
+        lambda g, dtype: tuple(_unit(g, dtype, n, width) for n in (rows, rows, cols)),
+        1,
+        lambda q, k, negatives: ops.info_nce(q, negatives, None, None, temperature, own=k),
+        rows * cols,
+        4.0 * rows * cols * width,
+        2.0 * (4 * rows + cols) * width,
+        12.0 * rows * cols,
+        {"cross_entropy": lambda q, k, negatives: baselines.moco(q, k, negatives, temperature)},
+    )
+
+
 def gmm_lse(rows: int, prototypes: int, width: int, tau: float) -> Case:
     return Case(
         "gmm_lse",
@@ -251,6 +267,7 @@ def cases(size: str) -> list[Case]:
             masked_patch_mse(16, 1, 32, 4),
             nt_xent(512, 64, 0.1),
             one_way(300, 500, 64, 0.1),
+            queue(32, 4096, 64, 0.1),
             gmm_lse(128, 2048, 64, 0.1),
             gmm_posterior(128, 2048, 64, 0.04),
             gmm_assign(128, 2048, 64),
@@ -266,6 +283,7 @@ def cases(size: str) -> list[Case]:
             nt_xent(2048, 128, 0.1),
             nt_xent(16384, 128, 0.1),
             one_way(4096, 4096, 128, 0.2),
+            queue(256, 65536, 128, 0.15),
             gmm_lse(1024, 65536, 256, 0.1),
             gmm_posterior(1024, 65536, 256, 0.04),
             gmm_assign(1024, 65536, 256),
@@ -294,6 +312,7 @@ def cases(size: str) -> list[Case]:
         *(nt_xent(8192, 256, tau) for tau in (0.04, 0.5)),
         *(one_way(rows, rows, 256, 0.1) for rows in (8192, 32768)),
         one_way(4096, 65536 + 37, 128, 0.2),
+        queue(256, 65536, 128, 0.15),
         *(gmm_lse(rows, prototypes, 256, 0.1) for rows, prototypes in mixtures),
         *(gmm_posterior(rows, prototypes, 256, 0.04) for rows, prototypes in mixtures),
         gmm_assign(6144, 65536, 256),

@@ -65,9 +65,9 @@ class OptimConfig(Section):
 
     lr is used as it stands, or with `linear_scaling` as the base rate of lr x batch_size x samples_per_image / 256.
     It warms up linearly from `warmup_from` and then follows `shape`: cosine goes down to `min_lr`, step multiplies by
-    `gamma` at each of the epochs `milestones`, constant stays. The cosine begins at the warm-up's end, or with
-    cosine_from=start at the run's, and then the warm-up leads to the value that the cosine has at its end.
-    `warmup_from` and `min_lr` are rates as they stand. A schedule in place of lr replaces both warm-up and shape.
+    `gamma` at each of the epochs `milestones`, constant stays. The cosine begins where the warm-up ends; with
+    cosine_from=start it begins with the run, and the warm-up climbs to where the cosine is by then. `warmup_from` and
+    `min_lr` are rates as they stand. A schedule in place of lr replaces both warm-up and shape.
     weight_decay never acts on biases and other 1-D parameters, whose rate is multiplied by `bias_lr_scale`.
     clip bounds the gradient's norm, over the whole model and over the whole criterion, or over each parameter. args go
     to the optimiser as they are.

@@ -146,16 +146,16 @@ def test_mistakes_are_named(given, message):
 )
 def test_a_stopped_run_goes_on_with_what_it_remembers(tmp_path, monkeypatch, given):
     def stop(self, ctx):
-        if ctx.progress.step == 5:
+        if ctx.progress.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    out = tmp_path / "run"
+    out, given = tmp_path / "run", (*given, "epochs=1", "source.limit=512")
     for criterion in (BankNCE, QueueNCE):
         monkeypatch.setattr(criterion, "after_step", stop)
-    assert train(out, *given, "epochs=1") == 128 + signal.SIGTERM
+    assert train(out, *given) == 128 + signal.SIGTERM
     monkeypatch.undo()
-    assert train(out, *given, "epochs=1", "--resume") == 0
-    assert_same_run(out, finished(*given, "epochs=1"))
+    assert train(out, *given, "--resume") == 0
+    assert_same_run(out, finished(*given))
     kept = checkpoint(out)["parts"]["criterion." + ("bank" if "bank" in given[0] else "queue")]
     torch.testing.assert_close(kept.norm(dim=-1), torch.ones(kept.shape[:-1]))
     assert ("held_out/loss" in evaluations(out)[-1]) == ("queue" in given[0])
