@@ -56,10 +56,14 @@ def on_digits(text: str) -> str:
     return " ".join(word for word in text.split(" ") if not word.startswith("source."))
 
 
-def alone(overrides: list[str], recipe: str) -> list[str]:
-    """Overrides with which a recipe needs neither an image set nor what another run has left."""
+def alone(words: list[str], overrides: list[str], recipe: str) -> list[str]:
+    """A command's overrides, changed so that it needs neither an image set nor what another run has left.
+
+    The digits take the place of the images; large ones where patches are cut at a distance.
+    """
     kept = [text for text in overrides if not text.startswith(("source", "views.run", "views.space"))]
-    return [*kept, "source=digits", *ALONE.get(recipe, [])]
+    digits = "source={name: digits, size: 192}" if "patches" in " ".join(words) else "source=digits"
+    return [*kept, digits, *ALONE.get(recipe, [])]
 
 
 def resolved(words: list[str]) -> list:
@@ -70,10 +74,10 @@ def resolved(words: list[str]) -> list:
             return []
         # The folder that a run of a recipe leaves is a recipe too.
         options.recipe = options.recipe.removeprefix("runs/")
-        options.overrides = alone(options.overrides, options.recipe)
+        options.overrides = alone(words, options.overrides, options.recipe)
         return [train.configuration(options)]
     options = sweep.parser().parse_intermixed_args(words[1:])
-    overrides = alone(options.overrides, options.recipe)
+    overrides = alone(words, options.overrides, options.recipe)
     problems: list[str] = []
     axes = points.parse_axes(options.vary, [on_digits(case) for case in options.case], overrides, problems)
     seeds = points.parse_seeds(options.seeds, problems) if options.seeds else None
