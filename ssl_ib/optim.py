@@ -75,7 +75,7 @@ def learning_rate(config: OptimConfig, lr: float, epoch: float, epochs: float) -
     first = 0.0 if config.cosine_from == "start" else config.warmup_epochs
     if epoch < config.warmup_epochs:
         top = _cosine(config, lr, config.warmup_epochs / epochs) if config.cosine_from == "start" else lr
-        return config.warmup_from + (top - config.warmup_from) * epoch / config.warmup_epochs
+        return config.start_lr + (top - config.start_lr) * epoch / config.warmup_epochs
     if config.shape == "constant":
         return lr
     if config.shape == "step":

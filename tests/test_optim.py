@@ -216,14 +216,14 @@ def test_warmup_and_cosine():
 
 def test_a_warmup_within_the_cosine():
     """InfoMin's code at batch 512: from .01 to where the cosine of the whole run is after 5 epochs."""
-    settings = config(warmup_epochs=5, warmup_from=0.01, cosine_from="start", min_lr=6e-5)
+    settings = config(warmup_epochs=5, start_lr=0.01, cosine_from="start", min_lr=6e-5)
 
     def cosine(epoch):
         return 6e-5 + (0.06 - 6e-5) * 0.5 * (1 + math.cos(math.pi * epoch / 200))
 
     rates = [learning_rate(settings, 0.06, epoch, 200) for epoch in (0, 2.5, 5, 120, 200)]
     assert rates == pytest.approx([0.01, (0.01 + cosine(5)) / 2, cosine(5), cosine(120), 6e-5])
-    assert learning_rate(config(warmup_epochs=5, warmup_from=0.01), 0.06, 2.5, 200) == pytest.approx(0.035)
+    assert learning_rate(config(warmup_epochs=5, start_lr=0.01), 0.06, 2.5, 200) == pytest.approx(0.035)
     with pytest.raises(ValueError, match="no cosine with another shape"):
         config(shape="constant", cosine_from="start")
 

@@ -64,9 +64,9 @@ class OptimConfig(Section):
     """The optimiser, by timm's name (its `sgd` is Nesterov's; `momentum` is the plain one).
 
     lr is used as it stands, or with `linear_scaling` as the base rate of lr x batch_size x samples_per_image / 256.
-    It warms up linearly from `warmup_from` and then follows `shape`: cosine goes down to `min_lr`, step multiplies by
+    It warms up linearly from `start_lr` and then follows `shape`: cosine goes down to `min_lr`, step multiplies by
     `gamma` at each of the epochs `milestones`, constant stays. The cosine begins where the warm-up ends; with
-    cosine_from=start it begins with the run, and the warm-up climbs to where the cosine is by then. `warmup_from` and
+    cosine_from=start it begins with the run, and the warm-up climbs to where the cosine is by then. `start_lr` and
     `min_lr` are rates as they stand. A schedule in place of lr replaces both warm-up and shape.
     weight_decay never acts on biases and other 1-D parameters, whose rate is multiplied by `bias_lr_scale`.
     clip bounds the gradient's norm, over the whole model and over the whole criterion, or over each parameter. args go
@@ -80,7 +80,7 @@ class OptimConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.9
     warmup_epochs: NonNegative = 0.0
-    warmup_from: NonNegative = 0.0
+    start_lr: NonNegative = 0.0
     min_lr: NonNegative = 0.0
     shape: Literal["cosine", "step", "constant"] = "cosine"
     cosine_from: Literal["warmup", "start"] = "warmup"
