@@ -9,12 +9,13 @@ import pytest
 import torch
 from ranks import answers_of, join
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ib import Batch, Model, Progress, RunInfo, UserError, distributed
 from ssl_ib.criterions.queue_nce import QueueNCE
 from ssl_ib.models.batch_norm import BatchNormGroups
 from ssl_ib.models.moco import MoCo
-from ssl_ib.part import Context
+from ssl_ib.part import Context, Step
 
 B = 8
 PLAIN, JIGSAW = (3, 16, 16), (4, 3, 8, 8)
@@ -185,13 +186,14 @@ def learn(rows: slice, world: int) -> tuple[torch.Tensor, dict[str, torch.Tensor
     model, criterion = MoCo(info, **RESNET, head_dim=6, bn_groups=2).double(), QueueNCE(info, size=4 * B).double()
     model.wanted_views = criterion.reads
     model.select(criterion.requires)
+    step = Step(model, criterion)
+    wrapped = DistributedDataParallel(step, broadcast_buffers=False) if world > 1 else step
     views = batch((PLAIN, PLAIN), rows)
     views = Batch([view.double() for view in views.views], views.masks, views.index, views.label)
     torch.manual_seed(3 + distributed.rank())
-    loss = criterion(model(views), views, Progress(0, 0, 1, 1)).total
+    loss = wrapped(views, Progress(0, 0, 1, 1))[1].total
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found = {name: distributed.all_reduce_mean(gradient) for name, gradient in found.items()}
     return distributed.all_reduce_mean(loss.detach()), found
 
 
