@@ -27,17 +27,17 @@ NEGATIVES = -2
 class BankNCE(Criterion):
     """Each query picks its image's row out of a bank of past embeddings: cross-entropy of cosines / temperature.
 
-    Reads `projection` [b, d] of the queries' views and of the views that have a bank. A bank has one unit vector for
-    each training image, found by the image's number; it starts at random, and after each batch the rows of its images
-    move towards their new embeddings. All processes have the same banks. There is no held-out loss, since only training
-    images have a row. A bank takes 4 n d bytes, in memory and in checkpoints: 656 MB for ImageNet's 1,281,167 images
-    and d = 128. Sources: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018
-    (queries [0], banks [0]); Misra and van der Maaten, "PIRL", 2020 (queries [0, 1], banks [0, 0], where view 1 is the
-    jigsaw one); Tian, Krishnan and Isola, "Contrastive Multiview Coding", 2020 (queries [0, 1], banks [1, 0]).
+    Reads `projection` [b, d] of the queries' views. A bank has one unit vector for each training image, found by the
+    image's number; it starts at random, and after each batch the rows of its images move towards their new embeddings.
+    All processes have the same banks. There is no held-out loss, since only training images have a row. A bank takes
+    4 n d bytes, in memory and in checkpoints: 656 MB for ImageNet's 1,281,167 images and d = 128. Sources: Wu et al.,
+    "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018 (queries [0], banks [0]); Misra and
+    van der Maaten, "PIRL", 2020 (queries [0, 1], banks [0, 0], where view 1 is the jigsaw one); Tian, Krishnan and
+    Isola, "Contrastive Multiview Coding", 2020 (queries [0, 1], banks [1, 0]).
 
     queries:       numbers of the views that are queries, counted from 0.
     banks:         for each query, the number of the view whose past embeddings it is compared with. Each view in this
-                   list has a bank, which its own embeddings update.
+                   list is a query too, and has a bank, which its own embeddings update.
     weights:       of the queries' losses; none for equal ones that add up to 1.
     negatives:     "all" other rows of the bank, or rows "sampled" from it.
     num_negatives: how many rows are sampled, with replacement. A step draws once for all its images, so an image's own
@@ -69,10 +69,15 @@ class BankNCE(Criterion):
         self.weights = check_queries(queries, weights)
         if len(banks) != len(queries):
             raise UserError(f"banks={list(banks)}: expected one view for each of the queries {list(queries)}")
+        if idle := sorted(set(banks) - set(queries)):
+            raise UserError(
+                f"banks={list(banks)}: the views {', '.join(map(str, idle))} are no queries, so that what embeds them "
+                "would learn nothing: expected banks of views that are queries too"
+            )
         self.negatives, self.num_negatives = negatives, info.capped(num_negatives)
         # The views that have a bank, in the order of the banks.
         self.views = tuple(sorted(set(banks)))
-        self.reads = {"projection": tuple(sorted({*queries, *banks}))}
+        self.reads = {"projection": queries}
         # Without a source there are no images, which is a problem of its own.
         rows = torch.randn(len(self.views), max(info.images(), 1), info.width("projection"))
         self.register_buffer("bank", unit(rows))
