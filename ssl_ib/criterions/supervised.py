@@ -44,7 +44,7 @@ class Supervised(Criterion):
             raise UserError("criterion 'supervised' needs a source that has factors, such as source=moving_mnist")
         for name in factors:
             if name not in known:
-                raise UserError(f"factors: unknown factor {name!r}{nearest(name, known)}")
+                raise UserError(f"factors={name}: unknown factor{nearest(name, known)}")
         self.factors, self.output, self.error = factors or tuple(known), output, error
         self.requires, self.reads = frozenset({output}), {output: (0,)}
         self.heads = nn.ModuleDict()

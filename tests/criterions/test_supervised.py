@@ -45,7 +45,7 @@ def test_reads_the_first_view_alone_and_the_chosen_factors():
     part = criterion(factors=("place",))
     assert part.reads == {"features": (0,)} and set(part.heads) == {"place"}
     assert set(loss(part, torch.zeros(6, 4)).terms) == {"place"}
-    with pytest.raises(UserError, match="factors: unknown factor 'colur'; did you mean 'colour'"):
+    with pytest.raises(UserError, match="factors=colur: unknown factor; did you mean 'colour'"):
         criterion(factors=("colur",))
     with pytest.raises(UserError, match="needs a source that has factors"):
         Supervised(RunInfo(((3, 8, 8),), 6))

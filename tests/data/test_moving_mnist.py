@@ -227,13 +227,14 @@ def test_held_out_sequences_meet_held_out_digits_and_pictures(source):
 @pytest.mark.parametrize(
     ("share", "message"),
     [
-        (("digit", "poistion"), "share: unknown factor 'poistion'; did you mean 'position'"),
-        ((), "share: expected at least one of digit, background, position"),
+        (("digit", "poistion"), "share=poistion: unknown factor; did you mean 'position'"),
+        ((), r"share=\[\]: expected one of digit, background, position at least"),
     ],
 )
 def test_wrong_shares(source, share, message):
     with pytest.raises(UserError, match=message):
         MovingViews(source, share)
+    assert MovingViews(source, "digit").share == ("digit",)
 
 
 def test_views_need_their_source(source):

@@ -24,19 +24,20 @@ class MovingViews(Views):
     For the source `moving_mnist` alone. Source: Tian et al., "What Makes for Good Views for Contrastive Learning?",
     2020, section 3.2 and appendix B.4.
 
-    share: which of `digit`, `background` and `position` frame 20 keeps, one at least. What is kept is the very image of
-        the digit, the very crop of the picture, and the digit's place in frame 20. What is not kept is drawn as the
-        sequences themselves draw it: any digit image, any crop of any picture, any place, of the same split.
+    share: which of `digit`, `background` and `position` frame 20 keeps: one, or a list of several. What is kept is the
+        very image of the digit, the very crop of the picture, and the digit's place in frame 20. What is not kept is
+        drawn as the sequences themselves draw it: any digit image, any crop of any picture, any place, of the same
+        split.
     """
 
-    def __init__(self, source: MovingMNIST | None, share: tuple[str, ...] = ("digit",)):
+    def __init__(self, source: MovingMNIST | None, share: str | tuple[str, ...] = "digit"):
         super().__init__()
+        share = (share,) if isinstance(share, str) else share
         unknown = [name for name in share if name not in FACTORS]
         if unknown:
-            raise UserError(f"share: unknown factor {unknown[0]!r}{nearest(unknown[0], FACTORS)}")
+            raise UserError(f"share={unknown[0]}: unknown factor{nearest(unknown[0], FACTORS)}")
         if not share:
-            choices = ", ".join(FACTORS)
-            raise UserError(f"share: expected at least one of {choices}; views that share nothing teach nothing")
+            raise UserError(f"share=[]: expected one of {', '.join(FACTORS)} at least, for the views to have in common")
         # Where the source could not be built, that has been said, and the size is of no matter.
         if source is not None and not isinstance(source, MovingMNIST):
             raise UserError(f"views 'moving_mnist' need source=moving_mnist, got a {type(source).__name__}")
