@@ -25,9 +25,6 @@ TINY = str(ROOT / "tests" / "recipes" / "tiny.yaml")
 PARTS = str(ROOT / "tests" / "recipes" / "parts.py")
 STEPS = 11
 
-#: What a recipe needs to be tried, besides source=digits, where it goes by what another run has left.
-ALONE = {"learned_split_cifar10": ["views.run=null", "views.space=ydbdr"]}
-
 
 def parts():
     """The plugin of test parts, as a run loads it."""
@@ -73,6 +70,18 @@ def wait_for_step(out: Path, process: subprocess.Popen, step: int) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("the run does not move")
+
+
+def without_files(recipe: str, size: int | None = None) -> list[str]:
+    """The overrides with which a shipped recipe needs no file: neither images nor what another run has left.
+
+    size: side of the digits that take the images' place, in pixels, where the recipe does not say.
+    """
+    if recipe.startswith("moving_mnist"):
+        return []  # Its views need their own source, which makes images of what scikit-learn has.
+    size = size or (64 if recipe == "views_patches" else 16)
+    alone = ["views.run=null", "views.space=ydbdr"] if recipe == "learned_split_cifar10" else []
+    return [f"source={{name: digits, size: {size}}}", *alone]
 
 
 def trainer(*overrides: str, out: Path | None = None) -> Trainer:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from harness import (
-    ALONE,
     PARTS,
     ROOT,
     STEPS,
@@ -21,6 +20,7 @@ from harness import (
     parts,
     rows,
     train,
+    without_files,
 )
 
 from ssl_ib import __version__
@@ -31,6 +31,7 @@ from ssl_ib.config.recipe import recipe_names
 from ssl_ib.run import build_run
 
 SMALL = [name for name in recipe_names() if name.endswith(("digits", "cifar10", "imagenette96", "rgb", "ydbdr"))]
+SMALL += [name for name in recipe_names() if name.startswith("moving_mnist")]
 LARGE = [name for name in recipe_names() if name not in SMALL]
 
 
@@ -41,8 +42,6 @@ def kind(name: str) -> tuple[str, ...]:
     return config.model["name"], config.criterion["name"], inner, config.views["name"], config.optim.name
 
 
-#: Where the small digits are too small, larger ones.
-SOURCES = {"views_patches": "source={name: digits, size: 64}"}
 #: The first small recipe of each kind; those of digits come first, as they take the least time.
 OF_A_KIND = set({kind(name): name for name in sorted(SMALL, key=lambda n: n.endswith("digits"))}.values())
 
@@ -304,7 +303,7 @@ def test_help(capsys):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_recipe_fits_together(here, name):
-    run = build_run(resolve(name, ["source=digits", *ALONE.get(name, [])]), dry=True)
+    run = build_run(resolve(name, without_files(name)), dry=True)
     assert run.criterion.requires <= run.model.provides and tree(here) == {}
 
 
@@ -313,8 +312,7 @@ def test_a_small_recipe_fits_together(here, name):
 )
 def test_dry_run_of_a_shipped_recipe(here, capsys, name):
     before = tree(ROOT / "recipes")
-    given = [SOURCES.get(name, "source=digits"), "eval.linear.epochs=3", *ALONE.get(name, [])]
-    assert main([name, "--dry-run", *given]) == 0
+    assert main([name, "--dry-run", *without_files(name), "eval.linear.epochs=3"]) == 0
     output = capsys.readouterr().out
     assert "writes nothing" in output and f"dry run of {name} passed: 2 steps" in output.splitlines()[-1]
     assert tree(here) == {} and tree(ROOT / "recipes") == before

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from harness import ALONE
+from harness import without_files
 
 from ssl_ib.cli import sweep, train
 from ssl_ib.config.config import configure
@@ -57,13 +57,10 @@ def on_digits(text: str) -> str:
 
 
 def alone(words: list[str], overrides: list[str], recipe: str) -> list[str]:
-    """A command's overrides, changed so that it needs neither an image set nor what another run has left.
-
-    The digits take the place of the images; large ones where patches are cut at a distance.
-    """
+    """A command's overrides, changed so that it needs no file."""
     kept = [text for text in overrides if not text.startswith(("source", "views.run", "views.space"))]
-    digits = "source={name: digits, size: 192}" if "patches" in " ".join(words) else "source=digits"
-    return [*kept, digits, *ALONE.get(recipe, [])]
+    # Where patches are cut at a distance, the digits have to be large.
+    return [*kept, *without_files(recipe, 192 if "patches" in " ".join(words) else None)]
 
 
 def resolved(words: list[str]) -> list:
