@@ -18,6 +18,10 @@ from ssl_ib.types import Sample
 STRONG = {"jitter": (0.4, 0.4, 0.2, 0.1), "grey_p": 0.2, "blur_p": 0.5, "solarise_p": 0.2, "interpolation": "bicubic"}
 RECIPES = ["barlow_twins", "byol", "byol_cifar", "dino", "moco_v2", "plain", "simclr", "simclr_cifar"]
 CROPS = [*RECIPES, "instdis", "moco_v1"]
+#: Views of films, which other tests draw.
+FILMS = {"moving_mnist"}
+#: What a recipe cannot be built without.
+NEEDED = {"learned_split": {"space": "rgb"}}
 #: Arguments that make any recipe small, of which each takes those it has.
 SMALL = {"size": 16, "local_size": 8, "num_local": 2, "distance": 5, "jigsaw_size": 20, "jigsaw_patch": 6}
 
@@ -293,12 +297,13 @@ def test_operations_that_do_not_exist_or_come_twice(operations):
 
 @pytest.fixture(scope="module")
 def built_in() -> list[str]:
-    """The recipes of the package, without those that plugins of other tests have registered."""
-    return [name for name in VIEWS.names() if VIEWS[name].__module__.startswith("ssl_ib.")]
+    """The package's recipes of views of images, without those that plugins of other tests have registered."""
+    return [name for name in VIEWS.names() if VIEWS[name].__module__.startswith("ssl_ib.") and name not in FILMS]
 
 
 def small(name: str, **arguments) -> Views:
-    return build(name, **{key: value for key, value in SMALL.items() if key in VIEWS.schema(name)}, **arguments)
+    fitting = {key: value for key, value in SMALL.items() if key in VIEWS.schema(name)}
+    return build(name, **fitting, **NEEDED.get(name, {}), **arguments)
 
 
 def source_of(images: torch.Tensor) -> Source:
