@@ -80,7 +80,7 @@ def refused(capsys, *arguments: str) -> str:
         (["epochs=3"], "expected RECIPE first, got 'epochs=3'"),
         ([TINY, "epochs"], "expected KEY=VALUE, such as optim.lr=1e-3, got 'epochs'"),
         ([TINY, "model=siames"], "unknown model 'siames'; did you mean 'siamese'"),
-        ([TINY, "--criterion", "info_ncee"], "unknown criterion 'info_ncee'; did you mean 'info_nce'?"),
+        ([TINY, "--criterion", "info_ncee"], "unknown criterion 'info_ncee'; did you mean 'info_nce' or"),
         ([TINY, "masker.ration=0.5"], "masker.ration: unknown key; did you mean 'ratio'?"),
         ([TINY, "optim.learning_rate=1"], "optim.learning_rate: unknown key"),
         ([TINY, "epochs=many"], "epochs: expected a valid integer, got 'many'"),
