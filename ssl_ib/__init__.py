@@ -1,8 +1,8 @@
 """Self-supervised vision pretraining seen through the information bottleneck.
 
-`train` trains a recipe and `load` loads an encoder (docs/python.md); the other names are what a plugin needs
-(docs/plugins.md). Importing this package starts nothing: no CUDA, no network, no search for plugins. Each name is
-loaded when it is first used, and the built-in parts when a registry is first read.
+`train` trains a recipe, `load` loads an encoder and `load_backbone` the bare timm model of one (docs/python.md); the
+other names are what a plugin needs (docs/plugins.md). Importing this package starts nothing: no CUDA, no network, no
+search for plugins. Each name is loaded when it is first used, and the built-in parts when a registry is first read.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .errors import ConfigError, UserError
     from .part import Context, Criterion, Model, ParamGroup, Part, RunInfo, Task
     from .pretrained import Backbone, load
+    from .record.backbone import load_backbone
     from .types import Batch, Loss, Masks, Progress, Sample
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "UserError",
     "Views",
     "load",
+    "load_backbone",
     "register_criterion",
     "register_masker",
     "register_model",
@@ -74,6 +76,7 @@ _HOMES = (
     "data.views.base",
     "data.views.augment",
     "pretrained",
+    "record.backbone",
     "api",
 )
 

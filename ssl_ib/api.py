@@ -18,6 +18,7 @@ from .config.config import Config, configure
 from .data.sources.layout import label_lines
 from .device import choose_device
 from .errors import UserError
+from .initialise import initialise
 from .pretrained import Backbone
 from .record import artifacts, folder
 from .record.signals import Stopped
@@ -32,8 +33,8 @@ _logger = logging.getLogger(__name__)
 class TrainedRun:
     """A finished run.
 
-    results:   what `results.json` holds: the evaluations `untrained`, `raw_pixels`, `trained` and `chance`, each
-               metrics by name, then `seconds` and `step`.
+    results:   what `results.json` holds: the evaluations `untrained` (`initial` where the run started from given
+               weights), `raw_pixels`, `trained` and `chance`, each metrics by name, then `seconds` and `step`.
     metrics:   the rows of `metrics.jsonl`, oldest first.
     backbones: the trained encoders, on the CPU, as `ssl_ib.load` gives them, by name; most models have one or none.
     out:       the run's folder, or None where nothing was written.
@@ -101,6 +102,8 @@ def train(
 
 
 def _say_labels(trainer: Trainer) -> None:
+    if trainer.run.start:
+        say(f"init: {trainer.run.start}")
     notes = getattr(trainer.run.source, "notes", ())
     say("labels: " + "; ".join(label_lines(trainer.images, notes)))
 
@@ -152,7 +155,11 @@ def pretrain(
         # Every process finds the same; one says it.
         logging.getLogger("ssl_ib").setLevel(logging.ERROR)
     state = folder.examine(out, config, resume, overwrite) if out else None
-    trainer = Trainer(build_run(config, dry, resumed=state is not None), out)
+    run = build_run(config, dry, resumed=state is not None)
+    if state is None:
+        # A run that is resumed has all its weights from the checkpoint.
+        run.start = initialise(run) or ""
+    trainer = Trainer(run, out)
     # Every process has found its arguments right and looked at the folder before one of them changes it.
     distributed.barrier()
     main = distributed.is_main()

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -24,13 +24,17 @@ from .config.recipe import read_recipe
 from .config.registry import build_part
 from .data.decode import ENDINGS, Unreadable, decode_file, image_files, pixels
 from .data.views import Augment, Crops, Views
+from .data.views.resample import Interpolation
 from .device import choose_device
 from .errors import UserError, nearest
 from .record import backbone as record
+from .record.weights import read_file
 from .run import Run
 from .types import Sample
 
 TIMM = "timm:"
+#: What `Backbone.tokens` gives.
+TOKENS = ("cls", "mean", "patches")
 #: Images of one size are prepared together, which is faster, where they have no more numbers than this.
 _TOGETHER = 1 << 24
 
@@ -42,16 +46,53 @@ class Backbone(nn.Module):
     center:   images uint8 [B, 3, H, W] -> the normalised view that is encoded, float32 [B, 3, h, w]; None where that is
               not known: then only `forward` can be used.
     max_side: larger images are shrunk first, until their longer side has this many pixels; None: they are not.
+    description: what `backbone.json` says of it (record/backbone.py); None where that is not known.
     """
 
-    def __init__(self, model: nn.Module, center: Callable[[Tensor], Tensor] | None, max_side: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        center: Callable[[Tensor], Tensor] | None,
+        max_side: int | None = None,
+        description: dict[str, Any] | None = None,
+    ):
         super().__init__()
-        self.model, self.center, self.max_side = model, center, max_side
+        self.model, self.center, self.max_side, self.description = model, center, max_side, description
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of images that are prepared already: [B, 3, h, w], as `transform` gives them -> [B, D]."""
         return self.model(images)
+
+    def tokens(self, images: Tensor, which: str | None = None) -> Tensor:
+        """Features of images that are prepared already, of a kind: [B, 3, h, w] -> [B, D], or [B, L, D] of patches.
+
+        which: "cls", the class token; "mean", the mean of the patches; "patches", each patch, row by row; after the
+               model's last norm. The patches of a model without tokens are the positions of its final map. None: what
+               `forward` gives, which is how the run evaluated the encoder.
+
+        Raises UserError where the model has no such tokens.
+        """
+        if which is None:
+            return self(images)
+        if which not in TOKENS:
+            raise UserError(f"tokens: expected one of these, got {which!r}{nearest(which, TOKENS)}")
+        found, name = self.model.forward_features(images), type(self.model).__name__
+        if found.ndim not in (3, 4):
+            raise UserError(f"tokens={which}: {name} has no patches, its features are {list(found.shape)}")
+        if found.ndim == 4:
+            last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
+            found, prefix = found.flatten(1, 2) if last else found.flatten(2).mT, 0
+        else:
+            prefix = getattr(self.model, "num_prefix_tokens", 0)
+        if which == "patches":
+            return found[:, prefix:]
+        if which == "cls" and (not prefix or getattr(self.model, "cls_token", None) is None):
+            raise UserError(f"tokens=cls needs a class token, and {name} has none: use tokens=mean or tokens=patches")
+        pooled = found[:, 0] if which == "cls" else found[:, prefix:].mean(dim=1)
+        # Where timm norms what was pooled, in place of the tokens.
+        norm = getattr(self.model, "fc_norm", None)
+        return pooled if norm is None else norm(pooled)
 
     def transform(self, image: Image.Image | str | Path) -> Tensor:
         """Prepares one image, as the run's own evaluation did: a PIL image or a file -> float32 [3, h, w], on the CPU.
@@ -59,7 +100,7 @@ class Backbone(nn.Module):
         A PIL image of any mode and size will do, and is left as it is. Raises UserError for a file that cannot be read,
         and where the preprocessing is not known.
         """
-        return self._views([self._pixels(image)])[0]
+        return self.views([self._pixels(image)])[0]
 
     def _pixels(self, image: Image.Image | str | Path) -> Tensor:
         """One image as it is read: uint8 [3, H, W]."""
@@ -72,8 +113,11 @@ class Backbone(nn.Module):
             raise UserError(f"{found.name} cannot be read as an image: {found.reason}")
         return found
 
-    def _views(self, images: list[Tensor]) -> Tensor:
-        """What is encoded of some images, each uint8 [3, H, W]: [B, 3, h, w]."""
+    def views(self, images: list[Tensor]) -> Tensor:
+        """What is encoded of some images, each uint8 [3, H, W]: float32 [B, 3, h, w], on the CPU.
+
+        Raises UserError where the preprocessing is not known.
+        """
         if self.center is None:
             raise UserError(
                 "this backbone does not say how its images are prepared (backbone.json has no preprocessing, and there "
@@ -84,11 +128,14 @@ class Backbone(nn.Module):
         return torch.cat([self.center(image[None]) for image in images])
 
     @torch.no_grad()
-    def embed(self, images: Iterable[Image.Image | str | Path], batch_size: int = 64) -> Tensor:
-        """Features of images, in their order: float32 [n, D], on the CPU, without gradient.
+    def embed(
+        self, images: Iterable[Image.Image | str | Path], batch_size: int = 64, tokens: str | None = None
+    ) -> Tensor:
+        """Features of images, in their order: float32 [n, D], or [n, L, D] of patches, on the CPU, without gradient.
 
         images: PIL images, or paths of image files. They are encoded `batch_size` at a time, on the device and in the
-        dtype of the parameters. Raises what `transform` raises, and UserError where there is no image.
+        dtype of the parameters. tokens: as for the method `tokens`. Raises what `transform` and `tokens` raise, and
+        UserError where there is no image.
         """
         if isinstance(images, (str, Path, Image.Image)):
             raise UserError(
@@ -98,8 +145,8 @@ class Backbone(nn.Module):
         parameter = next(self.model.parameters())
         images, features = iter(images), []
         while batch := list(islice(images, batch_size)):
-            views = self._views([self._pixels(image) for image in batch])
-            features.append(self(views.to(parameter.device, parameter.dtype)).float().cpu())
+            views = self.views([self._pixels(image) for image in batch])
+            features.append(self.tokens(views.to(parameter.device, parameter.dtype), tokens).float().cpu())
         if not features:
             raise UserError("embed: expected at least one image, got none")
         return torch.cat(features)
@@ -107,7 +154,8 @@ class Backbone(nn.Module):
     def embed_folder(self, folder: str | Path, batch_size: int = 64) -> tuple[Tensor, list[str]]:
         """Features [n, D] of the image files below a folder, and their sorted names, relative to it.
 
-        What counts as an image is what the source `folder` says. Raises UserError where there is none, or one cannot
+        What counts as an image is what the source `folder` says. All features are held in memory: the command
+        ssl-ib-embed writes those of a large folder to a file. Raises UserError where there is no image, or one cannot
         be read.
         """
         root = Path(folder)
@@ -159,7 +207,9 @@ def of_run(run: Run) -> dict[str, Backbone]:
     """Copies of the encoders that a run's model exports, by name, on the CPU."""
     exports, max_side = run.model.exports(), getattr(run.source, "max_side", None)
     return {
-        name: Backbone(record.rebuild(description, exports[name][0].state_dict()), _center(run.views), max_side)
+        name: Backbone(
+            record.rebuild(description, exports[name][0].state_dict()), _center(run.views), max_side, description
+        )
         for name, description in record.of_run(run).items()
     }
 
@@ -181,76 +231,81 @@ def _the_one(found: Iterable[str], name: str | None, place: Path) -> str:
 
 
 def _of_folder(folder: Path, name: str | None) -> Backbone:
-    found = [file.stem for file in folder.glob("*.json") if file.with_suffix(".safetensors").is_file()]
-    if not found and (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder} holds a run without backbone.json: it is not finished, or its model exports no encoder. "
-            f"Of an unfinished run, load a checkpoint, such as {folder / 'checkpoints' / 'last.pt'}"
-        )
-    description, state = record.read(folder, _the_one(found, name, folder) if found else record.MAIN)
+    description, state = record.read(folder, _the_one(record.names(folder), name, folder))
     config = folder / "config.yaml"
     return _rebuilt(description, state, read_recipe(config) if config.is_file() else None)
 
 
 def _of_checkpoint(file: Path, name: str | None) -> Backbone:
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # Unpickling a foreign file can raise anything.
-        # torch's advice on its own arguments follows the first sentence.
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise UserError(f"{file} cannot be read as a checkpoint of a run: {reason}") from None
+    saved = read_file(file)
     saved = saved if isinstance(saved, dict) else {}
-    # Earlier versions knew of one encoder alone.
-    found = saved.get("backbones") or ({record.MAIN: saved["backbone"]} if saved.get("backbone") else {})
+    found = record.from_checkpoint(saved)
     if not found:
         raise UserError(
             f"{file} does not describe an encoder: it is no checkpoint of a run, its model exports none, or it was "
             "saved by an earlier version. Of a finished run, give the folder"
         )
-    description = found[_the_one(found, name, file)]
-    prefix = description["prefix"]
-    state = {key.removeprefix(prefix): value for key, value in saved["parts"].items() if key.startswith(prefix)}
-    return _rebuilt(description, state, saved["config"])
+    return _rebuilt(*found[_the_one(found, name, file)], saved["config"])
 
 
 def _rebuilt(description: dict[str, Any], state: dict[str, Tensor], config: dict[str, Any] | None) -> Backbone:
     """config: that of the run, whose views are asked where the description does not have the preprocessing."""
     model, how = record.rebuild(description, state), description.get("preprocessing")
     if config is not None and "preprocessing" not in description:
-        _pool_as_evaluated(model, config["model"])
+        description["arguments"] |= _pool_as_evaluated(model, config["model"])
     if how is not None:
         views = Crops([Augment(how["size"], interpolation=how["interpolation"])], how["crop_ratio"])
         max_side = how["max_side"]
     elif config is not None:
         load_plugins(config.get("plugins") or [])
         views, max_side = build_part("views", config["views"]).part, config["source"].get("max_side")
+        how = views.preprocessing and {**views.preprocessing, "max_side": max_side}
     else:
-        return Backbone(model, None)
+        return Backbone(model, None, description=description)
     views.normalize(description["mean"], description["std"])
-    return Backbone(model, _center(views), max_side)
+    return Backbone(model, _center(views), max_side, {**description, "preprocessing": how})
 
 
-def _pool_as_evaluated(model: nn.Module, spec: dict[str, Any]) -> None:
-    """Earlier versions did not write how a vision transformer was pooled: the model of the run's configuration says."""
+def _pool_as_evaluated(model: nn.Module, spec: dict[str, Any]) -> dict[str, Any]:
+    """Earlier versions did not write how a vision transformer was pooled: the model of the run's configuration says.
+
+    Returns the arguments that rebuild it so.
+    """
     pool = spec.get("pool") or (spec.get("contrastive") or {}).get("pool")
-    if type(model) is VisionTransformer and pool is not None:
-        model.reset_classifier(0, "token" if pool == "cls" else "avg")
+    if type(model) is not VisionTransformer or pool is None:
+        return {}
+    model.reset_classifier(0, "token" if pool == "cls" else "avg")
+    return record.pooling(model)
 
 
-def _of_timm(name: str, pretrained: bool) -> Backbone:
+def of_timm(name: str, pretrained: bool) -> nn.Module:
+    """A model of timm's without its classifier, with timm's weights where `pretrained`, which may download them.
+
+    torch's generator is left as it was. Raises UserError where there is no such model, or its weights cannot be had.
+    """
     if not timm.is_model(name):
         alike = get_close_matches(name, timm.list_models(), n=20, cutoff=0.4)
         raise UserError(f"timm has no model {name!r}{nearest(name, alike)}")
     with torch.random.fork_rng(devices=[]):
         if not pretrained:
-            model = timm.create_model(name, num_classes=0)
-        else:
-            try:
-                model = timm.create_model(name, pretrained=True, num_classes=0)
-            except Exception as error:  # What the download raises depends on the library that does it.
-                raise UserError(f"timm could not load the weights of {name!r}: {error}") from error
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    return Backbone(model, partial(_by_transform, transform))
+            return timm.create_model(name, num_classes=0)
+        try:
+            return timm.create_model(name, pretrained=True, num_classes=0)
+        except Exception as error:  # What the download raises depends on the library that does it.
+            raise UserError(f"timm could not load the weights of {name!r}: {error}") from error
+
+
+def _of_timm(name: str, pretrained: bool) -> Backbone:
+    model = of_timm(name, pretrained)
+    how = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**how)
+    preprocessing, (_, height, width) = None, how["input_size"]
+    if how["crop_mode"] == "center" and height == width and how["interpolation"] in get_args(Interpolation):
+        preprocessing = {"size": width, "crop_ratio": how["crop_pct"], "interpolation": how["interpolation"]}
+        preprocessing["max_side"] = None
+    arguments = {"num_classes": 0, **({"img_size": width} if model.pretrained_cfg.get("fixed_input_size") else {})}
+    description = record.describe(name, arguments, (how["mean"], how["std"]), preprocessing)
+    return Backbone(model, partial(_by_transform, transform), description=description)
 
 
 def _by_transform(transform: Callable[[Image.Image], Tensor], images: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ _logger = logging.getLogger(__name__)
 
 #: What a dry run is cut down to, so that every recipe passes it on a small machine.
 DRY_BATCH, DRY_BANK_BATCHES, DRY_IMAGES = 8, 4, 64
+#: What the evaluation before the first step may be called (`Run.first_evaluation`).
+FIRST = ("untrained", "initial")
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Run:
     evaluated: the source whose images are evaluated: `source`, or that of `eval.source`.
     schedules: the numbers that change: (owner, attribute, schedule).
     dry:       whether it is cut down to a few small steps, for a check that all fits.
+    start:     what fitted of the weights that `init` names, in a line; empty without `init`.
     """
 
     config: Config
@@ -46,6 +49,14 @@ class Run:
     evaluated: Any
     schedules: list[tuple[Any, str, Schedule]] = field(default_factory=list)
     dry: bool = False
+    start: str = ""
+
+    @property
+    def first_evaluation(self) -> str:
+        """What the evaluation before the first step is called: `initial` where the encoder starts from given weights
+        (`init`, or pretrained ones of the model's own), else `untrained`."""
+        pretrained = any(getattr(module, "pretrained", False) is True for module in self.model.modules())
+        return "initial" if pretrained or self.config.init is not None else "untrained"
 
     @property
     def samples_per_step(self) -> int:

@@ -28,7 +28,7 @@ from .record.backbone import in_checkpoint
 from .record.log import RunLog
 from .record.signals import Stopped, StopRequest
 from .record.terminal import Terminal, say
-from .run import DRY_IMAGES, Run
+from .run import DRY_IMAGES, FIRST, Run
 from .types import Loss, Progress, Sample
 
 DRY_STEPS = 2
@@ -44,8 +44,8 @@ class Trainer:
     Building one decodes the images that are held in memory and writes nothing. Raises UserError where they are too few
     or too many of them cannot be read.
 
-    results: evaluations that the run is judged by: `untrained`, `raw_pixels`, `trained` and `chance`, each metrics by
-        name.
+    results: evaluations that the run is judged by: `untrained` (`initial` where it starts from given weights),
+        `raw_pixels`, `trained` and `chance`, each metrics by name.
     """
 
     def __init__(self, run: Run, out: Path | None):
@@ -75,6 +75,7 @@ class Trainer:
             run.model.compile()
         self.step_module = self._wrapped(Step(run.model, run.criterion))
         self.results: dict[str, dict[str, float]] = {}
+        self.first = run.first_evaluation
         self.stop = StopRequest()
 
     def _check(self) -> None:
@@ -126,8 +127,8 @@ class Trainer:
     def fit(self) -> dict[str, dict[str, float]]:
         """Trains to the end and returns the results. Raises Stopped after a signal, UserError on a bad loss."""
         with self.stop, closing(self._terminal()) as terminal:
-            if "untrained" not in self.results and not self.dry:
-                self._evaluate("untrained")
+            if self.first not in self.results and not self.dry:
+                self._evaluate(self.first)
                 self.save()
             while self.step < self.last_step:
                 self._epoch(terminal)
@@ -243,7 +244,7 @@ class Trainer:
         metrics = self.online.evaluate(self.progress(), name == "trained", name is not None) if self.main else {}
         if name is not None:
             self.results[name] = metrics
-        if name == "untrained" and self.main:
+        if name == self.first and self.main:
             self.results["raw_pixels"] = self.online.raw_pixels()
         if name == "trained" and self.main:
             self.results["chance"] = self.online.chance()
@@ -320,14 +321,16 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint. Raises UserError where it was saved on other images or other parts."""
         held_out, unlabelled = self.run.source.val(), bool((self.images.labels < 0).all())
-        untrained = state["results"]["untrained"]
+        # An earlier version's name for it stays.
+        self.first = next(name for name in FIRST if name in state["results"])
+        first = state["results"][self.first]
         advice = f"in {self.out}/config.yaml, and resume with {self.out} as the recipe"
         # Other images may be held out where the same folders are no classes any more; one class alone changes nothing.
-        if unlabelled and untrained.get("knn/top1", 1.0) < 1.0:
+        if unlabelled and first.get("knn/top1", 1.0) < 1.0:
             raise UserError(
                 f"--resume: the run began with labels, and now there are none: set source.labels to folders {advice}"
             )
-        if unlabelled and held_out is not None and "held_out/loss" not in untrained:
+        if unlabelled and held_out is not None and "held_out/loss" not in first:
             raise UserError(
                 f"--resume: the run began without held-out images, and now there are {len(held_out)}: set "
                 f"source.val_fraction to 0 {advice}"

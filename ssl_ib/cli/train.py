@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a mistake of the user's (one message on stderr), 128 + n s
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -37,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(f"--{kind}", metavar="NAME", help=f"use another registered {kind}")
     p.add_argument(
         "--plugin", action="append", default=[], metavar="MODULE_OR_PATH", help="import your own parts first"
+    )
+    p.add_argument(
+        "--init",
+        metavar="WEIGHTS",
+        help="start the encoder from these: a run's folder, a file, or timm:NAME (timm's weights, downloaded)",
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
     group = p.add_mutually_exclusive_group()
@@ -94,9 +100,11 @@ def configuration(options: argparse.Namespace) -> Config:
 
     swaps = [f"{kind}={getattr(options, kind)}" for kind in SWAPS if getattr(options, kind)]
     device = [f"device={options.device}"] if options.device else []
+    # Quoted, because a path may look like another YAML value.
+    init = [f"init={json.dumps(options.init)}"] if options.init else []
     # Every process that torchrun starts finds the same; one says it.
     say = partial(print, file=sys.stderr) if os.environ.get("RANK", "0") == "0" else lambda line: None
-    return configure(options.recipe, [*swaps, *device, *options.overrides], options.plugin, say)
+    return configure(options.recipe, [*swaps, *device, *init, *options.overrides], options.plugin, say)
 
 
 def _train(config: Config, options: argparse.Namespace) -> int:
@@ -158,6 +166,7 @@ def _heading(trainer, out: Path | None) -> str:
     steps, device, indent = trainer.total_steps, run.device, "\n" + 13 * " "
     lines = [f"{config.recipe} -> {out or 'a dry run, which writes nothing'}"]
     lines += [f"  {kind:<10} {_shown(kind, getattr(config, kind))}" for kind in PARTS]
+    lines += [f"  init       {run.start}"] if run.start else []
     held = f"{len(held_out):,} held out" if held_out is not None else "none held out"
     place = "in memory" if trainer.images.in_memory else "streamed"
     lr = config.optim.lr if isinstance(config.optim.lr, dict) else format(config.optim.lr * trainer.scale, ".4g")

@@ -154,11 +154,14 @@ class OpsConfig(Section):
 class Config(Section):
     """A whole run. The six parts are `{name: ..., key: value}`, completed with their constructors' defaults.
 
-    recipe names the run's folder. batch_size counts the images of an optimiser step over all processes; `accumulate`
-    cuts it into so many forward passes of each. device is auto, cpu, cuda or cuda:N. workers decode streamed images;
-    log_every counts the steps from one row of `metrics.jsonl` to the next (a short run logs 20 rows at least), and
-    logger says who gets a copy of the rows. deterministic takes, on CUDA, slower operations that give the same numbers
-    every time. parallel=ddp is for processes that torchrun starts. plugins are imported before the parts are looked up.
+    recipe names the run's folder. init names the weights that the encoder starts from: the folder of a run, a
+    checkpoint of one, a file of weights under timm's names, or timm:NAME for timm's own, which are downloaded;
+    heads are dropped and positions resampled. batch_size counts the images of an optimiser step over all processes;
+    `accumulate` cuts it into so many forward passes of each. device is auto, cpu, cuda or cuda:N. workers decode
+    streamed images; log_every counts the steps from one row of `metrics.jsonl` to the next (a short run logs 20
+    rows at least), and logger says who gets a copy of the rows. deterministic takes, on CUDA, slower operations
+    that give the same numbers every time. parallel=ddp is for processes that torchrun starts. plugins are imported
+    before the parts are looked up.
     """
 
     recipe: str
@@ -168,6 +171,7 @@ class Config(Section):
     masker: PartSpec = {"name": "none"}
     source: PartSpec = {"name": "digits"}
     views: PartSpec
+    init: str | None = None
     epochs: PositiveInt = 100
     batch_size: PositiveInt = 256
     accumulate: PositiveInt = 1

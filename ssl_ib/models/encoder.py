@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import UserError, nearest
-from ..record.backbone import create
+from ..record.backbone import create, pooling, without_origins
 from .positions import sincos_positions
 
 Pool = Literal["cls", "mean"]
@@ -87,9 +87,7 @@ class Encoder(nn.Module):
                 raise self._indivisible(height, width, patch) from None
             raise UserError(f"timm could not build {self.name!r} with {arguments}: {error}") from None
         self.pretrained = bool(arguments.get("pretrained") or arguments.get("checkpoint_path"))
-        # What rebuilds it: not where its first weights came from.
-        origins = ("pretrained", "checkpoint_path")
-        self.arguments = {key: value for key, value in arguments.items() if not key.startswith(origins)}
+        self.arguments = without_origins(arguments)
         return backbone
 
     def _pool_as_evaluated(self) -> None:
@@ -97,9 +95,7 @@ class Encoder(nn.Module):
         vit, pool = self.backbone, "token" if self.pool == "cls" else "avg"
         if (vit.global_pool, vit.num_classes) != (pool, 0):
             vit.reset_classifier(0, pool)
-            # timm places the last norm by the pooling it starts with: it has to stay where it is.
-            norms_features = not isinstance(vit.fc_norm, nn.Identity)
-            self.arguments |= {"num_classes": 0, "global_pool": pool, "fc_norm": norms_features}
+            self.arguments |= pooling(vit)
 
     @staticmethod
     def _indivisible(height: int, width: int, patch: int, others: tuple[int, ...] = ()) -> UserError:
@@ -140,15 +136,21 @@ class Encoder(nn.Module):
             self.backbone.train()
 
     def fix_positions(self) -> None:
-        """Replaces learned positions by fixed sines and cosines. Raises UserError where the width is not 4 x n."""
+        """Replaces learned positions by fixed sines and cosines; those of pretrained weights stay, and are fixed too.
+
+        Raises UserError where the width is not 4 x n.
+        """
         if self.width % 4:
             raise UserError(f"positions=sincos needs a width divisible by 4, and {self.name!r} has {self.width}")
         table = self.backbone.pos_embed
+        table.requires_grad_(False)
+        if self.pretrained:
+            # The weights were trained with their own.
+            return
         positions = sincos_positions(self.width, self.backbone.patch_embed.grid_size)
         prefix = table.shape[1] - len(positions)
         with torch.no_grad():
             table.copy_(torch.cat([positions.new_zeros(prefix, self.width), positions])[None])
-        table.requires_grad_(False)
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """Patches (rows, columns) of a view of shape [C, H, W]; None without patches.

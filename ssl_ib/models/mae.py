@@ -66,7 +66,8 @@ class MAE(MaskedImageModel):
         if z == "cls" and not self.encoder.backbone.has_class_token:
             raise UserError(f"z=cls needs a class token, and {backbone!r} has none: use z=mean")
         check_final_norm("mae", self.encoder)
-        initialise(self.encoder.backbone)
+        if not self.encoder.pretrained:
+            initialise(self.encoder.backbone)
         grid, width = self.encoder.grid(shape), self.encoder.width
         patch_dim = self.encoder.patch_size**2 * shape[0]
         self.decoder = PatchDecoder(
@@ -74,6 +75,7 @@ class MAE(MaskedImageModel):
         )
         if checkpoint is not None:
             official.load(self, checkpoint)
+            self.encoder.pretrained = True
         num_kept = (info.masks(grid) or (1, grid[0] * grid[1]))[1]
         self.widths = {
             "tokens": width,

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import __version__
 from ..data.sources.base import stratified
 from ..part import parts
-from ..run import Run
+from ..run import FIRST, Run
 from ..types import Progress, Sample
 from . import figures
 from .attention import class_attention, has_class_attention
@@ -94,10 +94,9 @@ def finish(
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     figures.loss_curves(rows, folder / "loss_curves.png")
-    raw, untrained = (results.get(name, {}).get("knn/top1") for name in ("raw_pixels", "untrained"))
+    references = {name: results.get(name, {}).get("knn/top1") for name in ("raw_pixels", *FIRST, "chance")}
     if any("knn/top1" in row for row in rows):
-        chance = results.get("chance", {})
-        figures.knn_curve(rows, folder / "knn_curve.png", raw, untrained, chance.get("knn/top1"), chance.get("images"))
+        figures.knn_curve(rows, folder / "knn_curve.png", **references, images=results.get("chance", {}).get("images"))
     draw_views(run, evaluating, folder / "reconstructions.png")
     draw_attention(run, evaluating, folder / "attention.png")
     for part in parts(run.task, run.model, run.criterion):
@@ -114,9 +113,9 @@ def finish(
 def write_results(out: Path, results: dict[str, Any]) -> None:
     """Writes `results.json`, the last of a run's files, so that its presence says that the run is done.
 
-    results: the evaluations by name (`untrained`, `raw_pixels`, `trained`), `chance` (the accuracy of always naming the
-    most frequent class, and `images`, the number of those scored), `seconds` and `step`. Numbers that are not finite
-    become the strings that metrics.jsonl has.
+    results: the evaluations by name (`untrained` or `initial`, `raw_pixels`, `trained`), `chance` (the accuracy of
+    always naming the most frequent class, and `images`, the number of those scored), `seconds` and `step`. Numbers that
+    are not finite become the strings that metrics.jsonl has.
     """
     plain = json.loads(json.dumps(results), parse_constant=str)
     replace(out / "results.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
@@ -198,18 +197,19 @@ def draw_attention(run: Run, evaluating: Evaluating, path: Path) -> None:
 
 
 def summary(out: Path, results: dict[str, Any]) -> list[str]:
-    """How trained compares with chance, untrained features and raw pixels, on the same split; time; folder.
+    """How trained compares with chance, untrained or initial features and raw pixels, on the same split; time; folder.
 
     Without labels: how the held-out loss and the rank of the features changed.
     """
     minutes, seconds = divmod(round(results["seconds"]), 60)
     ending = f"{minutes} min {seconds:02d} s | {out}"
-    names = ("chance", "untrained", "raw_pixels", "trained")
+    first = next((name for name in FIRST if name in results), "untrained")
+    names = ("chance", first, "raw_pixels", "trained")
     scores = {name: results.get(name, {}).get("knn/top1") for name in names}
     if scores["trained"] is None:
         changes = [
-            _change("held-out loss", "first", "last", results, "held_out/loss", ".4f"),
-            _change("RankMe", "untrained", "trained", results, "health/rankme", ".2f"),
+            _change("held-out loss", ("first", "last"), (first, "trained"), results, "held_out/loss", ".4f"),
+            _change("RankMe", (first, "trained"), (first, "trained"), results, "health/rankme", ".2f"),
         ]
         return [" | ".join(["no accuracy without labels of two classes", *filter(None, changes), ending])]
     lines = []
@@ -219,13 +219,15 @@ def summary(out: Path, results: dict[str, Any]) -> list[str]:
     probe = results["trained"].get("linear/top1")
     linear = "" if probe is None else f" | linear trained {probe:.4f}"
     for key in (key for key in results["trained"] if key.startswith("probe/")):
-        known = {name: results.get(name, {}).get(key) for name in ("chance", "untrained", "trained")}
+        known = {name: results.get(name, {}).get(key) for name in ("chance", first, "trained")}
         values = ", ".join(f"{'constant' if k == 'chance' else k} {v:.4f}" for k, v in known.items() if v is not None)
         lines.append(f"{key}: {values}")
     return [*lines, f"kNN top-1: {shown}{linear} | {ending}"]
 
 
-def _change(title: str, first: str, last: str, results: dict[str, Any], key: str, digits: str) -> str:
-    """A number of the untrained and of the trained encoder; "" where there is none."""
-    before, after = (results[name].get(key) for name in ("untrained", "trained"))
-    return "" if None in (before, after) else f"{title}: {first} {before:{digits}}, {last} {after:{digits}}"
+def _change(
+    title: str, words: tuple[str, str], names: tuple[str, str], results: dict[str, Any], key: str, digits: str
+) -> str:
+    """A number of the first evaluation and of the last one, in words; "" where there is none."""
+    before, after = (results[name].get(key) for name in names)
+    return "" if None in (before, after) else f"{title}: {words[0]} {before:{digits}}, {words[1]} {after:{digits}}"

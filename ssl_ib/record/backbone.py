@@ -31,6 +31,10 @@ from .files import replace
 #: The name of the encoder of a model that has one.
 MAIN = "backbone"
 
+#: How the arguments begin that say where first weights came from. They are no part of what rebuilds a backbone: that
+#: file may be gone, and `checkpoint_path` is where `snippet` has its own.
+ORIGINS = ("pretrained", "checkpoint_path")
+
 #: What `create` does for a stem of small images, as a reader without this package would.
 _CIFAR_STEM = (
     "model.conv1 = torch.nn.Conv2d(model.conv1.in_channels, model.conv1.out_channels, 3, padding=1, bias=False)\n"
@@ -57,6 +61,11 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
+def without_origins(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `timm.create_model` but for those that say where first weights come from."""
+    return {key: value for key, value in arguments.items() if not key.startswith(ORIGINS)}
+
+
 def describe(
     name: str,
     arguments: dict[str, Any],
@@ -66,7 +75,8 @@ def describe(
     """What `backbone.json` says of a backbone.
 
     name, arguments: timm.create_model(name, **arguments) has its state_dict's keys and shapes; the arguments are plain
-                     data, fit for JSON, with `stem` as for `create`.
+                     data, fit for JSON, with `stem` as for `create`. Those that say where first weights came from
+                     are left out.
     normalisation:   (mean, std) of the channels, for pixels in [0, 1]: what its inputs were normalised with.
     preprocessing:   as at the head of this file.
 
@@ -75,7 +85,7 @@ def describe(
     mean, std = normalisation
     description = {
         "model": name,
-        "arguments": {key: value for key, value in arguments.items() if key != "stem"},
+        "arguments": {key: value for key, value in without_origins(arguments).items() if key != "stem"},
         **({"stem": arguments["stem"]} if "stem" in arguments else {}),
         "mean": [float(value) for value in mean],
         "std": [float(value) for value in std],
@@ -150,6 +160,13 @@ def snippet(folder: Path | str, name: str = MAIN) -> str:
     )
 
 
+def pooling(vit: nn.Module) -> dict[str, Any]:
+    """The arguments that rebuild how a vision transformer of timm's without a classifier is pooled."""
+    # timm places the last norm by the pooling it starts with: it has to stay where it is.
+    norms_features = not isinstance(vit.fc_norm, nn.Identity)
+    return {"num_classes": 0, "global_pool": vit.global_pool, "fc_norm": norms_features}
+
+
 def rebuild(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """The backbone of a description and a state_dict, in evaluation mode, on the CPU.
 
@@ -157,20 +174,54 @@ def rebuild(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """
     stem = {"stem": description["stem"]} if "stem" in description else {}
     with torch.random.fork_rng(devices=[]):
-        model = create(description["model"], {**description["arguments"], **stem})
+        # Those of earlier versions may name the file that the run began with.
+        model = create(description["model"], {**without_origins(description["arguments"]), **stem})
     model.load_state_dict(state)
     return model.eval()
+
+
+def names(folder: Path | str) -> list[str]:
+    """The names of the backbones saved in `folder`, sorted. Raises UserError where there is none."""
+    folder = Path(folder)
+    found = sorted(file.stem for file in folder.glob("*.json") if file.with_suffix(".safetensors").is_file())
+    if not found and (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} holds a run without backbone.json: it is not finished, or its model exports no encoder. "
+            f"Of an unfinished run, load a checkpoint, such as {folder / 'checkpoints' / 'last.pt'}"
+        )
+    if not found:
+        raise _nothing(folder, MAIN)
+    return found
+
+
+def from_checkpoint(saved: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """The descriptions and state_dicts of the encoders in a run's checkpoint, by name; empty where it has none."""
+    # Earlier versions knew of one encoder alone.
+    found = saved.get("backbones") or ({MAIN: saved["backbone"]} if saved.get("backbone") else {})
+    encoders = {}
+    for name, description in found.items():
+        prefix = description["prefix"]
+        parts = {key.removeprefix(prefix): value for key, value in saved["parts"].items() if key.startswith(prefix)}
+        encoders[name] = (description, parts)
+    return encoders
 
 
 def read(folder: Path | str, name: str = MAIN) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description and the state_dict saved in `folder` under a name. Raises UserError where there is none."""
     description, weights = files(folder, name)
-    missing = [file.name for file in (description, weights) if not file.is_file()]
-    if missing:
-        raise UserError(f"{folder}: expected a saved backbone, found no {' and no '.join(missing)}")
+    if not (description.is_file() and weights.is_file()):
+        raise _nothing(folder, name)
     return json.loads(description.read_text()), safetensors.torch.load_file(weights)
 
 
+def _nothing(folder: Path | str, name: str) -> UserError:
+    missing = [file.name for file in files(folder, name) if not file.is_file()]
+    return UserError(f"{folder}: expected a saved backbone, found no {' and no '.join(missing)}")
+
+
 def load_backbone(folder: Path | str) -> nn.Module:
-    """The backbone saved in `folder`, in evaluation mode, on the CPU. Raises UserError where there is none."""
+    """The timm model saved in `folder`, such as that of a finished run, in evaluation mode, on the CPU.
+
+    `ssl_ib.load` gives it with its preprocessing. Raises UserError where there is none.
+    """
     return rebuild(*read(folder))

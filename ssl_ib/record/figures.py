@@ -64,8 +64,10 @@ def knn_curve(
     untrained: float | None = None,
     chance: float | None = None,
     images: int | None = None,
+    initial: float | None = None,
 ) -> None:
-    """Draws `knn/top1` over the run, against the same classifier on raw pixels and on the untrained encoder.
+    """Draws `knn/top1` over the run, against the same classifier on raw pixels and on the encoder as it started:
+    `untrained`, or `initial` where it started from given weights.
 
     rows:   as in `metrics.jsonl`; those without `knn/top1` are passed over.
     chance: accuracy of guessing, for one more line.
@@ -95,6 +97,7 @@ def knn_curve(
     for name, value, style in (
         ("raw pixels", raw_pixels, dashed),
         ("untrained encoder", untrained, dashed),
+        ("initial encoder", initial, dashed),
         ("chance", chance, dotted),
     ):
         if value is not None:

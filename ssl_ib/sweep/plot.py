@@ -17,7 +17,11 @@ MOST_ROWS = 40
 #: How a single run and a mean with its deviation are drawn.
 _SINGLE = {"color": BLUE, "linestyle": "none", "marker": "o", "alpha": 0.35, "markersize": 6, "markeredgewidth": 0}
 _MEAN = {"color": BLUE, "marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 3}
-_REFERENCES = (("untrained", "untrained", (0, (5, 3))), ("raw_pixels", "raw pixels", (0, (1, 2))))
+_REFERENCES = (
+    ("untrained", "untrained", (0, (5, 3))),
+    ("initial", "initial", (0, (5, 3))),
+    ("raw_pixels", "raw pixels", (0, (1, 2))),
+)
 
 
 def draw(report: Report, path: Path) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..record.log import NON_FINITE
+from ..run import FIRST
 from .points import CASE, Axis, Point, Run
 
 DEFAULT_METRICS = ("knn/top1", "linear/top1", "health/rankme", "minutes")
@@ -55,13 +56,13 @@ def digits(value: float, like: float | None = None) -> str:
 def read_metrics(folder: Path) -> tuple[dict[str, float], list[str]]:
     """The numbers of a finished run, and which of them are metrics of `trained`.
 
-    They are those of `trained`, `minutes`, `seconds` and `step`; `untrained/<name>`, `raw_pixels/<name>` and
-    `chance/<name>`; and what the last rows of metrics.jsonl have besides (`loss`, `loss/<term>`, ...), each as it was
-    written last.
+    They are those of `trained`, `minutes`, `seconds` and `step`; `untrained/<name>` or `initial/<name>`,
+    `raw_pixels/<name>` and `chance/<name>`; and what the last rows of metrics.jsonl have besides (`loss`,
+    `loss/<term>`, ...), each as it was written last.
     """
     results = _numbers(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     found = _last_rows(folder / "metrics.jsonl")
-    for name in ("untrained", "raw_pixels", "chance"):
+    for name in (*FIRST, "raw_pixels", "chance"):
         found |= {f"{name}/{key}": value for key, value in _numbers(results.get(name, {})).items()}
     trained = _numbers(results.get("trained", {}))
     seconds = results["seconds"]
@@ -130,7 +131,7 @@ class Report:
         return [value for value in found if value is not None]
 
     def reference(self, name: str, metric: str) -> float | None:
-        """The mean over all runs of a metric of `untrained` or `raw_pixels`; None where cases may differ in it."""
+        """The mean over all runs of a metric of `untrained`, `initial` or `raw_pixels`; None where cases may differ."""
         if any(axis.name == CASE for axis in self.axes):
             return None
         found = [n[f"{name}/{metric}"] for n in self.numbers.values() if f"{name}/{metric}" in n]
@@ -138,7 +139,10 @@ class Report:
 
     def csv(self) -> str:
         """A row a run: the axes, seed, status, then the metrics; empty where there is no number."""
-        columns = [*self.trained, *self.shown(), "untrained/knn/top1", "seconds"]
+        first = [f"{name}/knn/top1" for name in FIRST]
+        # A run has one of them; where none has any yet, the usual one.
+        first = [key for key in first if key in self.known()] or first[:1]
+        columns = [*self.trained, *self.shown(), *first, "seconds"]
         header = [axis.name for axis in self.axes] + ["seed", "status"] + list(dict.fromkeys(columns))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
