@@ -66,12 +66,19 @@ setup(
         "pybind11",
         "pillow",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "scikit-image"], "wandb": ["wandb"]},
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "scikit-image"],
+        "wandb": ["wandb"],
+        "embed": ["pyarrow"],
+        "export": ["onnx", "onnxscript", "onnxruntime", "transformers"],
+    },
     entry_points={
         "console_scripts": [
             "ssl-ib-train = ssl_ib.cli.train:main",
             "ssl-ib-bench = ssl_ib.cli.bench:main",
             "ssl-ib-sweep = ssl_ib.cli.sweep:main",
+            "ssl-ib-embed = ssl_ib.cli.embed:main",
+            "ssl-ib-export = ssl_ib.cli.export:main",
         ]
     },
     **cuda_extension(),

@@ -1,0 +1,127 @@
+"""The model card of an exported encoder: what it is, how it is used, what it saw, and how well it did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config.recipe import PARTS, YamlDumper, read_recipe
+from ..pretrained import Backbone
+
+#: The evaluations of a run itself, by their names in results.json.
+_EVALUATIONS = {
+    "chance": "chance",
+    "raw_pixels": "raw pixels",
+    "untrained": "untrained encoder",
+    "initial": "encoder at the start",
+    "trained": "this encoder",
+}
+
+
+def card(backbone: Backbone, title: str, usage: str, run: Path | None, library: str | None) -> str:
+    """A README.md in the form that model hubs read.
+
+    title:   of the encoder.
+    usage:   lines of Python.
+    run:     the folder of the run that it comes from; None where it comes from elsewhere.
+    library: the hub's name of the library that loads it, if there is one.
+    """
+    head = {"library_name": library} if library else {}
+    head |= {"pipeline_tag": "image-feature-extraction", "tags": ["self-supervised", "ssl_ib"]}
+    found = backbone.description
+    sections = [
+        f"---\n{yaml.dump(head, sort_keys=False).strip()}\n---",
+        f"# {title}",
+        f"An image encoder without a classifier: timm's `{found['model']}`, "
+        f"{sum(p.numel() for p in backbone.model.parameters()):,} parameters, features of "
+        f"{backbone.model.num_features} dimensions. Exported by ssl_ib {found['ssl_ib']}.",
+        f"## Use\n\n```python\n{usage.strip()}\n```",
+        f"## Preprocessing\n\n{_preprocessing(found)}",
+        f"## Data and recipe\n\n{_origin(found, run)}",
+        f"## Evaluations\n\n{_evaluations(run)}",
+        "## Licence\n\nNone is stated here, neither for the weights nor for the data that they were trained on. "
+        "Whoever passes this folder on has to find out both, and write them here.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _preprocessing(found: dict[str, Any]) -> str:
+    how = found["preprocessing"]
+    if how is None:
+        return "The views of its run prepare images in a way of their own: see the run's configuration."
+    before = (
+        f"Larger images are shrunk until their longer side has {how['max_side']} pixels. " if how["max_side"] else ""
+    )
+    resized = round(how["size"] / how["crop_ratio"])
+    mean, std = (", ".join(f"{value:.4g}" for value in found[key]) for key in ("mean", "std"))
+    return (
+        f"{before}The shorter side is resized to {resized} pixels ({how['interpolation']}), {how['size']} x "
+        f"{how['size']} pixels are cut from the centre (crop ratio {how['crop_ratio']:g}), and pixels in [0, 1] are "
+        f"normalised with the mean ({mean}) and the standard deviation ({std})."
+    )
+
+
+def _origin(found: dict[str, Any], run: Path | None) -> str:
+    if "origin" in found:
+        origin = found["origin"]
+        dropped = ", ".join(origin["dropped"]) or "nothing"
+        return (
+            f"Read from the published checkpoint `{origin['file']}` in the layout of {origin['layout']}; dropped: "
+            f"{dropped}. What it was trained on is not in that file."
+        )
+    if run is None:
+        return "Not known: the encoder was not exported from the folder of a run."
+    config = read_recipe(run / "config.yaml")
+    parts = {kind: _without_paths(config[kind]) for kind in PARTS if config.get(kind)}
+    settings = {key: config[key] for key in ("epochs", "batch_size", "seed", "precision", "optim") if key in config}
+    settings |= {"init": Path(config["init"]).name} if config.get("init") else {}
+    data = parts.pop("source")
+    return (
+        f"Data, without labels:\n\n```yaml\n{_yaml({'source': data})}```\n\nRecipe `{config['recipe']}`:\n\n"
+        f"```yaml\n{_yaml(parts | settings)}```"
+    )
+
+
+def _without_paths(value: Any) -> Any:
+    """The same with the last part of each path alone: where files lie on one machine is nobody else's business."""
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and "/" in value else value
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    return yaml.dump(content, Dumper=YamlDumper, sort_keys=False)
+
+
+def _evaluations(run: Path | None) -> str:
+    results = run / "results.json" if run is not None else None
+    if results is None or not results.is_file():
+        return "None."
+    content = json.loads(results.read_text(encoding="utf-8"))
+    names = [name for name in _EVALUATIONS if content.get(name)]
+    metrics = [key for key in content.get("trained", {}) if not key.startswith("held_out/")]
+    lines = [["metric", *(_EVALUATIONS[name] for name in names)]]
+    lines += [[metric, *(_number(content[name].get(metric)) for name in names)] for metric in metrics]
+    text = f"On the run's own images, after {content['step']:,} steps:\n\n{_table(lines)}"
+    later = run / "evals.jsonl"
+    if later.is_file():
+        rows = [json.loads(line) for line in later.read_text(encoding="utf-8").splitlines() if line.strip()]
+        columns = [
+            key for key in ("protocol", "metric", "value", "spread", "chance") if any(key in row for row in rows)
+        ]
+        text += "\n\nBy other protocols:\n\n" + _table(
+            [columns, *([_number(row.get(c)) for c in columns] for row in rows)]
+        )
+    return text
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
