@@ -79,6 +79,7 @@ setup(
             "ssl-ib-sweep = ssl_ib.cli.sweep:main",
             "ssl-ib-embed = ssl_ib.cli.embed:main",
             "ssl-ib-export = ssl_ib.cli.export:main",
+            "ssl-ib-eval = ssl_ib.cli.eval:main",
         ]
     },
     **cuda_extension(),

@@ -240,7 +240,8 @@ def _apply(data: dict[str, Any], key: str, value: Any, problems: list[str]) -> N
     place[path[-1]] = merge(place.get(path[-1]), value, "source" if path == ["eval", "source"] else path[0])
 
 
-def _parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tuple[str, Any]]:
+def parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tuple[str, Any]]:
+    """The keys and values of `KEY=VALUE` texts, the shallow keys first; appends what is wrong to `problems`."""
     parsed = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -292,7 +293,7 @@ def resolve(
     # What a recipe leaves to the defaults can be overridden key by key like anything else.
     defaults = {name: f.default for name, f in Config.model_fields.items() if name in PARTS and not f.is_required()}
     data = {**defaults, **data}
-    parsed = _parse_overrides(overrides, problems)
+    parsed = parse_overrides(overrides, problems)
     data = _laid_over(without_dropped(data, _laid_over(data, parsed, []), dropped), parsed, problems)
 
     elsewhere = section_keys() + [key for kind in PARTS for key in part_keys(kind, data.get(kind), kind)]

@@ -5,6 +5,8 @@ Shapes: n training rows, m test rows, c test rows of a chunk, D feature dimensio
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ def knn_top1(
     test_labels: Tensor,
     k: int = 20,
     temperature: float = 0.07,
-    chunk: int = 512,
+    chunk: int = 256,
 ) -> float:
     """Top-1 accuracy in [0, 1] of a kNN classifier weighted by similarity (Wu et al., CVPR 2018; DINO's protocol).
 
@@ -35,27 +37,81 @@ def knn_top1(
     classes = num_classes(train_labels, test_labels)
     if not (train.isfinite().all() and test.isfinite().all()):
         return float("nan")
-    train = F.normalize(train.float(), dim=1)
-    correct = 0
-    for rows, labels in zip(test.split(chunk), test_labels.split(chunk), strict=True):
-        # In float32 also where the caller encodes in less: bfloat16 would tie neighbours that are not.
-        with torch.autocast(train.device.type, enabled=False):
-            similarity = F.normalize(rows.float(), dim=1) @ train.T
-        neighbours = _nearest(similarity, min(k, len(train)))
-        # The softmax is the exponential over a factor common to the row, and does not overflow.
-        weights = (similarity.gather(1, neighbours) / temperature).softmax(dim=1)
-        # Not scatter_add, whose order of summation on a GPU is left to chance.
-        scores = (weights[:, :, None] * F.one_hot(train_labels[neighbours], classes)).sum(dim=1)
-        correct += int((scores.argmax(dim=1) == labels).sum())
-    return correct / len(test)
+    named = knn_classes(train, train_labels, test, [k], classes, temperature, chunk)[0]
+    return (named == test_labels).double().mean().item()
 
 
-def _nearest(similarity: Tensor, k: int) -> Tensor:
-    """The k most similar columns of each row, in ascending order: similarity [c, n] -> int64 [c, k].
+@torch.no_grad()
+def knn_classes(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    ks: Sequence[int],
+    classes: int,
+    temperature: float | None = 0.07,
+    chunk: int = 256,
+) -> Tensor:
+    """The classes that `knn_top1` names, for several numbers of neighbours in one pass: int64 [len(ks), m].
 
-    Among columns tied for the last place the first win; `topk` alone would leave that to the backend.
+    temperature: None gives every neighbour the same weight. Features have to be finite.
     """
-    last = similarity.topk(k, dim=1).values[:, -1:]
+    found = []
+    ks = [min(k, len(train)) for k in ks]
+    for similarity, rows in neighbours(train, test, max(ks), chunk):
+        # A factor common to the row does not matter, and this one keeps the exponential from overflowing.
+        weights = torch.ones_like(similarity)
+        if temperature is not None:
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        scores = similarity.new_zeros(len(rows), classes)
+        labels, here = train_labels.to(rows.device)[rows], torch.arange(len(rows), device=rows.device)
+        named = {}
+        # Neighbour by neighbour, so that the order of summation is always the same, on a GPU too.
+        for j in range(max(ks)):
+            scores[here, labels[:, j]] += weights[:, j]
+            if j + 1 in ks:
+                named[j + 1] = scores.argmax(dim=1)
+        found.append(torch.stack([named[k] for k in ks]))
+    return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+def neighbours(train: Tensor, test: Tensor, k: int, chunk: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """The k nearest rows of `train` to each row of `test` by cosine, exactly, `chunk` test rows at a time.
+
+    Yields the cosines, float32 [c, k], descending, and the rows' numbers, int64 [c, k]; of equally near rows the first
+    come first. train [n, D], test [m, D]: features of any scale; k at most n.
+    """
+    # In float32 also where the caller encodes in less: bfloat16 would tie neighbours that are not.
+    with torch.autocast(train.device.type, enabled=False):
+        columns = F.normalize(train.float(), dim=1).T
+        for rows in test.split(chunk):
+            similarity = F.normalize(rows.float(), dim=1) @ columns
+            yield _nearest(similarity, k)
+
+
+def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest numbers of each row, descending, and their columns; of equal ones the first columns come first.
+
+    `topk` alone would leave ties to the backend. One number more than asked for shows where there is one at the end.
+    """
+    n = similarity.shape[1]
+    values, columns = similarity.topk(min(k + 1, n), dim=1)
+    if n > k:
+        tied = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
+        columns = columns[:, :k].contiguous()
+        if len(tied):
+            columns[tied] = _first_of_tied(similarity[tied], values[tied, -1:], k)
+    # Ascending columns first: the sort by value, which is stable, leaves those of equal values so.
+    columns = columns.sort(dim=1).values
+    values, order = similarity.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+def _first_of_tied(similarity: Tensor, last: Tensor, k: int) -> Tensor:
+    """The columns of the k largest numbers of each row, ascending; `last` [c, 1] is the smallest of them.
+
+    Among the columns tied with it the first are taken: similarity [c, n] -> int64 [c, k].
+    """
     above, tied = similarity > last, similarity == last
     room = k - above.sum(dim=1, keepdim=True)
     chosen = above | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= room))

@@ -17,7 +17,8 @@ from .checkpoint import load
 #: What a run writes; `claim` removes these and nothing else.
 WRITTEN = (
     "config.yaml environment.json metrics.jsonl tensorboard wandb figures checkpoints "
-    "backbone.safetensors backbone.json results.json bad_images.txt bad_batch.txt export"
+    "backbone.safetensors backbone.json results.json bad_images.txt bad_batch.txt "
+    "evals.jsonl evals export"
 ).split()
 #: Keys that may change when a run resumes: they move no loss.
 MOVABLE = ("device", "workers", "log_every", "logger", "checkpoint")

@@ -38,9 +38,11 @@ class ImageSet(ABC):
                Linear probes read them off the representation. For sets of which every image can be read.
     in_memory: whether every image is decoded already; `gather` is then a mere indexing.
     max_unreadable: the share of the images that may be unreadable, in [0, 1); one may be in any case, but not at 0.
+    names:     of the images' files, relative to the source; None where they are no files.
     """
 
     in_memory: ClassVar[bool]
+    names: Sequence[str] | None = None
     factors: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, labels: Tensor, classes: Sequence[str], max_unreadable: float = MAX_UNREADABLE):

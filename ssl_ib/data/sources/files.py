@@ -108,6 +108,7 @@ def hold(
             canvas[rows, :, :height, :width], sizes[rows] = packed, packed_sizes
             held += len(images)
     found = InMemory(canvas[:held], split.labels[readable], classes, sizes[:held], max_unreadable)
+    found.names = [name for name, ok in zip(split.names, readable.tolist(), strict=True) if ok]
     found.record(unreadable, total=n)
     return found
 

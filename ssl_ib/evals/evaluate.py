@@ -1,0 +1,137 @@
+"""`evaluate`: a protocol on an encoder, from names and settings to recorded results, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.plugins import load_plugins
+from ..config.settings import settings as read_settings
+from ..device import choose_device
+from ..errors import UserError
+from .protocol import PROTOCOLS, Job, open_splits, settings_of
+from .results import Results, identity_of
+from .subject import Subject, origin
+
+RESULTS = "evals.jsonl"
+
+
+def evaluate(
+    protocol: str,
+    encoder: str | Path,
+    *overrides: str,
+    out: str | Path | None = None,
+    dry: bool = False,
+    overwrite: bool = False,
+    plugins: Iterable[str] = (),
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Evaluates an encoder and returns the results, those that were finished before among them.
+
+    protocol:  a registered name, such as "knn".
+    encoder:   the folder of a run, a checkpoint, or `timm:NAME`.
+    overrides: texts `KEY=VALUE`: the protocol's settings.
+    out:       the folder of `evals.jsonl` and the pictures (default: the run's).
+    dry:       on few images and for few steps, to check that all fits; nothing is written.
+    overwrite: compute again what is finished, in place of the former results.
+    plugins:   as for `ssl_ib.train`.
+    say:       called with a line for the user.
+
+    Raises UserError, and ConfigError with all that is wrong in the settings, before any image is encoded.
+    """
+    where = str(encoder)
+    load_plugins(list(plugins))
+    of = origin(where)
+    source = _source_of(of.config or {})
+    settings = read_settings(settings_of(protocol), overrides, {} if source is None else {"source": source})
+    folder, problems = of.folder if out is None else Path(out), []
+    if settings.source is None and of.found:
+        problems.append(f"{where} has no images of its own: give source=, such as source=folder source.path=FOLDER")
+    if folder is None and of.found and not dry:
+        problems.append(f"{where} has no folder of its own: say where the results go, with --out")
+    if problems:
+        raise UserError("; ".join(problems))
+    device = choose_device(settings.device)
+    subject = Subject(
+        where, of, name=settings.name, size=settings.size, pretrained_weights=settings.pretrained, device=device
+    )
+    for note in subject.notes:
+        say(note)
+    train, val = open_splits(settings.source, settings, dry, say)
+    results = Results(None if dry else folder / RESULTS)
+    job = Job(protocol, settings, subject, train, val, results, None if dry else folder, say)
+    say(_heading(job))
+    if overwrite and not dry:
+        _forget(job)
+    with _repeating(device):
+        PROTOCOLS[protocol](job, settings)
+    return job.lines
+
+
+def _source_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The source that a run of this configuration is evaluated on: that of `eval.source`, else its own."""
+    load_plugins(config.get("plugins") or [])
+    return (config.get("eval") or {}).get("source") or config.get("source")
+
+
+def _forget(job: Job) -> None:
+    """Removes the results of this protocol with these settings, but for what varies from result to result."""
+    varied = set(job.settings.varied.values())
+
+    def fixed(line: dict[str, Any]) -> dict[str, Any]:
+        found = identity_of(line)
+        return {**found, "settings": {k: v for k, v in found["settings"].items() if k not in varied}}
+
+    wanted = fixed(job.line({}))
+    count = job.results.remove(lambda line: fixed(line) == wanted)
+    if count:
+        job.say(f"{count} former results are computed again")
+
+
+@contextmanager
+def _repeating(device: torch.device):
+    """Deterministic operations, and torch's switch as it was afterwards."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _heading(job: Job) -> str:
+    step = "" if job.subject.step is None else f" at step {job.subject.step:,}"
+    name = f" ({job.settings.name})" if job.settings.name else ""
+    return (
+        f"{job.protocol} of {job.subject.where}{name}{step}: {len(job.train):,} training images, {len(job.val):,} held "
+        f"out, {job.num_classes} classes, chance {job.chance:.4f}"
+    )
+
+
+def table(lines: list[dict[str, Any]], varied: Iterable[str]) -> str:
+    """Results as a table: a row each, with what varies, the value, its spread, and what chance gives."""
+    keys = [key for key in varied if any(key in line["settings"] for line in lines)]
+    header = [*keys, "metric", "value", "spread", "chance", "seconds"]
+    rows = [header]
+    for line in lines:
+        spread = "" if line["spread"] is None else f"± {line['spread']:.4f} ({line['spread_of']})"
+        chosen = f" -> {line['chosen_lr']:g}" if "chosen_lr" in line else ""
+        what = [_short(line["settings"].get(key, "")) + (chosen if key == "lr" else "") for key in keys]
+        chance = "" if line["chance"] is None else _number(line["chance"])
+        rows.append([*what, line["metric"], _number(line["value"]), spread, chance, f"{line['seconds']:.1f}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} values" if len(value) > 4 else ",".join(_short(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

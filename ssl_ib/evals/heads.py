@@ -1,0 +1,137 @@
+"""Linear classifiers on frozen features, one a learning rate, trained together on the same batches.
+
+Their weights lie in one matrix, so that R heads cost one matrix product and not R.
+
+Shapes: R heads, B rows a batch, n rows in all, D feature dimensions, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Shape = Literal["cosine", "cosine_by_epoch", "step", "constant"]
+
+#: Of LARS: the share of a weight's norm that a step of rate 1 moves (MAE, MoCo v3, Barlow Twins).
+TRUST = 0.001
+
+
+@dataclass(frozen=True)
+class Training:
+    """How heads are trained.
+
+    optimiser:    SGD with momentum, or LARS: the gradient of a head's weight is scaled to TRUST times the weight's
+                  norm, whatever the weight decay.
+    epochs, warmup_epochs: the rate rises linearly from 0 over the warm-up.
+    shape:        then it falls to 0 as a cosine, at each step or at each epoch; or is multiplied by `gamma` at each of
+                  the epochs `milestones`; or stays.
+    weight_decay: on the weights, not on the biases.
+    batch_norm:   each feature is normalised over the batch first, without an affine map (MAE's protocol).
+    """
+
+    optimiser: Literal["sgd", "lars"] = "sgd"
+    epochs: int = 100
+    warmup_epochs: float = 0.0
+    shape: Shape = "cosine"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_norm: bool = False
+
+    def share(self, epoch: float) -> float:
+        """The rate after `epoch` epochs, a fraction counting, over the highest one."""
+        epoch = math.floor(epoch) if self.shape == "cosine_by_epoch" else epoch
+        if epoch < self.warmup_epochs:
+            return epoch / self.warmup_epochs
+        if self.shape == "constant":
+            return 1.0
+        if self.shape == "step":
+            return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)))
+
+
+class Heads:
+    """R linear heads with cross-entropy, each with its own learning rate; all start alike.
+
+    rates: the highest learning rate of each.
+    seed:  of the initial weights, normal with a deviation of 0.01; biases start at 0.
+    """
+
+    def __init__(
+        self, width: int, classes: int, rates: Sequence[float], training: Training, seed: int, device: torch.device
+    ):
+        self.training, self.classes = training, classes
+        self.rates = torch.tensor(list(rates), device=device)
+        # On the CPU whatever the device, so that heads start alike everywhere.
+        start = 0.01 * torch.randn(width, 1, classes, generator=torch.Generator().manual_seed(seed))
+        self.weight = start.repeat(1, len(rates), 1).to(device)
+        self.bias = torch.zeros(len(rates), classes, device=device)
+        self._moved = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        # Its statistics are of the features alone, so that one serves all heads.
+        self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False, device=device) if training.batch_norm else None
+
+    @torch.no_grad()
+    def step(self, rows: Tensor, labels: Tensor, share: float) -> None:
+        """One step on features [B, D] and labels int64 [B]; share: of each head's highest rate."""
+        rows = rows if self.norm is None else self.norm.train()(rows)
+        residual = self._scores(rows).softmax(dim=2)
+        residual[torch.arange(len(rows), device=rows.device), :, labels] -= 1
+        residual /= len(rows)
+        weight = (rows.T @ residual.flatten(1)).view_as(self.weight)
+        self._update(weight, residual.sum(dim=0), share)
+
+    def _update(self, weight: Tensor, bias: Tensor, share: float) -> None:
+        """Moves the heads by their gradients, [D, R, C] and [R, C]."""
+        if self.training.weight_decay:
+            weight = weight + self.training.weight_decay * self.weight
+        if self.training.optimiser == "lars":
+            size, length = self.weight.norm(dim=(0, 2)), weight.norm(dim=(0, 2))
+            adapted = torch.where((size > 0) & (length > 0), TRUST * size / length, 1.0)
+            weight = weight * adapted[:, None]
+        rate = (share * self.rates)[:, None]
+        for parameter, moved, gradient in zip((self.weight, self.bias), self._moved, (weight, bias), strict=True):
+            moved.mul_(self.training.momentum).add_(gradient)
+            parameter.sub_(rate * moved)
+
+    def _scores(self, rows: Tensor) -> Tensor:
+        return (rows @ self.weight.flatten(1)).view(len(rows), *self.bias.shape) + self.bias
+
+    @torch.no_grad()
+    def scores(self, rows: Tensor) -> Tensor:
+        """What the heads give features [B, D], with the statistics of the training: [R, B, C]."""
+        rows = rows if self.norm is None else self.norm.eval()(rows)
+        return self._scores(rows).transpose(0, 1)
+
+    def named(self, rows: Tensor, chunk: int = 4096) -> Tensor:
+        """The classes that the heads name: features [n, D] -> int64 [R, n], on the CPU."""
+        device = self.weight.device
+        return torch.cat([self.scores(part.to(device)).argmax(dim=2).cpu() for part in rows.split(chunk)], dim=1)
+
+    @property
+    def finite(self) -> Tensor:
+        """Which heads are still finite: bool [R], on the CPU. What the others name means nothing."""
+        return (self.weight.isfinite().all(dim=0).all(dim=1) & self.bias.isfinite().all(dim=1)).cpu()
+
+
+def fit(
+    heads: Heads,
+    batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    steps: int,
+    epochs: Iterable[int],
+) -> None:
+    """Trains heads.
+
+    batches: gives an epoch's features and labels, on the heads' device. steps: batches an epoch.
+    epochs:  their numbers, from 0.
+    """
+    # In float32 also where the caller encodes in less, as are the weights.
+    for epoch in epochs:
+        for number, (rows, labels) in enumerate(batches(epoch)):
+            with torch.autocast(rows.device.type, enabled=False):
+                heads.step(rows.float(), labels, heads.training.share(epoch + number / steps))

@@ -1,0 +1,105 @@
+"""Fine-tuning: the encoder is trained on with its classifier."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ...config.hints import Count, NonNegative, Positive, PositiveInt, Probability
+from ...errors import UserError
+from ...record import eval_figures
+from ..finetune import Recipe, finetune, named
+from ..protocol import Job, Seeds, Settings, Split, register_protocol
+from ..results import identity_of
+
+
+class FinetuneSettings(Settings):
+    """Fine-tuning from end to end, with the defaults of MAE (He et al., CVPR 2022, appendix A.2).
+
+    optimiser: adamw, or sgd with momentum 0.9. lr: per 256 images, of so many as there are at most (lr_scale=raw: the
+    rate itself); head_lr: of the classifier, where it is another one. layer_decay: each layer's rate is that of the
+    layer above it times this. shape: after the warm-up a cosine down to min_lr, or steps by gamma at the milestones.
+    crop: range of a crop's share of the image. rand_augment: timm's text for it, "" for none. erasing: probability of
+    random erasing. smoothing: of the labels. mixup, cutmix: parameters of their beta distributions, 0 for none. pool:
+    of a vision transformer, the mean of the patches, the class token (cls), or the encoder's own. clip: of the
+    gradient's norm. workers: processes that augment images. seeds: several give mean and deviation.
+    """
+
+    varied: ClassVar = {"seeds": "seed"}
+
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 1024
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    lr_scale: Literal["raw", "linear"] = "linear"
+    head_lr: Positive | None = None
+    min_lr: NonNegative = 1e-6
+    warmup_epochs: NonNegative = 5.0
+    shape: Literal["cosine", "step"] = "cosine"
+    milestones: tuple[NonNegative, ...] = ()
+    gamma: Positive = 0.2
+    weight_decay: NonNegative = 0.05
+    layer_decay: Probability = 0.75
+    drop_path: Probability = 0.1
+    crop: tuple[Positive, Positive] = (0.08, 1.0)
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    erasing: Probability = 0.25
+    smoothing: Probability = 0.1
+    mixup: NonNegative = 0.8
+    cutmix: NonNegative = 1.0
+    pool: Literal["own", "cls", "mean"] = "mean"
+    clip: Positive | None = None
+    workers: Count = 2
+    seeds: Seeds = (0,)
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """How settings with the keys of `FinetuneSettings` fine-tune. Raises UserError where they do not fit together."""
+    recipe = Recipe(**{field.name: getattr(settings, field.name) for field in fields(Recipe)})
+    if not 0 < recipe.crop[0] <= recipe.crop[1] <= 1:
+        raise UserError(f"crop: expected 0 < low <= high <= 1, got {list(recipe.crop)}")
+    if (recipe.shape == "step") != bool(recipe.milestones):
+        raise UserError("milestones: the epochs at which shape=step lowers the rate, and none with another shape")
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise UserError(f"warmup_epochs: expected fewer than epochs={recipe.epochs}, got {recipe.warmup_epochs:g}")
+    return recipe
+
+
+@register_protocol("finetune")
+def run(job: Job, settings: FinetuneSettings) -> None:
+    """Top-1 accuracy after the encoder was fine-tuned with a classifier, in MAE's form by default."""
+    recipe, values = recipe_of(settings), []
+    for seed in settings.seeds:
+        for variant in job.todo([{"seed": seed}]):
+            saved = place_of_training(job, variant)
+            model = finetune(job, recipe, job.train, seed, settings.workers, saved)
+            classes, labels = named(job, model, job.val)
+            job.record_accuracy(variant, classes, labels)
+            forget(saved)
+            if path := job.figure("confusion"):
+                eval_figures.confusion(labels, classes, job.val.classes, path, "fine-tuning")
+        values.append(job.found({"seed": seed})["value"])
+    if len(values) > 1:
+        job.record_mean({"seed": list(settings.seeds)}, "top1", values)
+
+
+def place_of_training(job: Job, variant: dict[str, Any], train: Split | None = None) -> Path | None:
+    """Where an unfinished training is kept; None in a dry run.
+
+    train: the images it is trained on, where those are not the job's.
+    """
+    if job.out is None:
+        return None
+    identity = json.dumps([identity_of(job.line(variant)), (train or job.train).fingerprint], sort_keys=True)
+    return job.out / "evals" / f"{job.protocol}_{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}.pt"
+
+
+def forget(saved: Path | None) -> None:
+    """Removes what was kept of a training, which is finished."""
+    if saved is not None:
+        saved.unlink(missing_ok=True)
+        if saved.parent.is_dir() and not any(saved.parent.iterdir()):
+            saved.parent.rmdir()

@@ -1,0 +1,124 @@
+"""Pictures of evaluations: which classes are taken for which, which images are near to which, and a map of features.
+
+Shapes: m images, C classes, D feature dimensions, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib import colormaps
+from torch import Tensor
+
+from .figures import FAINT, INK, MUTED, chart
+
+#: Classes whose names fit beside a matrix, and numbers into its cells; classes that a map can tell apart.
+_NAMED, _NUMBERED, _COLOURED = 40, 20, 20
+
+
+def confusion(labels: Tensor, named: Tensor, classes: Sequence[str], path: Path | str, title: str) -> None:
+    """Draws how the images of each class are named, in per cent of them: the diagonal is what is right.
+
+    labels, named: int64 [m], the true classes and those that were named. Above 40 classes, the 40 that are named wrong
+    most often are shown.
+    """
+    labels, named = labels.cpu(), named.cpu()
+    counts = torch.zeros(len(classes), len(classes), dtype=torch.float64)
+    counts.index_put_((labels, named), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
+    totals = counts.sum(dim=1)
+    shown = torch.arange(len(classes))
+    if len(classes) > _NAMED:
+        shown = (totals - counts.diagonal()).topk(_NAMED).indices.sort().values
+    shares = (100 * counts / totals.clamp_min(1)[:, None])[shown][:, shown]
+    names = [classes[k] for k in shown.tolist()]
+
+    side = min(max(3.6, 0.42 * len(names)), 13)
+    figure = chart(side + 1.6, side + 1.2)
+    axes = figure.add_subplot()
+    drawn = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    if len(names) <= _NUMBERED:
+        for row, column in (shares >= 0.5).nonzero().tolist():
+            value = float(shares[row, column])
+            color = "white" if value > 55 else INK
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.spines[:].set_color(FAINT)
+    axes.set_xlabel("named", fontsize=9, color=MUTED)
+    axes.set_ylabel("true", fontsize=9, color=MUTED)
+    right = 100 * (labels == named).double().mean().item()
+    which = f", the {len(names)} classes most often named wrong" if len(classes) > len(names) else ""
+    axes.set_title(f"{title}: {right:.1f} % right{which}", loc="left", fontsize=11, color=INK)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
+    bar.set_label("% of the class's images", fontsize=9, color=MUTED)
+    bar.ax.tick_params(colors=MUTED, labelsize=8)
+    figure.savefig(path)
+
+
+def nearest(
+    queries: Sequence[tuple[Tensor, str]],
+    found: Sequence[Sequence[tuple[Tensor, str]]],
+    cosines: Tensor,
+    path: Path | str,
+) -> None:
+    """Draws images with the training images nearest to them, each with its class and cosine; wrong classes in red.
+
+    queries: images uint8 [3, H, W] with their class. found: as many rows of the nearest ones. cosines: [rows, columns].
+    """
+    columns = 1 + max(map(len, found))
+    figure = chart(1.25 * columns, 1.5 * len(queries) + 0.5)
+    figure.suptitle("Held-out images, and the training images nearest to them by cosine", x=0.02, ha="left", color=INK)
+    grid = figure.subplots(len(queries), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for row, ((image, name), others) in enumerate(zip(queries, found, strict=True)):
+        cells = [(image, name, INK)]
+        for (other, label), cosine in zip(others, cosines[row].tolist(), strict=True):
+            cells.append((other, f"{label} {cosine:.2f}", MUTED if label == name else "#b03030"))
+        for axes, (picture, text, color) in zip(grid[row], cells, strict=False):
+            axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_title(text if len(text) < 20 else f"{text[:12]}… {text[-4:]}", fontsize=8, color=color)
+    figure.savefig(path)
+
+
+def feature_map(
+    features: Tensor, labels: Tensor, classes: Sequence[str], path: Path | str, method: str = "tsne"
+) -> None:
+    """Draws features [m, D] in two dimensions, coloured by class: by t-SNE of 50 principal components, or by two.
+
+    labels: int64 [m]. method: "tsne" or "pca". The 20 most frequent classes have colours. Fewer than 10 features are
+    drawn by PCA. What t-SNE shows is which features are near; distances between groups mean little.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    method = method if len(features) >= 10 else "pca"
+    points = features.float().numpy()
+    reduced = PCA(min(50 if method == "tsne" else 2, *points.shape), random_state=0).fit_transform(points)
+    if method == "tsne":
+        perplexity = min(30.0, (len(points) - 1) / 3)
+        reduced = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
+    figure = chart(8, 6.4)
+    axes = figure.add_subplot()
+    frequent = labels.bincount(minlength=len(classes)).argsort(descending=True, stable=True)[:_COLOURED]
+    frequent = [k for k in frequent.sort().values.tolist() if (labels == k).any()]
+    rest = ~torch.isin(labels, torch.tensor(frequent))
+    if rest.any():
+        axes.scatter(*reduced[rest.numpy()].T[:2], s=5, color=FAINT, linewidths=0, label="other classes")
+    palette = colormaps["tab10" if len(frequent) <= 10 else "tab20"]
+    for number, k in enumerate(frequent):
+        here = reduced[(labels == k).numpy()]
+        axes.scatter(here[:, 0], here[:, -1], s=7, color=palette(number), alpha=0.8, linewidths=0, label=classes[k])
+    names = {"tsne": "t-SNE of 50 principal components", "pca": "the two first principal components"}
+    title = f"Features of {len(points):,} held-out images: {names[method]}"
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color(FAINT)
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, labelcolor=MUTED, markerscale=2
+    )
+    figure.savefig(path)
