@@ -200,6 +200,9 @@ def test_overwrite_removes_what_a_run_wrote(tmp_path, capsys):
     (out / "notes.txt").write_text("mine")
     (out / "checkpoints" / "epoch_00009.pt").write_text("of the old run")
     (out / "bad_batch.txt").write_text("1\n")
+    for ending in ("safetensors", "json"):  # One of several encoders; the user's own stays.
+        (out / f"backbone_2.{ending}").write_text("of the old run")
+    (out / "backbone_notes.json").write_text("mine")
     capsys.readouterr()
     before = tree(out)
     # No mistake costs the old run, whenever it is found.
@@ -207,7 +210,8 @@ def test_overwrite_removes_what_a_run_wrote(tmp_path, capsys):
         refused(capsys, TINY, "--out", str(out), "--overwrite", mistake)
         assert tree(out) == before
     assert train(out, "--overwrite", "seed=1", "epochs=1") == 0
-    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "notes.txt").read_text() == (out / "backbone_notes.json").read_text() == "mine"
+    assert not list(out.glob("backbone_2*"))
     assert not (out / "bad_batch.txt").exists() and not (out / "checkpoints" / "epoch_00009.pt").exists()
     assert len(losses(out)) == STEPS and rows(out)[0] != first[0]
     assert checkpoint(out)["config"]["seed"] == 1 and len(list((out / "tensorboard").iterdir())) == 1

@@ -14,7 +14,7 @@ from ..config.config import Config, configure, differences
 from ..errors import ConfigError, UserError
 from .checkpoint import load
 
-#: What a run writes; `claim` removes these and nothing else.
+#: What a run writes; `claim` removes these and the files of further encoders, and nothing else.
 WRITTEN = (
     "config.yaml environment.json metrics.jsonl tensorboard wandb figures checkpoints "
     "backbone.safetensors backbone.json results.json bad_images.txt bad_batch.txt "
@@ -76,7 +76,11 @@ def claim(out: Path, config: Config) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot make the folder {out}: {error.strerror}") from None
-    for path in map(out.joinpath, WRITTEN):
+    # A model with several encoders leaves two files of each.
+    encoders = [
+        file for weights in out.glob("backbone_*.safetensors") for file in (weights, weights.with_suffix(".json"))
+    ]
+    for path in [*map(out.joinpath, WRITTEN), *encoders]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
