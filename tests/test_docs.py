@@ -1,4 +1,4 @@
-"""Every `ssl-ib-train` and `ssl-ib-sweep` line of the documents is a command that works."""
+"""Every line of the documents that begins with one of our commands is a command that works."""
 
 import re
 import shlex
@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 from harness import without_files
 
-from ssl_ib.cli import sweep, train
+from ssl_ib.cli import embed, export, sweep, train
 from ssl_ib.config.config import configure
 from ssl_ib.run import build_run
 from ssl_ib.sweep import points
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+#: Commands whose arguments are checked, and nothing else of them.
+PARSED = {"ssl-ib-embed": embed.parser, "ssl-ib-export": export.parser}
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -42,7 +46,7 @@ def commands() -> list[tuple[str, list[str]]]:
             while words and (assigned := re.fullmatch(r"(\w+)=(.*)", words[0])):
                 variables[assigned[1]] = assigned[2]
                 words.pop(0)
-            if words and words[0] in ("ssl-ib-train", "ssl-ib-sweep"):
+            if words and words[0] in ("ssl-ib-train", "ssl-ib-sweep", *PARSED):
                 found.append((f"{page.name}:{number}", words))
     return found
 
@@ -66,6 +70,9 @@ def alone(words: list[str], overrides: list[str], recipe: str) -> list[str]:
 
 def resolved(words: list[str]) -> list:
     """The configurations that a command trains, on digits. Raises UserError where there is a mistake in it."""
+    if words[0] in PARSED:
+        PARSED[words[0]]().parse_args(words[1:])
+        return []
     if words[0] == "ssl-ib-train":
         options = train.parser().parse_intermixed_args(words[1:])
         if options.list or options.describe or options.plugin:
@@ -86,7 +93,7 @@ def resolved(words: list[str]) -> list:
 def test_no_command_is_left_out():
     """All that a line of a page begins with, but for the README's first, which pip precedes."""
     lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
-    begun = [line for line in lines if re.match(r"\s*(\w+=\S+ )*ssl-ib-(train|sweep) ", line)]
+    begun = [line for line in lines if re.match(r"\s*(\w+=\S+ )*ssl-ib-(train|sweep|embed|export) ", line)]
     assert len(begun) == len(COMMANDS) and not any(line.strip() == "\\" for line in lines)
 
 
