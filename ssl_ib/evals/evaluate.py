@@ -63,7 +63,7 @@ def evaluate(
         say(note)
     train, val = open_splits(settings.source, settings, dry, say)
     results = Results(None if dry else folder / RESULTS)
-    job = Job(protocol, settings, subject, train, val, results, None if dry else folder, say)
+    job = Job(protocol, settings, subject, train, val, results, folder, None if dry else folder, say)
     say(_heading(job))
     if overwrite and not dry:
         _forget(job)

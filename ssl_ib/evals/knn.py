@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .features import num_classes
 
+#: Columns of a block, which are `n // _BLOCK` apart.
+_BLOCK = 16
+
 
 @torch.no_grad()
 def knn_top1(
@@ -58,20 +61,37 @@ def knn_classes(
     found = []
     ks = [min(k, len(train)) for k in ks]
     for similarity, rows in neighbours(train, test, max(ks), chunk):
-        # A factor common to the row does not matter, and this one keeps the exponential from overflowing.
-        weights = torch.ones_like(similarity)
-        if temperature is not None:
-            weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        scores = similarity.new_zeros(len(rows), classes)
-        labels, here = train_labels.to(rows.device)[rows], torch.arange(len(rows), device=rows.device)
-        named = {}
-        # Neighbour by neighbour, so that the order of summation is always the same, on a GPU too.
-        for j in range(max(ks)):
-            scores[here, labels[:, j]] += weights[:, j]
-            if j + 1 in ks:
-                named[j + 1] = scores.argmax(dim=1)
+        votes = _votes(similarity, train_labels.to(rows.device)[rows], classes, temperature)
+        named = {k: scores.argmax(dim=1) for k, scores in votes if k in ks}
         found.append(torch.stack([named[k] for k in ks]))
     return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+def knn_scores(
+    train: Tensor, train_labels: Tensor, test: Tensor, k: int, classes: int, temperature: float = 0.07, chunk: int = 256
+) -> Tensor:
+    """The scores of the classes of which `knn_classes` names the highest: float32 [m, classes]."""
+    found = []
+    for similarity, rows in neighbours(train, test, min(k, len(train)), chunk):
+        *_, (_, scores) = _votes(similarity, train_labels.to(rows.device)[rows], classes, temperature)
+        found.append(scores)
+    return torch.cat(found)
+
+
+def _votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float | None) -> Iterator[tuple[int, Tensor]]:
+    """The scores [c, classes] after 1, 2, ... neighbours, in one tensor: similarity, labels [c, k], the nearest first.
+
+    Neighbour by neighbour, so that the order of summation is always the same, on a GPU too.
+    """
+    weights = torch.ones_like(similarity)
+    if temperature is not None:
+        # A factor common to the row does not matter, and this one keeps the exponential from overflowing.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    scores, here = similarity.new_zeros(len(labels), classes), torch.arange(len(labels), device=labels.device)
+    for j in range(labels.shape[1]):
+        scores[here, labels[:, j]] += weights[:, j]
+        yield j + 1, scores
 
 
 @torch.no_grad()
@@ -84,8 +104,10 @@ def neighbours(train: Tensor, test: Tensor, k: int, chunk: int = 256) -> Iterato
     # In float32 also where the caller encodes in less: bfloat16 would tie neighbours that are not.
     with torch.autocast(train.device.type, enabled=False):
         columns = F.normalize(train.float(), dim=1).T
+        # One piece of memory for all chunks: to be given a new one for each takes longer than half of the product.
+        memory = columns.new_empty(min(chunk, len(test)), len(train))
         for rows in test.split(chunk):
-            similarity = F.normalize(rows.float(), dim=1) @ columns
+            similarity = torch.mm(F.normalize(rows.float(), dim=1), columns, out=memory[: len(rows)])
             yield _nearest(similarity, k)
 
 
@@ -95,7 +117,7 @@ def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     `topk` alone would leave ties to the backend. One number more than asked for shows where there is one at the end.
     """
     n = similarity.shape[1]
-    values, columns = similarity.topk(min(k + 1, n), dim=1)
+    values, columns = _largest(similarity, min(k + 1, n))
     if n > k:
         tied = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
         columns = columns[:, :k].contiguous()
@@ -105,6 +127,22 @@ def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = columns.sort(dim=1).values
     values, order = similarity.gather(1, columns).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, order)
+
+
+def _largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`similarity.topk(k)`, several times as fast where k is small: as k blocks of columns, those with the largest
+    maxima, hold the k largest numbers, only these are searched."""
+    n = similarity.shape[1]
+    blocks = n // _BLOCK
+    if blocks < 4 * k:
+        return similarity.topk(k, dim=1)
+    whole = similarity[:, : _BLOCK * blocks].unflatten(1, (_BLOCK, blocks))
+    chosen = whole.amax(dim=1).topk(k, dim=1).indices
+    columns = chosen[:, None] + blocks * torch.arange(_BLOCK, device=similarity.device)[:, None]
+    rest = torch.arange(_BLOCK * blocks, n, device=similarity.device).expand(len(similarity), -1)
+    columns = torch.cat([columns.flatten(1), rest], dim=1)
+    values, places = similarity.gather(1, columns).topk(k, dim=1)
+    return values, columns.gather(1, places)
 
 
 def _first_of_tied(similarity: Tensor, last: Tensor, k: int) -> Tensor:

@@ -132,7 +132,8 @@ class Split:
 class Job:
     """One command: a protocol on an encoder and a source.
 
-    out: where results and pictures go; None for a dry run, which writes nothing.
+    home: the folder of the results, from which what other protocols left is read; None where there is none.
+    out: where results and pictures go: the same, or None for a dry run, which writes nothing.
     say: called with a line for the user.
     """
 
@@ -142,6 +143,7 @@ class Job:
     train: Split
     val: Split
     results: Results
+    home: Path | None
     out: Path | None
     say: Callable[[str], None] = print
     #: The lines of this command: those found finished, and those recorded.
@@ -203,20 +205,17 @@ class Job:
         """Adds a result to `evals.jsonl`.
 
         variant:   as for `todo`.
-        spread:    its uncertainty, in the value's unit; spread_of: what it is the spread over. By default the binomial
-                   standard error of an accuracy on the held-out images.
-        chance:    what the value would be without knowing anything; default: the share of the most frequent class.
+        spread:    its uncertainty, in the value's unit; spread_of: what it is the spread over.
+        chance:    what the value would be without knowing anything.
         more:      further facts of the result, plain data.
         """
-        if spread is None and 0 <= value <= 1:
-            spread, spread_of = (value * (1 - value) / len(self.val)) ** 0.5, f"{len(self.val)} images"
         line = {
             **self.line(variant),
             "metric": metric,
             "value": value,
             "spread": spread,
             "spread_of": spread_of,
-            "chance": self.chance if chance is None else chance,
+            "chance": chance,
             **more,
             "seconds": round(time.perf_counter() - self._began, 2),
         }
@@ -228,15 +227,23 @@ class Job:
         return found
 
     def record_accuracy(self, variant: dict[str, Any], named: Tensor, labels: Tensor, **more: Any) -> dict[str, Any]:
-        """`record` of the share of images that are named right: named, labels int64 [m]."""
-        return self.record(variant, "top1", (named.cpu() == labels.cpu()).double().mean().item(), **more)
+        """`record` of the share of held-out images that are named right, with its binomial standard error.
+
+        named, labels: int64 [m].
+        """
+        right, count = (named.cpu() == labels.cpu()).double().mean().item(), len(labels)
+        error = (right * (1 - right) / count) ** 0.5
+        return self.record(
+            variant, "top1", right, spread=error, spread_of=f"{count} images", chance=self.chance, **more
+        )
 
     def record_mean(self, variant: dict[str, Any], metric: str, values: list[float], **more: Any) -> None:
         """Adds the mean of results over seeds, and their sample deviation, where it is not there yet."""
         if self.todo([variant]):
             many = torch.tensor(values, dtype=torch.float64)
             spread, spread_of = many.std().item(), f"{len(values)} seeds"
-            self.record(variant, metric, many.mean().item(), spread=spread, spread_of=spread_of, **more)
+            more |= {"spread": spread, "spread_of": spread_of, "chance": self.chance}
+            self.record(variant, metric, many.mean().item(), **more)
 
     def found(self, variant: dict[str, Any]) -> dict[str, Any]:
         """The finished result of a variant."""

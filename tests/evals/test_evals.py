@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from ssl_ib import Sample, UserError
 from ssl_ib.evals.features import extract, raw_pixels
 from ssl_ib.evals.health import alignment, dimension_std, rankme, uniformity
-from ssl_ib.evals.knn import knn_top1
+from ssl_ib.evals.knn import knn_top1, neighbours
 from ssl_ib.evals.linear import linear_top1
 
 
@@ -68,6 +68,19 @@ def test_knn_depends_on_neither_chunk_nor_scale():
     answers = {knn_top1(train, train_labels, test, test_labels, chunk=chunk) for chunk in (1, 7, 100, 1000)}
     answers.add(knn_top1(train * scale, train_labels, 3 * test, test_labels))
     assert len(answers) == 1
+
+
+def test_nearest_rows_are_those_of_a_sort_by_similarity_and_number():
+    """Also of many rows, which are searched by blocks, and where as many as there are blocks are tied."""
+    generator = torch.Generator().manual_seed(0)
+    # Of length 2, so that cosines are exact, and many are equal.
+    train, test = (2.0 * torch.randint(2, (n, 4), generator=generator) - 1 for n in (1003, 9))
+    similarity = test @ train.T / 4
+    for k in (1, 5, 40, 1003):
+        found = [torch.cat(parts) for parts in zip(*neighbours(train, test, k, chunk=4), strict=True)]
+        values, columns = similarity.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(found[1], columns[:, :k])
+        torch.testing.assert_close(found[0], values[:, :k])
 
 
 def test_knn_ties_go_to_the_first_rows_and_the_smaller_class():

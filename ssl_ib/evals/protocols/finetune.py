@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
 
 from ...config.hints import Count, NonNegative, Positive, PositiveInt, Probability
 from ...errors import UserError
@@ -14,6 +17,9 @@ from ...record import eval_figures
 from ..finetune import Recipe, finetune, named
 from ..protocol import Job, Seeds, Settings, Split, register_protocol
 from ..results import identity_of
+
+#: Where a fine-tuned model is left, in the folder of the results.
+KEPT = "evals/finetuned.pt"
 
 
 class FinetuneSettings(Settings):
@@ -25,7 +31,8 @@ class FinetuneSettings(Settings):
     crop: range of a crop's share of the image. rand_augment: timm's text for it, "" for none. erasing: probability of
     random erasing. smoothing: of the labels. mixup, cutmix: parameters of their beta distributions, 0 for none. pool:
     of a vision transformer, the mean of the patches, the class token (cls), or the encoder's own. clip: of the
-    gradient's norm. workers: processes that augment images. seeds: several give mean and deviation.
+    gradient's norm. workers: processes that augment images. keep: leave the model of the last seed in
+    evals/finetuned.pt, which the protocol robustness can take. seeds: several give mean and deviation.
     """
 
     varied: ClassVar = {"seeds": "seed"}
@@ -53,6 +60,7 @@ class FinetuneSettings(Settings):
     pool: Literal["own", "cls", "mean"] = "mean"
     clip: Positive | None = None
     workers: Count = 2
+    keep: bool = False
     seeds: Seeds = (0,)
 
 
@@ -78,12 +86,21 @@ def run(job: Job, settings: FinetuneSettings) -> None:
             model = finetune(job, recipe, job.train, seed, settings.workers, saved)
             classes, labels = named(job, model, job.val)
             job.record_accuracy(variant, classes, labels)
+            if settings.keep and job.out is not None:
+                _keep(job, recipe, model)
             forget(saved)
             if path := job.figure("confusion"):
                 eval_figures.confusion(labels, classes, job.val.classes, path, "fine-tuning")
         values.append(job.found({"seed": seed})["value"])
     if len(values) > 1:
         job.record_mean({"seed": list(settings.seeds)}, "top1", values)
+
+
+def _keep(job: Job, recipe: Recipe, model: nn.Module) -> None:
+    """Leaves a model for other protocols."""
+    (job.home / KEPT).parent.mkdir(parents=True, exist_ok=True)
+    kept = {"model": model.state_dict(), "recipe": asdict(recipe), "weights": job.weights, "classes": job.train.classes}
+    torch.save(kept, job.home / KEPT)
 
 
 def place_of_training(job: Job, variant: dict[str, Any], train: Split | None = None) -> Path | None:
