@@ -5,7 +5,6 @@ Shapes: n images, B images a batch, L patches, D feature dimensions, h x w pixel
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from .. import distributed
 from ..data.decode import Unreadable, decode_file, num_threads
 from ..data.sources.base import MAX_UNREADABLE
 from ..errors import UserError
+from ..evals.results import fingerprint_of_weights
 from ..pretrained import Backbone
 from ..record.files import replace
 from ..record.terminal import duration, say
@@ -70,7 +70,7 @@ def embed_to_file(
     listing = look(root)
     rank, processes = distributed.rank(), min(distributed.world_size(), listing.total)
     settings = {
-        "weights": fingerprint(backbone.model),
+        "weights": fingerprint_of_weights(backbone.model),
         "images": f"{listing.total} in {root.resolve()}, {listing.digest}",
         "prepared": backbone.description and backbone.description["preprocessing"],
         "tokens": tokens,
@@ -116,15 +116,6 @@ def preview(backbone: Backbone, folder: Path | str, out: Path, tokens: str | Non
     shape, gigabytes = (listing.total, *features.shape[1:]), 4e-9 * listing.total * features[0].numel()
     size = f"features {' x '.join(map(str, shape))}, {gigabytes:.3g} GB, to {out}"
     return [f"dry run: {listing.total:,} images in {root}", size, *listing.lines(), "nothing is written"]
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """A digest of a model's weights: the same for the same names and numbers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _fill(

@@ -9,8 +9,11 @@ from typing import Any
 import yaml
 
 from ..config.recipe import PARTS, YamlDumper, read_recipe
+from ..evals.results import Results, fingerprint_of_weights
 from ..pretrained import Backbone
 
+#: What is shown of a line of evals.jsonl.
+_COLUMNS = ("metric", "value", "spread", "chance")
 #: The evaluations of a run itself, by their names in results.json.
 _EVALUATIONS = {
     "chance": "chance",
@@ -41,7 +44,7 @@ def card(backbone: Backbone, title: str, usage: str, run: Path | None, library: 
         f"## Use\n\n```python\n{usage.strip()}\n```",
         f"## Preprocessing\n\n{_preprocessing(found)}",
         f"## Data and recipe\n\n{_origin(found, run)}",
-        f"## Evaluations\n\n{_evaluations(run)}",
+        f"## Evaluations\n\n{_evaluations(backbone, run)}",
         "## Licence\n\nNone is stated here, neither for the weights nor for the data that they were trained on. "
         "Whoever passes this folder on has to find out both, and write them here.",
     ]
@@ -96,26 +99,36 @@ def _yaml(content: dict[str, Any]) -> str:
     return yaml.dump(content, Dumper=YamlDumper, sort_keys=False)
 
 
-def _evaluations(run: Path | None) -> str:
-    results = run / "results.json" if run is not None else None
-    if results is None or not results.is_file():
-        return "None."
-    content = json.loads(results.read_text(encoding="utf-8"))
-    names = [name for name in _EVALUATIONS if content.get(name)]
-    metrics = [key for key in content.get("trained", {}) if not key.startswith("held_out/")]
-    lines = [["metric", *(_EVALUATIONS[name] for name in names)]]
-    lines += [[metric, *(_number(content[name].get(metric)) for name in names)] for metric in metrics]
-    text = f"On the run's own images, after {content['step']:,} steps:\n\n{_table(lines)}"
-    later = run / "evals.jsonl"
-    if later.is_file():
-        rows = [json.loads(line) for line in later.read_text(encoding="utf-8").splitlines() if line.strip()]
-        columns = [
-            key for key in ("protocol", "metric", "value", "spread", "chance") if any(key in row for row in rows)
+def _evaluations(backbone: Backbone, run: Path | None) -> str:
+    """Those of the run itself, and those of these very weights in `evals.jsonl`."""
+    sections, results = [], run / "results.json" if run is not None else None
+    if results is not None and results.is_file():
+        content = json.loads(results.read_text(encoding="utf-8"))
+        names = [name for name in _EVALUATIONS if content.get(name)]
+        metrics = [key for key in content["trained"] if not key.startswith("held_out/")]
+        rows = [["metric", *(_EVALUATIONS[name] for name in names)]]
+        rows += [[metric, *(_number(content[name].get(metric)) for name in names)] for metric in metrics]
+        sections.append(f"On the run's own images, after {content['step']:,} steps:\n\n{_table(rows)}")
+    if run is not None:
+        weights = fingerprint_of_weights(backbone.model)
+        lines = [
+            line for line in Results(run / "evals.jsonl").lines if line["weights"] == weights and not line.get("dry")
         ]
-        text += "\n\nBy other protocols:\n\n" + _table(
-            [columns, *([_number(row.get(c)) for c in columns] for row in rows)]
-        )
-    return text
+        if lines:
+            rows = [["protocol", "settings", *_COLUMNS]]
+            rows += [
+                [line["protocol"], _telling(line, lines), *(_number(line.get(key)) for key in _COLUMNS)]
+                for line in lines
+            ]
+            sections.append(f"By ssl-ib-eval:\n\n{_table(rows)}")
+    return "\n\n".join(sections) or "None."
+
+
+def _telling(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+    """The settings of a result in which the results of its protocol differ."""
+    others = [other["settings"] for other in lines if other["protocol"] == line["protocol"]]
+    settings = line["settings"]
+    return ", ".join(f"{k}={v}" for k, v in settings.items() if any(other.get(k) != v for other in others))
 
 
 def _number(value: Any) -> str:

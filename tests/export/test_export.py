@@ -12,6 +12,7 @@ from PIL import Image
 
 import ssl_ib
 from ssl_ib.cli.export import main
+from ssl_ib.evals.results import fingerprint_of_weights
 from ssl_ib.export import card
 from ssl_ib.export.formats import FORMATS
 from ssl_ib.record.backbone import create, describe, save_backbone
@@ -185,9 +186,15 @@ def test_the_card_says_what_was_evaluated_and_no_path(tmp_path):
     )
     results = {"initial": {"knn/top1": 0.25}, "trained": {"knn/top1": 0.5, "held_out/loss": 1.0}, "step": 1200}
     (run / "results.json").write_text(json.dumps(results))
-    lines = [{"protocol": "linear", "metric": "top1", "value": 0.75, "spread": 0.01, "k": 5}]
+    encoder = ssl_ib.load(saved(tmp_path, *VIT[:1], **VIT[1]))
+    line = {"protocol": "knn", "metric": "top1", "spread": 0.01, "weights": fingerprint_of_weights(encoder.model)}
+    lines = [line | {"value": 0.75, "settings": {"k": 5, "source": None}}]
+    lines += [line | {"value": 0.5, "settings": {"k": 20, "source": None}}]
+    # Of other weights, and of a dry run.
+    lines += [line | {"value": 0.125, "settings": {}, "weights": "other"}, lines[0] | {"value": 0.25, "dry": True}]
     (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = card.card(ssl_ib.load(saved(tmp_path, *VIT[:1], **VIT[1])), "title", "pass", run, "timm")
+    text = card.card(encoder, "title", "pass", run, "timm")
     assert "path: photos" in text and "/home" not in text and "after 1,200 steps" in text
     assert "| metric | encoder at the start | this encoder |\n|---|---|---|\n| knn/top1 | 0.2500 | 0.5000 |" in text
-    assert "| protocol | metric | value | spread |\n|---|---|---|---|\n| linear | top1 | 0.7500 | 0.0100 |" in text
+    rows = "| knn | k=5 | top1 | 0.7500 | 0.0100 |  |\n| knn | k=20 | top1 | 0.5000 | 0.0100 |  |\n\n"
+    assert f"| protocol | settings | metric | value | spread | chance |\n|---|---|---|---|---|---|\n{rows}" in text
