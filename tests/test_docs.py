@@ -62,7 +62,7 @@ def on_digits(text: str) -> str:
 
 def alone(words: list[str], overrides: list[str], recipe: str) -> list[str]:
     """A command's overrides, changed so that it needs no file."""
-    elsewhere = ("source", "views.run", "views.space") if recipe.startswith("learned_split") else ("source",)
+    elsewhere = ("source", "eval.source", *(("views.run", "views.space") if recipe.startswith("learned_split") else ()))
     kept = [text for text in overrides if not text.startswith(elsewhere)]
     # Where patches are cut at a distance, the digits have to be large.
     return [*kept, *without_files(recipe, 192 if "patches" in " ".join(words) else None)]
