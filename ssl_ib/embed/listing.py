@@ -37,7 +37,8 @@ class Listing:
         """The classes, in words."""
         names = self.classes
         if not names:
-            return [f"labels: none: {self.notes[0]}" if self.notes else "labels: none"]
+            # What follows is advice about recipes.
+            return [f"labels: none: {self.notes[0].partition(';')[0]}" if self.notes else "labels: none"]
         shown = f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}"
         return [f"labels: {len(names)} class{'es' * (len(names) > 1)}: {shown}"]
 

@@ -80,7 +80,7 @@ def _origin(found: dict[str, Any], run: Path | None) -> str:
     config = read_recipe(run / "config.yaml")
     parts = {kind: _without_paths(config[kind]) for kind in PARTS if config.get(kind)}
     settings = {key: config[key] for key in ("epochs", "batch_size", "seed", "precision", "optim") if key in config}
-    settings |= {"init": Path(config["init"]).name} if config.get("init") else {}
+    settings |= {"init": _without_paths(config["init"])} if config.get("init") else {}
     data = parts.pop("source")
     return (
         f"Data, without labels:\n\n```yaml\n{_yaml({'source': data})}```\n\nRecipe `{config['recipe']}`:\n\n"
@@ -89,10 +89,10 @@ def _origin(found: dict[str, Any], run: Path | None) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """The same with the last part of each path alone: where files lie on one machine is nobody else's business."""
+    """The same with the last part of each absolute path alone: where files lie on one machine is nobody's business."""
     if isinstance(value, dict):
         return {key: _without_paths(inner) for key, inner in value.items()}
-    return Path(value).name if isinstance(value, str) and "/" in value else value
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _yaml(content: dict[str, Any]) -> str:
