@@ -47,6 +47,8 @@ NAMES = tuple(ALEXNET)
 SEVERITIES = (1, 2, 3, 4, 5)
 #: The side that the strengths are stated for.
 _SIDE = 224
+#: The least side that snow is drawn at.
+_SNOW_SIDE = 96
 #: Numbers drawn at a time, so that noise for a large batch does not fill the memory.
 _AT_ONCE = 1 << 22
 
@@ -69,7 +71,7 @@ def corrupt(images: Tensor, name: str, severity: int, keys: Tensor) -> Tensor:
     """
     if name not in _CORRUPTIONS:
         raise UserError(f"corruptions: unknown corruption {name!r}{nearest(name, NAMES)}")
-    size = max(_AT_ONCE // images[0].numel(), 1)
+    size = max(_AT_ONCE // max(images[0].numel(), 3 * _SNOW_SIDE**2), 1)
     done = []
     for part, some in zip(images.split(size), keys.to(images.device).split(size), strict=True):
         changed = _CORRUPTIONS[name](part.float() / 255, severity - 1, some)
@@ -191,11 +193,13 @@ def _snow(x: Tensor, s: int, keys: Tensor) -> Tensor:
         (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
         (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
     )[s]
-    # A flake covers as much of a small image as of a large one.
-    zoom = max(zoom * _scale(x), 1.0)
-    layer = _zoomed(mean + deviation * _normal(keys, 0, 1, *x.shape[-2:]), zoom)
+    # On a small image snow falls as on a larger one that is shrunk: flakes of whole pixels would cover it.
+    small = min(min(x.shape[-2:]) / _SNOW_SIDE, 1.0)
+    large, scale = [round(side / small) for side in x.shape[-2:]], _scale(x) / small
+    layer = _zoomed(mean + deviation * _normal(keys, 0, 1, *large), max(zoom * scale, 1.0))
     layer = torch.where(layer < least, 0.0, layer).clamp(0, 1)
-    layer = _along(layer, length * _scale(x), sigma * _scale(x), _uniform(keys, 1, 1)[:, 0] * 90 - 135)
+    layer = _along(layer, length * scale, sigma * scale, _uniform(keys, 1, 1)[:, 0] * 90 - 135)
+    layer = F.interpolate(layer, x.shape[-2:], mode="area")
     grey = (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
     x = share * x + (1 - share) * torch.maximum(x, grey * 1.5 + 0.5)
     return x + layer + layer.flip(2, 3)

@@ -20,8 +20,8 @@ def data(n=60, width=5, classes=3, seed=0):
 
 def gradients(head, rows, labels, r):
     weight = head.weight[:, r].clone().requires_grad_()
-    bias = head.bias[r].clone().requires_grad_()
-    F.cross_entropy(rows @ weight + bias, labels).backward()
+    bias = head.bias[:, r].clone().requires_grad_()
+    F.cross_entropy(rows @ weight.T + bias, labels).backward()
     return weight.grad, bias.grad
 
 
@@ -31,7 +31,7 @@ def test_two_steps_are_the_official_ones(optimiser, decay):
     rows, labels = data()
     rates, share = [6.4, 0.3], 0.5
     heads = Heads(5, 3, rates, Training(optimiser=optimiser, weight_decay=decay), seed=1, device=CPU)
-    expected = [(heads.weight[:, r].clone(), heads.bias[r].clone()) for r in range(2)]
+    expected = [(heads.weight[:, r].clone(), heads.bias[:, r].clone()) for r in range(2)]
     moved = [[torch.zeros_like(x) for x in pair] for pair in expected]
     for _ in range(2):
         for r, (weight, bias) in enumerate(expected):
@@ -44,7 +44,7 @@ def test_two_steps_are_the_official_ones(optimiser, decay):
         heads.step(rows, labels, share)
         for r, (weight, bias) in enumerate(expected):
             torch.testing.assert_close(heads.weight[:, r], weight)
-            torch.testing.assert_close(heads.bias[r], bias)
+            torch.testing.assert_close(heads.bias[:, r], bias)
 
 
 def trained(rates, epochs=6, **more):
@@ -73,7 +73,7 @@ def test_batch_norm_is_torchs():
     rows, _ = data()
     heads = trained([0.1], batch_norm=True)
     norm = heads.norm
-    expected = (rows - norm.running_mean) / (norm.running_var + 1e-6).sqrt() @ heads.weight[:, 0] + heads.bias[0]
+    expected = (rows - norm.running_mean) / (norm.running_var + 1e-6).sqrt() @ heads.weight[:, 0].T + heads.bias[:, 0]
     torch.testing.assert_close(heads.scores(rows)[0], expected)
 
 
