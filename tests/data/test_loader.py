@@ -154,7 +154,8 @@ def test_workers_outlive_an_interrupt_so_that_the_run_can_end_its_step(folder: P
     streamed = Folder(str(folder), memory_gb=1e-9, val_fraction=0.0).train()
     assert not streamed.in_memory
     epoch = Loader(streamed, batch_size=2, seed=0, workers=2).epoch(0)
-    batches = [next(epoch)]
+    # The workers take turns: a batch of each, so that each has begun.
+    batches = [next(epoch), next(epoch)]
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
     batches += epoch
