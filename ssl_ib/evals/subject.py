@@ -92,11 +92,13 @@ class Subject:
         """The view that is encoded, without chance: uint8 images, padded where their sizes differ -> [B, 3, h, w]."""
         if self._center is None:
             raise UserError(f"{self.where} does not say how its images are prepared: give size=, such as size=224")
-        sizes = sample.extra.get("size")
+        sizes, images = sample.extra.get("size"), sample.images
+        if self._center is self.backbone.center and self.where.startswith(pretrained.TIMM):
+            images = images.cpu()  # timm's own transform is of PIL images.
         if sizes is None:
-            return self._center(sample.images)
-        cut = (image[None, :, :h, :w] for image, (h, w) in zip(sample.images, sizes.tolist(), strict=True))
-        return torch.cat([self._center(image) for image in cut])
+            return self._center(images).to(self.device)
+        cut = (image[None, :, :h, :w] for image, (h, w) in zip(images, sizes.tolist(), strict=True))
+        return torch.cat([self._center(image) for image in cut]).to(self.device)
 
     def encode(self, views: Tensor) -> Tensor:
         """Features of prepared views: [B, 3, h, w] -> [B, D]. Raises UserError for a size that the encoder refuses."""
