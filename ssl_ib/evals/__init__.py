@@ -1,5 +1,5 @@
 """What a representation is worth: the evaluations of frozen features, and the signs that training is healthy.
 
-`features` computes them once, `knn`, `linear` and `heads` score them with labels, `health` looks at them without. `online`
-is what a run is asked while it trains; `evaluate` is `ssl-ib-eval`, whose protocols lie in `protocols`.
+`features` computes them once, `knn`, `linear` and `heads` score them with labels, `health` looks at them without.
+What a run is asked while it trains is in `online`; `evaluate` is `ssl-ib-eval`, whose protocols lie in `protocols`.
 """
