@@ -13,7 +13,7 @@ from ..config.plugins import load_plugins
 from ..config.settings import settings as read_settings
 from ..device import choose_device
 from ..errors import UserError
-from .protocol import PROTOCOLS, Job, open_splits, settings_of
+from .protocol import PROTOCOLS, Job, Settings, settings_of
 from .results import Results, identity_of
 from .subject import Subject, origin
 
@@ -46,22 +46,23 @@ def evaluate(
     where = str(encoder)
     load_plugins(list(plugins))
     of = origin(where)
-    source = _source_of(of.config or {})
-    settings = read_settings(settings_of(protocol), overrides, {} if source is None else {"source": source})
+    section = settings_of(protocol)
+    source = _source_of(of.config or {}) if issubclass(section, Settings) else None
+    settings = read_settings(section, overrides, {} if source is None else {"source": source})
     folder, problems = of.folder if out is None else Path(out), []
-    if settings.source is None and of.found:
+    labelled = isinstance(settings, Settings)
+    if labelled and settings.source is None and of.found:
         problems.append(f"{where} has no images of its own: give source=, such as source=folder source.path=FOLDER")
     if folder is None and of.found and not dry:
         problems.append(f"{where} has no folder of its own: say where the results go, with --out")
     if problems:
         raise UserError("; ".join(problems))
     device = choose_device(settings.device)
-    subject = Subject(
-        where, of, name=settings.name, size=settings.size, pretrained_weights=settings.pretrained, device=device
-    )
+    size = settings.size if labelled else None
+    subject = Subject(where, of, name=settings.name, size=size, pretrained_weights=settings.pretrained, device=device)
     for note in subject.notes:
         say(note)
-    train, val = open_splits(settings.source, settings, dry, say)
+    train, val = settings.open(dry, say)
     results = Results(None if dry else folder / RESULTS)
     job = Job(protocol, settings, subject, train, val, results, folder, None if dry else folder, say)
     say(_heading(job))
@@ -108,7 +109,7 @@ def _heading(job: Job) -> str:
     name = f" ({job.settings.name})" if job.settings.name else ""
     return (
         f"{job.protocol} of {job.subject.where}{name}{step}: {len(job.train):,} training images, {len(job.val):,} held "
-        f"out, {job.num_classes} classes, chance {job.chance:.4f}"
+        f"out, {job.val.facts}"
     )
 
 

@@ -55,33 +55,64 @@ register_protocol = PROTOCOLS.register
 DRY_IMAGES = 64
 
 
-class Settings(Section):
+class CommonSettings(Section):
     """What every protocol can be told.
 
-    source: the images (default: those that the run was evaluated on). name: which encoder of a run with several.
-    pretrained: with timm:NAME, load timm's weights. size: pixels of a side of the images that are encoded (default: the
-    encoder's own). train_images, val_images: at most so many labelled images of each split, stratified by class.
-    encode_batch: images encoded at a time. device: auto, cpu, cuda or cuda:N. figures: draw pictures.
+    name: which encoder of a run with several. pretrained: with timm:NAME, load timm's weights. encode_batch: images
+    encoded at a time. device: auto, cpu, cuda or cuda:N. figures: draw pictures.
     """
 
     #: Lists, of which each result has one value: the key and what it is called in the result.
     varied: ClassVar[dict[str, str]] = {}
 
-    source: PartSpec | None = None
     name: str | None = None
     pretrained: bool = False
-    size: PositiveInt | None = None
-    train_images: PositiveInt | None = None
-    val_images: PositiveInt | None = None
     encode_batch: PositiveInt = 256
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     figures: bool = True
 
+    def open(self, dry: bool, say: Callable[[str], None]) -> tuple[Images, Images]:
+        """The training and the held-out images; few of them in a dry run. Raises UserError where they cannot be used.
 
-def settings_of(protocol: str) -> type[Settings]:
+        say: called with a line for the user, such as how many images are left out.
+        """
+        raise NotImplementedError
+
+
+class Settings(CommonSettings):
+    """What a protocol on labelled images can be told, besides what every protocol can.
+
+    source: the images (default: those that the run was evaluated on). size: pixels of a side of the images that are
+    encoded (default: the encoder's own). train_images, val_images: at most so many labelled images of each split,
+    stratified by class.
+    """
+
+    source: PartSpec | None = None
+    size: PositiveInt | None = None
+    train_images: PositiveInt | None = None
+    val_images: PositiveInt | None = None
+
+    def open(self, dry: bool, say: Callable[[str], None]) -> tuple[Split, Split]:
+        return open_splits(self.source, self, dry, say)
+
+
+def settings_of(protocol: str) -> type[CommonSettings]:
     """The settings' class of a protocol. Raises UserError where there is no such protocol."""
     return typing.get_type_hints(PROTOCOLS[protocol])["settings"]
+
+
+class Images(typing.Protocol):
+    """What a protocol is trained on or scored on; a protocol's own settings say what it is beyond this.
+
+    fingerprint: changes with the images and with what is known of them.
+    facts:       what the heading says of them, such as "10 classes, chance 0.1031".
+    """
+
+    fingerprint: str
+    facts: str
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -124,24 +155,35 @@ class Split:
         return shown(self.labels, count)
 
     @property
+    def chance(self) -> float:
+        """The accuracy of always naming the most frequent class of these images."""
+        labels = self.labels
+        return int(labels.bincount().max()) / len(labels)
+
+    @property
+    def facts(self) -> str:
+        return f"{len(self.classes)} classes, chance {self.chance:.4f}"
+
+    @property
     def fingerprint(self) -> str:
         return fingerprint_of_images(self.images, self.index)
 
 
 @dataclass
 class Job:
-    """One command: a protocol on an encoder and a source.
+    """One command: a protocol on an encoder and images.
 
+    train, val: what the settings' `open` gave: of labelled images, which most methods here are for, a `Split` each.
     home: the folder of the results, from which what other protocols left is read; None where there is none.
     out: where results and pictures go: the same, or None for a dry run, which writes nothing.
     say: called with a line for the user.
     """
 
     protocol: str
-    settings: Settings
+    settings: CommonSettings
     subject: Subject
-    train: Split
-    val: Split
+    train: Any
+    val: Any
     results: Results
     home: Path | None
     out: Path | None
@@ -170,8 +212,7 @@ class Job:
     @property
     def chance(self) -> float:
         """The accuracy of always naming the most frequent class of the held-out images."""
-        labels = self.val.labels
-        return int(labels.bincount().max()) / len(labels)
+        return self.val.chance
 
     def autocast(self) -> torch.autocast:
         """The precision asked for."""
@@ -314,7 +355,7 @@ class Job:
 
 def open_splits(
     source: dict[str, Any] | None, settings: Settings, dry: bool, say: Callable[[str], None]
-) -> list[Split]:
+) -> tuple[Split, Split]:
     """The labelled training and held-out images of a source. Raises UserError where they cannot be evaluated on."""
     if source is None:
         raise UserError("which images? give source=, such as source=folder source.path=FOLDER")
@@ -346,7 +387,7 @@ def open_splits(
     _check_classes(*splits, say)
     if dry:
         splits = [split.rows(stratified(split.labels, DRY_IMAGES)) for split in splits]
-    return splits
+    return splits[0], splits[1]
 
 
 def _check_classes(train: Split, val: Split, say: Callable[[str], None]) -> None:
