@@ -60,6 +60,7 @@ setup(
         "tensorboard",
         "matplotlib",
         "scikit-learn",
+        "scipy",
         "safetensors",
         "torchmetrics",
         "ninja",
@@ -80,6 +81,7 @@ setup(
             "ssl-ib-embed = ssl_ib.cli.embed:main",
             "ssl-ib-export = ssl_ib.cli.export:main",
             "ssl-ib-eval = ssl_ib.cli.eval:main",
+            "ssl-ib-info = ssl_ib.cli.info:main",
         ]
     },
     **cuda_extension(),
