@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .data.views.augment import Augment, Crops
     from .data.views.base import Views
     from .errors import ConfigError, UserError
-    from .part import Context, Criterion, Model, ParamGroup, Part, RunInfo, Task
+    from .part import Context, Criterion, Export, Model, ParamGroup, Part, RunInfo, Task
     from .pretrained import Backbone, load
     from .record.backbone import load_backbone
     from .types import Batch, Loss, Masks, Progress, Sample
@@ -39,6 +39,7 @@ __all__ = [
     "Context",
     "Criterion",
     "Crops",
+    "Export",
     "ImageSet",
     "InMemory",
     "Loss",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +147,20 @@ class Task(Part):
         """Draws the views and masks; afterwards the forward is deterministic in the batch."""
 
 
+class Export(NamedTuple):
+    """An encoder that a run leaves behind.
+
+    module:   the timm module. model, arguments: timm's name and arguments that rebuild it.
+    channels: the first and the one after the last channel of the plain view that it reads; where that has no more
+              channels than the encoder, it reads all of them.
+    """
+
+    module: nn.Module
+    model: str
+    arguments: dict[str, Any]
+    channels: tuple[int, int] | None = None
+
+
 class Model(Part):
     """Owns what makes representations: encoder, heads, decoder, teacher.
 
@@ -197,11 +211,11 @@ class Model(Part):
         """The timm model name and arguments that rebuild `backbone`, or None."""
         return None
 
-    def exports(self) -> dict[str, tuple[nn.Module, str, dict[str, Any]]]:
-        """The encoders that a run leaves behind, by the names of their files: the module, and the timm model name and
-        arguments that rebuild it. By default `backbone`, where `export` describes it."""
+    def exports(self) -> dict[str, Export]:
+        """The encoders that a run leaves behind, by the names of their files; by default `backbone`, where `export`
+        describes it."""
         found = self.export()
-        return {} if found is None else {"backbone": (self.backbone, *found)}
+        return {} if found is None else {"backbone": Export(self.backbone, *found)}
 
 
 class Criterion(Part):

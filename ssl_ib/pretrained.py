@@ -33,6 +33,8 @@ from .run import Run
 from .types import Sample
 
 TIMM = "timm:"
+#: Where a run's views are among a checkpoint's parts.
+_VIEWS = "task.views."
 #: What `Backbone.tokens` gives.
 TOKENS = ("cls", "mean", "patches")
 #: Images of one size are prepared together, which is faster, where they have no more numbers than this.
@@ -208,15 +210,19 @@ def of_run(run: Run) -> dict[str, Backbone]:
     exports, max_side = run.model.exports(), getattr(run.source, "max_side", None)
     return {
         name: Backbone(
-            record.rebuild(description, exports[name][0].state_dict()), _center(run.views), max_side, description
+            record.rebuild(description, exports[name][0].state_dict()),
+            _center(run.views, description),
+            max_side,
+            description,
         )
         for name, description in record.of_run(run).items()
     }
 
 
-def _center(views: Views) -> Callable[[Tensor], Tensor]:
-    """The plain view of bare images: uint8 [B, 3, H, W] -> what is encoded of them."""
-    return lambda images: views.center(Sample.unlabelled(images))
+def _center(views: Views, description: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """The plain view of bare images, or the channels that the encoder reads: uint8 [B, 3, H, W] -> [B, C, h, w]."""
+    channels = slice(*description.get("channels", (None,)))
+    return lambda images: views.center(Sample.unlabelled(images))[:, channels]
 
 
 def _the_one(found: Iterable[str], name: str | None, place: Path) -> str:
@@ -232,8 +238,8 @@ def _the_one(found: Iterable[str], name: str | None, place: Path) -> str:
 
 def _of_folder(folder: Path, name: str | None) -> Backbone:
     description, state = record.read(folder, _the_one(record.names(folder), name, folder))
-    config = folder / "config.yaml"
-    return _rebuilt(description, state, read_recipe(config) if config.is_file() else None)
+    config, last = folder / "config.yaml", folder / "checkpoints" / "last.pt"
+    return _rebuilt(description, state, read_recipe(config) if config.is_file() else None, lambda: read_file(last))
 
 
 def _of_checkpoint(file: Path, name: str | None) -> Backbone:
@@ -245,11 +251,19 @@ def _of_checkpoint(file: Path, name: str | None) -> Backbone:
             f"{file} does not describe an encoder: it is no checkpoint of a run, its model exports none, or it was "
             "saved by an earlier version. Of a finished run, give the folder"
         )
-    return _rebuilt(*found[_the_one(found, name, file)], saved["config"])
+    return _rebuilt(*found[_the_one(found, name, file)], saved["config"], lambda: saved)
 
 
-def _rebuilt(description: dict[str, Any], state: dict[str, Tensor], config: dict[str, Any] | None) -> Backbone:
-    """config: that of the run, whose views are asked where the description does not have the preprocessing."""
+def _rebuilt(
+    description: dict[str, Any],
+    state: dict[str, Tensor],
+    config: dict[str, Any] | None,
+    checkpoint: Callable[[], dict[str, Any]],
+) -> Backbone:
+    """config: that of the run, whose views are asked where the description does not have the preprocessing.
+
+    checkpoint: reads the run's checkpoint, which has what such views have learned.
+    """
     model, how = record.rebuild(description, state), description.get("preprocessing")
     if config is not None and "preprocessing" not in description:
         description["arguments"] |= _pool_as_evaluated(model, config["model"])
@@ -258,12 +272,16 @@ def _rebuilt(description: dict[str, Any], state: dict[str, Tensor], config: dict
         max_side = how["max_side"]
     elif config is not None:
         load_plugins(config.get("plugins") or [])
-        views, max_side = build_part("views", config["views"]).part, config["source"].get("max_side")
+        # As in a run that is resumed, whose views have in the checkpoint what they took from elsewhere at first.
+        views, max_side = build_part("views", config["views"], resumed=True).part, config["source"].get("max_side")
+        if views.state_dict():
+            parts = checkpoint()["parts"].items()
+            views.load_state_dict({name.removeprefix(_VIEWS): v for name, v in parts if name.startswith(_VIEWS)})
         how = views.preprocessing and {**views.preprocessing, "max_side": max_side}
     else:
         return Backbone(model, None, description=description)
     views.normalize(description["mean"], description["std"])
-    return Backbone(model, _center(views), max_side, {**description, "preprocessing": how})
+    return Backbone(model, _center(views, description), max_side, {**description, "preprocessing": how})
 
 
 def _pool_as_evaluated(model: nn.Module, spec: dict[str, Any]) -> dict[str, Any]:

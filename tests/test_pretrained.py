@@ -132,7 +132,7 @@ def test_views_with_a_centre_of_their_own(monkeypatch):
     description = record.of_run(instance.run)["backbone"]
     assert description["preprocessing"] is None
     config = instance.config.plain()
-    again = pretrained._rebuilt(description, instance.run.model.backbone.state_dict(), config)
+    again = pretrained._rebuilt(description, instance.run.model.backbone.state_dict(), config, dict)
     for encoder in (of_run(instance.run)["backbone"], again):
         torch.testing.assert_close(encoder.transform(image), expected)
 
@@ -210,8 +210,8 @@ def test_a_model_with_two_encoders(tmp_path):
     model = instance.run.model
     model.twin = type(model.encoder)("resnet10t", {}, (3, 16, 16), "cls")
     model.exports = lambda: {
-        "first": (model.backbone, *model.export()),
-        "second": (model.twin.backbone, "resnet10t", model.twin.arguments),
+        "first": ssl_ib.Export(model.backbone, *model.export()),
+        "second": ssl_ib.Export(model.twin.backbone, "resnet10t", model.twin.arguments),
     }
     with torch.no_grad():
         model.twin.backbone.conv1[0].weight.fill_(0.5)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..config.hints import PositiveInt, Probability
 from ..config.registry import register_model
 from ..errors import UserError
-from ..part import Context, Model, RunInfo
+from ..part import Context, Export, Model, RunInfo
 from ..types import Batch
 from .batch_norm import BatchNormGroups
 from .encoder import Encoder, Pool
@@ -139,12 +140,15 @@ class TwoStream(Model):
         maps = [encoder.feature_maps(part, layers) for encoder, part in self._own_channels(images)]
         return [torch.cat(together, dim=1) for together in zip(*maps, strict=True)]
 
-    def exports(self) -> dict[str, tuple[nn.Module, str, dict[str, Any]]]:
+    def exports(self) -> dict[str, Export]:
         """`backbone_1`, `backbone_2` and so on, in the order of the views; `backbone` where they share it."""
         numbers = [""] if self.share else [f"_{number}" for number in range(1, len(self.encoders) + 1)]
+        ends = list(accumulate(encoder.channels for encoder in self.encoders))
         return {
-            f"backbone{number}": (encoder.backbone, encoder.name, encoder.arguments)
-            for number, encoder in zip(numbers, self.encoders, strict=True)
+            f"backbone{number}": Export(
+                encoder.backbone, encoder.name, encoder.arguments, (end - encoder.channels, end)
+            )
+            for number, encoder, end in zip(numbers, self.encoders, ends, strict=True)
         }
 
 

@@ -8,7 +8,10 @@ several encoders leaves such a pair of files of each, under names of their own.
 
 The preprocessing is that of the evaluated view (`Views.center`): the image is shrunk until its longer side has at most
 `max_side` pixels (null: as it is), its shorter side is resized to size / crop_ratio by `interpolation`, and size x size
-pixels are cut from the centre. It is null where a plugin's views have a centre of their own.
+pixels are cut from the centre. It is null where views have a centre of their own.
+
+"channels" is there where the encoder reads some channels of that view alone: the first, and the one after the last.
+Mean and std are of all channels of the view.
 """
 
 from __future__ import annotations
@@ -103,10 +106,12 @@ def of_run(run: Run) -> dict[str, dict[str, Any]]:
     preprocessing = run.views.preprocessing
     if preprocessing is not None:
         preprocessing = {**preprocessing, "max_side": getattr(run.source, "max_side", None)}
-    return {
-        name: describe(model, arguments, run.views.statistics, preprocessing)
-        for name, (_, model, arguments) in run.model.exports().items()
-    }
+    found, statistics = {}, run.views.statistics
+    for name, (_, model, arguments, channels) in run.model.exports().items():
+        found[name] = describe(model, arguments, statistics, preprocessing)
+        if channels is not None and channels[1] - channels[0] < len(statistics[0]):
+            found[name]["channels"] = list(channels)
+    return found
 
 
 def in_checkpoint(run: Run) -> dict[str, dict[str, Any]]:

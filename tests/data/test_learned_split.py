@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness import checkpoint, evaluations, finished, losses, train, trainer
 
+import ssl_ib
 from ssl_ib import Sample, UserError
 from ssl_ib.data.views.generator import Generator
 from ssl_ib.data.views.learned_split import LearnedSplit
@@ -89,10 +90,10 @@ def test_each_channel_is_standardised(game):
 
 def test_a_run_keeps_its_generator_and_goes_on_without_the_other_run(game, tmp_path):
     shutil.copytree(game, tmp_path / "game")
-    # The plugin's model reads both views as they are; a resumed run must not need the other one.
     arguments = (
         f"views={{name: learned_split, run: {tmp_path / 'game'}, size: 16}}",
-        "model=split_linear",
+        "model={name: two_stream, backbone: vit_tiny_patch16_224, backbone_args: {patch_size: 8, embed_dim: 12, "
+        "depth: 1, num_heads: 3}, head_dim: 8}",
         "criterion={name: info_nce, negatives: cross}",
         "masker=none",
         "epochs=2",
@@ -122,6 +123,16 @@ def test_a_run_keeps_its_generator_and_goes_on_without_the_other_run(game, tmp_p
     assert again["parts"].keys() == parts.keys()
     assert all(torch.equal(v, parts[k]) for k, v in again["parts"].items() if isinstance(v, torch.Tensor))
     assert evaluations(out) == evaluations(whole)
+    # The finished run's encoder prepares images without it, too.
+    images = trainer().run.source.train().gather(torch.arange(4)).images
+    views = LearnedSplit(size=16, space="rgb")
+    views.load_state_dict({k.removeprefix("task.views."): v for k, v in parts.items() if k.startswith("task.views.")})
+    expected = views.center(Sample.unlabelled(images))
+    for place in (out, out / "checkpoints" / "last.pt"):
+        for name, channels in (("backbone_1", [0]), ("backbone_2", [1, 2])):
+            encoder = ssl_ib.load(place, name=name)
+            prepared = encoder.center(images)
+            assert torch.equal(prepared, expected[:, channels]) and encoder(prepared).shape == (4, 12)
 
 
 def test_mistakes(game, tmp_path):

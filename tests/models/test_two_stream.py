@@ -55,7 +55,8 @@ def test_views_of_whole_images(share):
     names = ["backbone"] if share else ["backbone_1", "backbone_2"]
     assert list(model.exports()) == names
     assert [module for module, *_ in model.exports().values()] == [e.backbone for e in model.encoders]
-    assert [arguments["in_chans"] for *_, arguments in build().exports().values()] == [1, 2]
+    found = build().exports().values()
+    assert [(e.arguments["in_chans"], e.channels) for e in found] == [(1, (0, 1)), (2, (1, 3))]
 
 
 def test_every_trained_parameter_gets_a_gradient():
