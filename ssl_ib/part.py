@@ -29,7 +29,7 @@ class RunInfo:
     """What a part may want to know of the run it is built for (constructor argument `info`).
 
     view_shapes: one a view, without the batch dimension, such as [C, H, W].
-    batch_size:  images a step and a process.
+    batch_size:  images a forward pass of a process: a step is `accumulate` of them in each process.
     num_global:  how many of the views, the first ones, are global crops: those a teacher sees; None for all.
     cap:         the largest number of rows a bank of past features may have (a dry run makes it small), or None.
     images:      how many training images there are; a call, because it may have to read the source.

@@ -138,7 +138,7 @@ def build_run(config: Config, dry: bool = False, resumed: bool = False) -> Run:
     if views is not None:
         info = {
             "view_shapes": tuple(tuple(shape) for shape in views.shapes),
-            "batch_size": batch_size // world,
+            "batch_size": batch_size // pieces,
             "world_size": world,
             "num_global": getattr(views, "num_global", None),
             "cap": DRY_BANK_BATCHES * batch_size if dry else None,

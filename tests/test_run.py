@@ -111,7 +111,7 @@ def test_parameters_are_counted(config):
 def test_what_parts_may_know_of_the_run(config):
     build_run(config("criterion=banked", "accumulate=4"))
     (info,) = Banked.seen
-    assert info.view_shapes == ((3, 16, 16),) * 2 and info.batch_size == 64 and info.world_size == 1
+    assert info.view_shapes == ((3, 16, 16),) * 2 and info.batch_size == 16 and info.world_size == 1
     assert info.cap is None and info.capped(10**6) == 10**6
     with pytest.raises(AssertionError, match="were read"):
         info.images()

@@ -64,8 +64,8 @@ class QueueNCE(Criterion):
         step, rows = info.batch_size * info.world_size, info.capped(size)
         if rows % step:
             raise UserError(
-                f"size={size}: the queue takes the {step} keys of a step at a time, so it needs a multiple of {step} "
-                f"rows, such as {max(round(size / step), 1) * step}"
+                f"size={size}: the queue takes the {step} keys of a forward pass at a time, so it needs a multiple of "
+                f"{step} rows, such as {max(round(size / step), 1) * step}"
             )
         self.register_buffer("queue", unit(torch.randn(len(self.views), rows, info.width("target"))))
         self.register_buffer("oldest", torch.tensor(0))

@@ -139,7 +139,7 @@ def test_mistakes_are_named(given, message):
 
 
 def test_the_step_of_all_processes_has_to_divide_the_queue():
-    with pytest.raises(UserError, match="the 24 keys of a step"):
+    with pytest.raises(UserError, match="the 24 keys of a forward pass"):
         QueueNCE(info(8, world=3), size=64)
     assert QueueNCE(info(8, world=2), size=64).queue.shape == (1, 64, D)
     # A dry run's is small.
