@@ -52,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
         "--metric", nargs="+", action="extend", metavar="NAME", help="what table and plot show, such as knn/top1 loss"
     )
     p.add_argument(
+        "--choose-by",
+        metavar="NAME",
+        help="name the run to keep by a number that needs no labels, such as health/rankme, and how far to trust that",
+    )
+    p.add_argument(
         "--plugin", action="append", default=[], metavar="MODULE_OR_PATH", help="import your own parts first"
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder (default: sweeps/RECIPE)")
@@ -125,6 +130,10 @@ def _check(options: argparse.Namespace) -> None:
     for metric in options.metric or ():
         if "=" in metric or metric in recipe_names():
             raise UserError(f"--metric: {metric!r} is no metric; recipe and overrides stand before --metric")
+    if options.choose_by is not None:
+        from ..sweep.choice import check_name
+
+        check_name(options.choose_by)
 
 
 def _check_builds(runs: list[Run]) -> None:
@@ -181,10 +190,22 @@ def _run(options: argparse.Namespace, axes: list[Axis], runs: list[Run], out: Pa
     files = f"{out}/table.md, results.csv" + ("" if unseen else ", plot.png")
     done = sum(status == runner.DONE for status in report.statuses.values())
     print(f"{done} of {len(runs)} runs are done | {files}" + (f" | {unseen}" if unseen else ""))
+    if options.choose_by is not None:
+        _print_choice(out, options.choose_by)
     failed = [run for run, outcome in outcomes.items() if outcome.status == runner.FAILED]
     if done < len(runs):
         print(f"continue with the same command: {command}")
     return 128 + signum if signum else 1 if failed else 0
+
+
+def _print_choice(out: Path, name: str) -> None:
+    """The run to keep by a number, or why there is none; the runs are done, so neither changes the exit code."""
+    from ..sweep import choice, finished
+
+    try:
+        print(choice.choose(finished.read(out), name))
+    except UserError as error:
+        print(f"ssl-ib-sweep: {error}", file=sys.stderr)
 
 
 def _write(out: Path, axes: list[Axis], runs: list[Run], outcomes: dict, metrics) -> Report:

@@ -202,7 +202,9 @@ def grid(
     runs: list[Run] = []
     found: dict[str, list[str]] = {}
     tried: list[tuple[Point, Sequence[str]]] = []
-    points = [Point(choices, _name(axes, choices)) for choices in product(*(axis.choices for axis in axes))]
+    names = [axis.name for axis in axes]
+    products = product(*(axis.choices for axis in axes))
+    points = [Point(choices, folder_name(names, [choice.label for choice in choices])) for choices in products]
     for seed in [None] if seeds is None else seeds:
         for point in points:
             start = next((c.recipe for c in point.choices if c.recipe), recipe)
@@ -295,9 +297,9 @@ def safe(text: str, length: int = _VALUE_LENGTH) -> str:
     return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _name(axes: Sequence[Axis], choices: Sequence[Choice]) -> str:
-    """The folder of a point, such as `optim.lr_0.001,masker.ratio_0.5`."""
-    name = ",".join(f"{axis.name}_{safe(choice.label)}" for axis, choice in zip(axes, choices, strict=True)) or "base"
+def folder_name(axes: Sequence[str], labels: Sequence[str]) -> str:
+    """The folder of a point, such as `optim.lr_0.001,masker.ratio_0.5`, from the names of axes and values."""
+    name = ",".join(f"{axis}_{safe(label)}" for axis, label in zip(axes, labels, strict=True)) or "base"
     if len(name) <= _POINT_LENGTH:
         return name
     return f"{name[:_POINT_LENGTH]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
