@@ -1,7 +1,7 @@
 """How well one number ranks runs as another does: Spearman's rho, with an interval from the bootstrap.
 
-Runs of one point of a sweep (the same settings, other seeds) are alike. So the bootstrap draws whole points: five points
-of three seeds are five draws, not fifteen.
+Runs of one point of a sweep (the same settings, other seeds) are alike. So the bootstrap draws whole points: five
+points of three seeds are five draws, not fifteen.
 
 Shapes: n runs, P points, R resamples.
 """

@@ -1,7 +1,7 @@
 """How well each number that needs no labels ranks the runs of sweeps against their kNN accuracy.
 
-Prints Spearman's rho with a bootstrap interval over points, signed so that +1 ranks the runs as the labels do. Which way
-of a number is better is fixed before any accuracy is looked at. Runs are compared where their accuracies are of the
+Prints Spearman's rho with a bootstrap interval over points, signed so that +1 ranks the runs as the labels do. Which
+way of a number is better is fixed before any accuracy is looked at. Runs are compared where their accuracies are of the
 same images: within a results.csv, and over sweep folders whose data are the same.
 """
 
@@ -80,7 +80,9 @@ def examine(sweeps: Sequence[Path]) -> Ranking:
     from ..sweep.finished import KNN, known, read
 
     every = [run for path in sweeps for run in read(path)]
-    runs, remarks = known(every, KNN), []
+    once = _once(every)
+    remarks = [f"{len(every) - len(once)} runs are there twice, and count once"] if len(once) < len(every) else []
+    every, runs = once, known(once, KNN)
     if not runs:
         raise UserError(f"no run of {', '.join(map(str, sweeps))} has {KNN}: there is nothing to rank against")
     if len(runs) < len(every):
@@ -121,6 +123,18 @@ def examine(sweeps: Sequence[Path]) -> Ranking:
     return Ranking(groups, scores, remarks)
 
 
+def _once(runs: Sequence[Finished]) -> list[Finished]:
+    """Without runs that are there twice, as in a sweep and in a copy of its table; those with a configuration stay."""
+    found: dict[tuple, Finished] = {}
+    for run in sorted(runs, key=lambda run: run.config is None):
+        own = ("health/", "held_out/", "knn/")
+        measured = [item for item in sorted(run.numbers.items()) if item[0].startswith(own)]
+        # A few numbers may be equal by chance.
+        key = (run.seed, *map(repr, measured)) if len(measured) > 2 else (id(run),)
+        found.setdefault(key, run)
+    return list(found.values())
+
+
 def _data(run: Finished) -> str:
     """What accuracies are measured on: two runs with the same may be compared."""
     if run.config is None:
@@ -138,7 +152,7 @@ def report(ranking: Ranking) -> str:
     for place, runs in ranking.groups.items():
         sweeps = list(dict.fromkeys(str(run.sweep) for run in runs))
         methods = list(dict.fromkeys(run.method for run in runs))
-        points = len({(run.method, run.point) for run in runs})
+        points = len({run.identity for run in runs})
         counts = f"{len(runs)} runs, {points} points, {len(methods)} method{'s' * (len(methods) != 1)}"
         lines.append(f"{', '.join(sweeps)}: {counts}")
         lines += _section(ranking.of(place, ALL))
@@ -230,7 +244,7 @@ def draw(ranking: Ranking, path: Path) -> None:
     panel.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
     tidy(panel, "How label-free numbers rank runs", "Spearman's rho with kNN; +1 picks as the labels would", small=True)
     panel.set_xlim(-1.05, 1.05)
-    panel.xaxis.get_major_locator().set_params(integer=False)
+    panel.set_xticks([-1, -0.5, 0, 0.5, 1])
     panel.set_yticks(range(len(names)), [f"{name} (n = {overall[name].n})" for name in names])
     panel.grid(axis="x", color=FAINT, linewidth=0.6)
     figure.savefig(path)

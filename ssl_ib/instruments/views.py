@@ -131,7 +131,7 @@ def examine(sweeps: Sequence[Path]) -> Views:
             raise UserError(
                 f"{path} is a file: views needs the sweep's folder, whose runs say their model, temperature and data"
             )
-    every = [run for path in sweeps for run in read(path)]
+    every = [run for path in dict.fromkeys(sweeps) for run in read(path)]
     runs = known(every, MI)
     if not runs:
         criterions = ", ".join(sorted({run.method for run in every}))

@@ -84,8 +84,8 @@ def group(runs: Sequence[Finished], name: str) -> Group:
     left out."""
     runs = known(runs, name, KNN)
     sign = -1 if better(name) == LOWER else 1
-    points = [(run.method, run.point) for run in runs]
-    return Group([sign * run.numbers[name] for run in runs], [run.numbers[KNN] for run in runs], points)
+    x, y = ([run.numbers[key] for run in runs] for key in (name, KNN))
+    return Group([sign * value for value in x], y, [run.identity for run in runs])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,13 @@ class Finished:
     def point(self) -> str:
         """The values on the axes, in one line."""
         return ", ".join(f"{name} {label}" for name, label in self.labels.items()) or "base"
+
+    @property
+    def identity(self) -> str:
+        """What runs of one point share: the configuration but for the seed; without one the place in the table."""
+        if self.config is None:
+            return f"{self.sweep}: {self.point}"
+        return json.dumps({key: value for key, value in self.config.items() if key != "seed"}, default=str)
 
     @property
     def title(self) -> str:

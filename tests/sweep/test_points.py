@@ -74,7 +74,9 @@ def test_names_are_safe_and_differ():
 def test_a_point_of_many_axes_has_a_short_name():
     axes = [points.Axis(f"key{i}", (points.Choice("v" * 30, 1, ()),)) for i in range(20)]
     other = [*axes[:-1], points.Axis("key19", (points.Choice("v" * 29, 1, ()),))]
-    first, second = (points._name(a, [axis.choices[0] for axis in a]) for a in (axes, other))
+    first, second = (
+        points.folder_name([axis.name for axis in a], [axis.choices[0].label for axis in a]) for a in (axes, other)
+    )
     assert len(first) < 255 and first != second
 
 

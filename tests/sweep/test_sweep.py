@@ -374,3 +374,28 @@ def test_results_json(tmp_path):
     assert found["trained"]["linear/top1"] == rows(out)[-1]["linear/top1"] and found["step"] == 2 * STEPS
     assert found["untrained"]["knn/top1"] == rows(out)[0]["knn/top1"] and 0 < found["seconds"] < 600
     assert not list(out.glob("*.tmp"))
+
+
+def test_choosing_without_labels(tmp_path, capsys, started):
+    out, more = tmp_path / "sweep", ["--vary", "optim.lr=1e-3,2e-3,3e-3,4e-3"]
+    assert sweep(out, *more, "--choose-by", "helth/rankme") == 2
+    error = capsys.readouterr().err
+    assert "'helth/rankme' is better is not known; did you mean 'health/rankme'" in error and not out.exists()
+    assert sweep(out, *more, "--choose-by", "knn/top1") == 0
+    output = capsys.readouterr().out
+    assert "keep optim.lr 0.004 seed 0: the higher the better, knn/top1 0.4000" in output and "with labels" in output
+    # Rank is the same for all; called again, with everything done, the answer is there without a run.
+    assert sweep(out, *more, "--choose-by", "health/rankme") == 0
+    output = capsys.readouterr().out
+    assert "4 done before" in output and "do not trust this choice: no spread" in output
+    assert sweep(out, *more, "--choose-by", "held_out/loss") == 0
+    assert "no finished run has 'held_out/loss'" in capsys.readouterr().err
+    for place in out.glob("*/seed_*/results.json"):
+        found = json.loads(place.read_text())
+        found["trained"]["held_out/loss"] = -found["trained"]["knn/top1"]
+        place.write_text(json.dumps(found))
+    assert sweep(out, *more, "--choose-by", "held_out/loss") == 0
+    output = capsys.readouterr().out
+    assert "keep optim.lr 0.004 seed 0: the lower the better, held_out/loss -0.4000, knn/top1 0.4000" in output
+    assert "rho of held_out/loss with knn/top1: +1.00 [+1.00, +1.00] over 4 runs of 4 points" in output
+    assert "do not trust this choice: only 4 points" in output
