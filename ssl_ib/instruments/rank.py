@@ -2,7 +2,7 @@
 
 Prints Spearman's rho with a bootstrap interval over points, signed so that +1 ranks the runs as the labels do. Which
 way of a number is better is fixed before any accuracy is looked at. Runs are compared where their accuracies are of the
-same images: within a results.csv, and over sweep folders whose data are the same.
+same images: within a results.csv, and over sweep folders whose data, trained and evaluated, are the same.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 HELP = "how each label-free number ranks a sweep's runs against kNN"
 #: The scopes of a rho besides a method's name: all runs of a group, and all groups, each within itself.
 ALL = "all"
+CEILING = "held_out/mi_ceiling"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,17 +80,17 @@ def examine(sweeps: Sequence[Path]) -> Ranking:
     from ..sweep.choice import group, label_free, uses_labels
     from ..sweep.finished import KNN, known, read
 
-    every = [run for path in sweeps for run in read(path)]
+    every = [run for path in dict.fromkeys(sweeps) for run in read(path)]
     once = _once(every)
-    remarks = [f"{len(every) - len(once)} runs are there twice, and count once"] if len(once) < len(every) else []
+    remarks = [f"runs that are there twice, and count once: {len(every) - len(once)}"] if len(once) < len(every) else []
     every, runs = once, known(once, KNN)
     if not runs:
         raise UserError(f"no run of {', '.join(map(str, sweeps))} has {KNN}: there is nothing to rank against")
     if len(runs) < len(every):
-        remarks.append(f"{len(every) - len(runs)} of {len(every)} finished runs have no {KNN}, and are left out")
+        remarks.append(f"finished runs without {KNN}, which are left out: {len(every) - len(runs)} of {len(every)}")
     free = [run for run in runs if not uses_labels(run)]
     if len(free) < len(runs):
-        remarks.append(f"{len(runs) - len(free)} runs are left out, because their criterion uses labels")
+        remarks.append(f"runs whose criterion uses labels, which are left out: {len(runs) - len(free)} of {len(runs)}")
     if len(free) < LEAST:
         raise UserError("; ".join([f"expected at least {LEAST} finished runs to rank, got {len(free)}", *remarks]))
     groups: dict[str, list[Finished]] = {}
@@ -97,6 +98,11 @@ def examine(sweeps: Sequence[Path]) -> Ranking:
     for run in free:
         name = data.setdefault(_data(run), str(run.sweep))
         groups.setdefault(name, []).append(run)
+    for place, inside in groups.items():
+        ceilings = [run.numbers[CEILING] for run in known(inside, CEILING)]
+        if ceilings and max(ceilings) > min(ceilings) + 1e-6:
+            said = f"{min(ceilings):.2f} to {max(ceilings):.2f} nats"
+            remarks.append(f"{place}: the candidates of I_NCE differ between runs (ceilings of {said})")
     names = label_free(free)
     scores, pools = [], {}
     for place, inside in groups.items():
@@ -124,24 +130,29 @@ def examine(sweeps: Sequence[Path]) -> Ranking:
 
 
 def _once(runs: Sequence[Finished]) -> list[Finished]:
-    """Without runs that are there twice, as in a sweep and in a copy of its table; those with a configuration stay."""
+    """Without runs that are there twice, in two sweeps or in a sweep and a copy of its table; the first one stays.
+
+    Tables alone are never compared with each other, so that each keeps its own.
+    """
     found: dict[tuple, Finished] = {}
     for run in sorted(runs, key=lambda run: run.config is None):
         own = ("health/", "held_out/", "knn/")
         measured = [item for item in sorted(run.numbers.items()) if item[0].startswith(own)]
         # A few numbers may be equal by chance.
         key = (run.seed, *map(repr, measured)) if len(measured) > 2 else (id(run),)
+        if run.config is None and key not in found:
+            key = (*key, run.sweep)
         found.setdefault(key, run)
     return list(found.values())
 
 
 def _data(run: Finished) -> str:
-    """What accuracies are measured on: two runs with the same may be compared."""
+    """What losses and accuracies are measured on: two runs with the same may be compared."""
     if run.config is None:
         return str(run.sweep)
-    evaluation = dict(run.config.get("eval", {}))
-    source = evaluation.get("source") or run.config.get("source")
-    return json.dumps([source, *(evaluation.get(key) for key in ("train_images", "val_images", "knn_k"))], default=str)
+    evaluation = run.config.get("eval", {})
+    parts = [evaluation.get(key) for key in ("source", "train_images", "val_images", "knn_k")]
+    return json.dumps([run.config.get("source"), *parts], default=str)
 
 
 def report(ranking: Ranking) -> str:

@@ -147,7 +147,9 @@ def examine(sweeps: Sequence[Path]) -> Views:
         raise UserError(f"{sweeps[0]}: expected at least 2 points of {axis} with {MI}, got {len(points)}")
     remarks = []
     if len(runs) < len(every):
-        remarks.append(f"{len(every) - len(runs)} of {len(every)} finished runs have no finite {MI}, and are left out")
+        remarks.append(
+            f"finished runs without a finite {MI}, which are left out: {len(every) - len(runs)} of {len(every)}"
+        )
     for run in runs:
         value, ceiling = run.numbers[MI], run.numbers.get(CEILING, math.inf)
         if value < 0:

@@ -21,7 +21,6 @@ HIGHER, LOWER = "higher", "lower"
 BETTER = {
     "health/rankme": HIGHER,
     "health/std": HIGHER,
-    "health/lidar": HIGHER,
     "health/alignment": LOWER,  # a mean squared distance of positive pairs
     "health/uniformity": LOWER,  # a log of a mean potential
     "held_out/loss": LOWER,
@@ -129,9 +128,8 @@ def check_name(name: str) -> None:
     if better(name) is None:
         names = [KNN, LINEAR, *(pattern for pattern in BETTER if "*" not in pattern)]
         names += ["held_out/mi_nats", "held_out/nce_nats", "held_out/info_nce", "held_out/reconstruction"]
-        raise UserError(
-            f"--choose-by: whether more or less of {name!r} is better is not known{nearest(name, dict.fromkeys(names))}"
-        )
+        likely = next((known for known in names if known.endswith(f"/{name}")), name)
+        raise UserError(f"--choose-by: whether more or less of {name!r} is better is not known{nearest(likely, names)}")
 
 
 def choose(runs: Sequence[Finished], name: str) -> Choice:

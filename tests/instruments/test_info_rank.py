@@ -7,7 +7,10 @@ from PIL import Image
 from written_sweep import curve, write
 
 from ssl_ib.cli.info import main
+from ssl_ib.errors import UserError
 from ssl_ib.instruments.rank import ALL, examine
+from ssl_ib.sweep.choice import choose
+from ssl_ib.sweep.finished import read
 
 BYOL = {"model": {"name": "siamese", "momentum": 0.99}, "criterion": {"name": "byol"}}
 
@@ -55,7 +58,7 @@ def test_a_table_alone_and_its_copy(tmp_path):
     table = tmp_path / "copy.csv"
     table.write_text((sweep / "results.csv").read_text())
     both = examine([table, sweep])
-    assert list(both.groups) == [str(sweep)] and both.remarks == ["10 runs are there twice, and count once"]
+    assert list(both.groups) == [str(sweep)] and both.remarks == ["runs that are there twice, and count once: 10"]
     alone = examine([table])
     assert [run.method for run in alone.groups[str(table)]][:2] == ["n0", "b0"]
     assert {score.reason for score in alone.of(str(table), "n0")} == {"too few runs: 1, and 4 are needed"}
@@ -85,7 +88,7 @@ def test_runs_that_used_labels_are_left_out(tmp_path):
     points = [((str(i),), 0, {"health/rankme": float(i), "knn/top1": i / 10}, {}) for i in range(4)]
     taught = {"health/rankme": 9.0, "knn/top1": 0.1, "held_out/digit_accuracy": 0.9, "held_out/loss": 1.0}
     found = examine([write(tmp_path / "sweep", ["case"], [*points, (("taught",), 0, taught, {})])])
-    assert found.remarks == ["1 runs are left out, because their criterion uses labels"]
+    assert found.remarks == ["runs whose criterion uses labels, which are left out: 1 of 5"]
     assert by_name(found, str(tmp_path / "sweep"), ALL) == {"health/rankme": pytest.approx(1)}
 
 
@@ -112,3 +115,20 @@ def test_what_is_refused(tmp_path, capsys):
         assert rank(path) == 2, said
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
+
+
+def test_a_choice_says_why_it_is_not_to_be_trusted(tmp_path):
+    runs = read(two_methods(tmp_path / "methods"))
+    found = choose(runs, "held_out/loss")
+    assert found.run.title == "case b0 seed 0" and "of 2 methods" in found.doubts[-1]
+    assert choose(runs, "health/rankme").run.title == "case n4 seed 0"
+    blind = read(write(tmp_path / "blind", ["a"], [((a,), 0, {"health/rankme": float(a)}, {}) for a in "123"]))
+    found = choose(blind, "health/rankme")
+    assert found.run.title == "a 3 seed 0" and "never measured" in str(found)
+    assert "too few runs: 1" in str(choose(runs[:1], "health/rankme"))
+    good = [((str(i),), 0, {"health/rankme": float(i), "knn/top1": i / 20}, {}) for i in range(9)]
+    found = choose(read(write(tmp_path / "good", ["a"], good)), "health/rankme")
+    assert found.doubts == [] and "do not trust" not in str(found)
+    taught = [((a,), 0, {"held_out/loss": 1.0, "held_out/digit_accuracy": 0.5}, {}) for a in "12"]
+    with pytest.raises(UserError, match="needs labels"):
+        choose(read(write(tmp_path / "taught", ["a"], taught)), "held_out/loss")

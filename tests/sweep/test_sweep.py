@@ -376,11 +376,13 @@ def test_results_json(tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
-def test_choosing_without_labels(tmp_path, capsys, started):
+def test_choosing_without_labels(tmp_path, capsys, started, monkeypatch):
+    monkeypatch.setattr("ssl_ib.sweep.plot.draw", lambda report, path: "no plot")
     out, more = tmp_path / "sweep", ["--vary", "optim.lr=1e-3,2e-3,3e-3,4e-3"]
     assert sweep(out, *more, "--choose-by", "helth/rankme") == 2
     error = capsys.readouterr().err
     assert "'helth/rankme' is better is not known; did you mean 'health/rankme'" in error and not out.exists()
+    assert sweep(out, *more, "--choose-by", "loss") == 2 and "did you mean 'held_out/loss'" in capsys.readouterr().err
     assert sweep(out, *more, "--choose-by", "knn/top1") == 0
     output = capsys.readouterr().out
     assert "keep optim.lr 0.004 seed 0: the higher the better, knn/top1 0.4000" in output and "with labels" in output
