@@ -153,12 +153,12 @@ def examine(sweeps: Sequence[Path]) -> Views:
     for run in runs:
         value, ceiling = run.numbers[MI], run.numbers.get(CEILING, math.inf)
         if value < 0:
-            remarks.append(f"{run.title}: I_NCE is {value:.4f}, below 0: as a bound it says nothing")
+            remarks.append(f"{run.title}: I_NCE is {value:.4g}, below 0: as a bound it says nothing")
         if value > ceiling:
             remarks.append(f"{run.title}: I_NCE is {value:.4f}, above its ceiling {ceiling:.4f}, which cannot be")
     alone = [label for label, runs in points if len(runs) == 1]
     if alone:
-        remarks.append(f"one seed at {', '.join(alone)}: no interval can be given; repeat the sweep with --seeds 0,1,2")
+        remarks.append(f"one seed at {'; '.join(alone)}: no interval can be given; repeat the sweep with --seeds 0,1,2")
     return Views(axis, points, metrics, [peak(points, metric) for metric in metrics], remarks)
 
 

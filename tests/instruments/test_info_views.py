@@ -55,7 +55,7 @@ def test_no_peak_between_the_ends(tmp_path, capsys):
 def test_one_seed_has_no_interval(tmp_path, capsys):
     assert views(curve(tmp_path / "sweep", HILL, seeds=(0,)), "--out", tmp_path / "out") == 0
     output = capsys.readouterr().out
-    assert "cannot be said (no interval: a point has one seed)" in output and "one seed at 0.05, 0.2, 0.4, 10" in output
+    assert "cannot be said (no interval: a point has one seed)" in output and "one seed at 0.05; 0.2; 0.4; 10" in output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"views.csv", "views_peaks.csv", "views.png"}
 
 
@@ -71,7 +71,7 @@ def test_sweeps_of_one_axis_are_joined_and_later_seeds_are_found(tmp_path):
 
 def test_readings_beyond_their_limits_are_shown(tmp_path):
     found = examine([curve(tmp_path / "sweep", [("1", -0.5, 0.2), ("2", 1.0, 0.3), ("3", 5.0, 0.2)], seeds=(0,))])
-    assert "views.scale 1 seed 0: I_NCE is -0.5000, below 0" in found.remarks[0]
+    assert "views.scale 1 seed 0: I_NCE is -0.5, below 0" in found.remarks[0]
     assert "5.0000, above its ceiling 4.8520" in found.remarks[1]
 
 
