@@ -151,31 +151,31 @@ def pretrain(
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     distributed.initialise(device)
-    if not distributed.is_main():
-        # Every process finds the same; one says it.
-        logging.getLogger("ssl_ib").setLevel(logging.ERROR)
-    state = folder.examine(out, config, resume, overwrite) if out else None
-    run = build_run(config, dry, resumed=state is not None)
-    if state is None:
-        # A run that is resumed has all its weights from the checkpoint.
-        run.start = initialise(run) or ""
-    trainer = Trainer(run, out)
-    # Every process has found its arguments right and looked at the folder before one of them changes it.
-    distributed.barrier()
+    # Every process finds its arguments right and looks at the folder before one of them changes it.
+    with distributed.together():
+        state = folder.examine(out, config, resume, overwrite) if out else None
+        run = build_run(config, dry, resumed=state is not None)
+        if state is None:
+            # A run that is resumed has all its weights from the checkpoint.
+            run.start = initialise(run) or ""
+        trainer = Trainer(run, out)
     main = distributed.is_main()
-    if out and state is None and main:
-        folder.claim(out, config)
-    if state is not None:
-        trainer.restore(state)
+    with distributed.together():
+        if out and state is None and main:
+            folder.claim(out, config)
+        if state is not None:
+            trainer.restore(state)
     with closing(trainer.log):
         if main and started is not None:
             started(trainer)
+        bad = trainer.bad_images
         if main and out:
             artifacts.write_environment(out, device)
-            artifacts.record_bad_images(out, trainer.bad_images)
+            artifacts.record_bad_images(out, bad)
         trainer.fit()
+        bad = trainer.bad_images
         if not (main and out):
             return trainer, []
-        artifacts.record_bad_images(out, trainer.bad_images)
+        artifacts.record_bad_images(out, bad)
         rows, results = trainer.log.rows(), trainer.record()
         return trainer, artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)

@@ -5,6 +5,9 @@ are differentiable with respect to the sum of all ranks' losses: their backward 
 say about this rank's tensor. The average over R ranks then equals the gradient of the mean loss on the whole batch,
 with no factor of R left over.
 
+Work other than training is divided item by item (`shared`, `shared_rows`). An item, such as a batch to encode, is one
+process's alone, so that its answer does not depend on how many processes there are.
+
 Shapes: R ranks, b rows a rank.
 """
 
@@ -12,30 +15,43 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .errors import EndedElsewhere
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+#: How long a process may wait for another. Where that one is dead, the wait ends at once (gloo), or torchrun ends it.
+TIMEOUT = timedelta(hours=3)
+
 _logger = logging.getLogger(__name__)
 
 
 def initialise(device: torch.device | str) -> None:
-    """Joins the processes that torchrun started (its environment says which); does nothing for a single one.
+    """Joins the processes that torchrun started (its environment says which); does nothing for a single one, or again.
 
-    Uses NCCL on a CUDA device, gloo elsewhere.
+    Tensors on a CUDA device go through NCCL, all others through gloo. Features and messages are on the CPU, so a process
+    that waits for another's share of an evaluation does so in gloo, which leaves its GPU alone.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # The others wait while the main process evaluates, which on a large set outlasts the default of 10 minutes.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+    # The default of 10 minutes is less than one process may need for its share, such as a probe on a large set.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if not is_main():
+        # Every process finds the same; one says it.
+        logging.getLogger("ssl_ib").setLevel(logging.ERROR)
 
 
 #: Whether this process is for the moment on its own; see `alone`.
@@ -147,12 +163,11 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def shares(rows: int) -> tuple[int, ...]:
-    """How many rows each rank has; a GPU is waited for."""
+    """How many rows each rank has."""
     if world_size() == 1:
         return (rows,)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    counts = torch.empty(world_size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, torch.tensor([rows], device=device))
+    counts = torch.empty(world_size(), dtype=torch.int64)
+    dist.all_gather_into_tensor(counts, torch.tensor([rows]))
     return tuple(counts.tolist())
 
 
@@ -199,17 +214,118 @@ def broadcast(x: Tensor) -> Tensor:
     return x
 
 
-def barrier() -> None:
-    """Waits until every process has come here."""
-    if _several():
-        dist.barrier()
-
-
 def largest(value: int) -> int:
     """The largest of the ranks' numbers, on each of them."""
+    return int(largest_of(torch.tensor(value)))
+
+
+# Work that is divided
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What is done inside succeeds in all processes or ends all of them; at its end they wait for one another.
+
+    Where it fails, the first process that failed raises its error, and the others raise EndedElsewhere. Inside there may
+    be `together`, `shared` and `shared_rows`, where nobody waits for a process that has failed before it came there, but
+    no other collective.
+    """
+    failed = None
+    try:
+        yield
+    except EndedElsewhere:
+        raise  # All know of it.
+    except Exception as error:
+        failed = error
+    first = world_size() - largest(0 if failed is None else world_size() - rank())
+    if failed is not None and first == rank():
+        raise failed
+    if first < world_size():
+        raise EndedElsewhere(f"process {first} has failed, and shows the error") from failed
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Those of the items that are this process's: neighbours, and as many as the others have, or one more."""
+    count, processes = len(items), world_size()
+    return items[count * rank() // processes : count * (rank() + 1) // processes]
+
+
+def shared(work: Callable[[T], A], items: Sequence[T]) -> list[A]:
+    """What `work` answers for each item, in their order, on every process, of which each does its share, `alone`.
+
+    The answers are small and plain data. An error ends all processes, as in `together`.
+    """
+    with together():
+        answers = _done(work, share(items))
+    return [answer for part in _gather_objects(answers) for answer in part]
+
+
+def shared_rows(
+    work: Callable[[T], tuple[Tensor, ...]],
+    items: Sequence[T],
+    show: Callable[[Sequence[T]], Iterable[T]] = iter,
+) -> tuple[Tensor, ...]:
+    """`shared` for tensors: those that `work` answers, each put together over all items along its first dimension.
+
+    work:  gives tensors on the CPU, always as many and, but for the first dimension, of the same shapes.
+    items: one at least.
+    show:  is given this process's share, and gives its items as they are wanted: a progress bar.
+    """
+    with together():
+        mine = tuple(map(torch.cat, zip(*_done(work, show(share(items))), strict=True)))
+    if world_size() == 1:
+        return mine
+    # A process without an item learns from the others what there is.
+    found = _gather_objects([(x.shape, x.dtype) for x in mine])
+    answers = next(filter(None, found))
+    mine = mine or tuple(torch.empty(0, *shape[1:], dtype=dtype) for shape, dtype in answers)
+    return tuple(gather_rows(x, tuple(part[k][0][0] if part else 0 for part in found)) for k, x in enumerate(mine))
+
+
+def _done(work: Callable[[T], A], items: Iterable[T]) -> list[A]:
+    answers = []
+    for item in items:
+        with alone():
+            answers.append(work(item))
+    return answers
+
+
+def _gather_objects(value: A) -> list[A]:
+    """The values of all ranks, in rank order; small and plain data."""
     if not _several():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    number = torch.tensor(value, device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return int(number)
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def union(values: set[T]) -> set[T]:
+    """What any rank has, on each of them; small and plain data."""
+    return set().union(*_gather_objects(values))
+
+
+def from_main(value: A) -> A:
+    """The main process's value, plain data, on each rank."""
+    values = [value]
+    if _several():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+@contextmanager
+def as_main(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """While entered, the tensors hold on every rank what they hold on the main one; afterwards their own values.
+
+    tensors: the same on every rank, but for their values.
+    """
+    own = []
+    for tensor in tensors if _several() else ():
+        mains = broadcast(tensor.clone(memory_format=torch.contiguous_format))
+        if not torch.equal(mains, tensor):
+            own.append((tensor, tensor.clone()))
+            tensor.copy_(mains)
+    try:
+        yield
+    finally:
+        for tensor, value in own:
+            tensor.copy_(value)

@@ -22,6 +22,10 @@ class ConfigError(UserError):
         super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+class EndedElsewhere(UserError):
+    """Another process of the group has failed and says why. The command line ends without a word of its own."""
+
+
 def nearest(name: str, choices: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
     """A hint for an unknown name: `; did you mean 'x'?` where something is close, then the choices.
 

@@ -73,7 +73,6 @@ class Trainer:
         self._check()
         if config.compile:
             run.model.compile()
-        self.step_module = self._wrapped(Step(run.model, run.criterion))
         self.results: dict[str, dict[str, float]] = {}
         self.first = run.first_evaluation
         self.stop = StopRequest()
@@ -87,7 +86,10 @@ class Trainer:
         with self.online.evaluating(), distributed.alone():
             contract.check_step(run.task, run.model, run.criterion, sample, plain, self.progress(), num_global)
 
-    def _wrapped(self, module: nn.Module) -> nn.Module:
+    @cached_property
+    def step_module(self) -> nn.Module:
+        """Model and criterion in one; DDP is made with the first step, when no process can fail alone any more."""
+        module = Step(self.run.model, self.run.criterion)
         if self.config.parallel != "ddp" or distributed.world_size() == 1:
             return module
         if not self.run.model.own_batch_norm:
@@ -107,8 +109,12 @@ class Trainer:
 
     @property
     def bad_images(self) -> set[str]:
-        """Names of the images that could not be read so far, training and held-out ones."""
-        return set().union(*(images.bad for images in (self.images, self.run.source.val()) if images is not None))
+        """Names of the images that could not be read so far, training and held-out ones, by any process.
+
+        All processes have to ask at once.
+        """
+        sets = (self.images, self.run.source.val())
+        return distributed.union({name for images in sets if images is not None for name in images.bad})
 
     def record(self) -> dict[str, Any]:
         """What `results.json` says: the results, and how long (`seconds`) and how far (`step`) the run went."""
@@ -239,18 +245,18 @@ class Trainer:
         self.log.write({"step": self.step, "epoch": self.step / self.loader.steps_per_epoch, **row})
 
     def _evaluate(self, name: str | None = None) -> None:
-        """kNN and health now; `name` keeps them among the run's results."""
+        """kNN and health now, by all processes; `name` keeps them among the run's results."""
         self._set_schedules()
-        metrics = self.online.evaluate(self.progress(), name == "trained", name is not None) if self.main else {}
-        if name is not None:
-            self.results[name] = metrics
-        if name == self.first and self.main:
-            self.results["raw_pixels"] = self.online.raw_pixels()
-        if name == "trained" and self.main:
-            self.results["chance"] = self.online.chance()
-        distributed.barrier()
-        if metrics:
+        with distributed.together():
+            metrics = self.online.evaluate(self.progress(), name == "trained", name is not None)
+            if name is not None:
+                self.results[name] = metrics
+            if name == self.first:
+                self.results["raw_pixels"] = self.online.raw_pixels()
+            if name == "trained":
+                self.results["chance"] = self.online.chance()
             self._write(metrics)
+        if self.main:
             shown = {k: v for k, v in metrics.items() if not k.startswith("held_out/") or k == "held_out/loss"}
             say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
 

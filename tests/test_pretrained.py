@@ -12,7 +12,6 @@ from PIL import Image
 import ssl_ib
 from ssl_ib import Sample, UserError, pretrained
 from ssl_ib.config.registry import VIEWS
-from ssl_ib.data.loader import ordered
 from ssl_ib.evals import features
 from ssl_ib.pretrained import of_run
 from ssl_ib.record import backbone as record
@@ -36,7 +35,8 @@ RUNS = {
 def evaluated(run, images):
     """Features of an image set, as the run's evaluation has them."""
     run.model.eval()
-    return features.extract(run.model.encode, ordered(images, 8), run.views.center, run.device)[0]
+    index = torch.arange(len(images))
+    return features.extract(run.model.encode, images, index, 8, run.views.center, run.device)[0]
 
 
 def pictures(count: int = 3) -> list[Image.Image]:

@@ -73,12 +73,15 @@ def _main(options: argparse.Namespace) -> int:
     heed_interrupts()
     check_out(options.out, options.overwrite)
     device = choose_device(options.device)
-    backbone = load(options.source, name=options.name, device=str(device), pretrained=options.pretrained)
-    if options.dry_run:
-        print("\n".join(preview(backbone, options.folder, options.out, options.tokens, options.bf16)))
-        return 0
     distributed.initialise(device)
     try:
+        with distributed.together():
+            backbone = load(options.source, name=options.name, device=str(device), pretrained=options.pretrained)
+            if options.dry_run:
+                lines = preview(backbone, options.folder, options.out, options.tokens, options.bf16)
+        if options.dry_run:
+            print("\n".join(lines if distributed.is_main() else ()))
+            return 0
         found = embed_to_file(
             backbone,
             options.folder,

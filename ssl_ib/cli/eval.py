@@ -73,21 +73,28 @@ def _main(options: argparse.Namespace) -> int:
         doc = inspect.getdoc(PROTOCOLS[options.describe])
         print(f"protocol {options.describe}: {doc}\n{described(section)}", end="")
         return 0
+    from .. import distributed
     from ..evals.evaluate import RESULTS, evaluate, table
 
     heed_interrupts()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ssl_ib").setLevel(logging.INFO)
     device = [f"device={options.device}"] if options.device else []
-    lines = evaluate(
-        options.protocol,
-        options.encoder,
-        *device,
-        *options.overrides,
-        out=options.out,
-        dry=options.dry_run,
-        overwrite=options.overwrite,
-    )
+    try:
+        lines = evaluate(
+            options.protocol,
+            options.encoder,
+            *device,
+            *options.overrides,
+            out=options.out,
+            dry=options.dry_run,
+            overwrite=options.overwrite,
+        )
+        main = distributed.is_main()
+    finally:
+        distributed.shutdown()
+    if not main:
+        return 0
     print(table(lines, settings_of(options.protocol).varied.values()))
     if options.dry_run:
         print(f"dry run of {options.protocol} passed: the numbers mean nothing, and nothing was written")

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from ..errors import UserError
+from ..errors import EndedElsewhere, UserError
 
 #: What the machine may refuse (space, permission): no bug of ours, and its own message says it.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -49,6 +49,8 @@ def exit_code(program: str, run: Callable[[], int], interrupted: str = "interrup
         # Whoever read the output (`head`, say) has seen enough. What is left to print goes nowhere, at the exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except EndedElsewhere:
+        return 2
     except UserError as error:
         message = str(error)
     except OSError as error:

@@ -60,39 +60,40 @@ def embed_to_file(
     overwrite:  replace `out`, and begin anew.
 
     Called again after it was ended, it goes on. The processes that torchrun started share the images, and the main one
-    puts their parts together.
+    puts their parts together. A batch is always of the same images, however many processes there are, whichever images
+    cannot be read and wherever it was ended: so the features are the same too.
 
     Returns what was written; None in all processes but the main one. Raises UserError where a file is in the way, the
     folder holds no image, or too many cannot be read.
     """
     root, out = Path(folder), Path(out)
-    check_out(out, overwrite)
-    listing = look(root)
-    rank, processes = distributed.rank(), min(distributed.world_size(), listing.total)
+    with distributed.together():
+        check_out(out, overwrite)
+        listing = look(root)
+    batches = -(-listing.total // batch_size)
+    rank, processes = distributed.rank(), min(distributed.world_size(), batches)
     settings = {
         "weights": fingerprint_of_weights(backbone.model),
         "images": f"{listing.total} in {root.resolve()}, {listing.digest}",
         "prepared": backbone.description and backbone.description["preprocessing"],
         "tokens": tokens,
         "bf16": bf16,
-        "processes": processes,
+        "processes": processes if processes == 1 else f"{processes}, with batches of {batch_size}",
     }
+    starts = [batch_size * (batches * number // processes) for number in range(processes)]
     parts = [
-        Part(
-            out.with_name(f"{out.name}.part{number if processes > 1 else ''}"),
-            listing.total * number // processes,
-            listing.total * (number + 1) // processes,
-        )
-        for number in range(processes)
+        Part(out.with_name(f"{out.name}.part{number if processes > 1 else ''}"), start, stop)
+        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], listing.total], strict=True))
     ]
-    if overwrite and distributed.is_main():
-        for part in parts:
-            part.remove()
-    distributed.barrier()
+    with distributed.together():
+        if overwrite and distributed.is_main():
+            for part in parts:
+                part.remove()
     if rank >= processes:
         return None
     part = parts[rank]
     if not part.recall(settings):
+        part.keep_before(part.done // batch_size * batch_size)
         shown = f"{part.start:,} to {part.stop:,} of " if processes > 1 else ""
         if part.done > part.start and rank == 0:
             say(f"goes on after {part.done - part.start:,} images")
@@ -107,10 +108,10 @@ def embed_to_file(
 
 
 def preview(backbone: Backbone, folder: Path | str, out: Path, tokens: str | None, bf16: bool) -> list[str]:
-    """What `embed_to_file` would write, in words, by encoding one image. Raises what it raises."""
+    """What `embed_to_file` would write, in words, by encoding its first images. Raises what it raises."""
     root = Path(folder)
     listing = look(root)
-    features = next(_encoded(backbone, root, iter(islice(enumerate(walk(root)), 8)), tokens, 1, bf16))[0]
+    features = next(_encoded(backbone, root, islice(enumerate(walk(root)), 8), tokens, 8, bf16))[0]
     if not len(features):
         raise UserError(f"{root}: none of its first images can be read")
     shape, gigabytes = (listing.total, *features.shape[1:]), 4e-9 * listing.total * features[0].numel()
@@ -204,7 +205,10 @@ def _encoded(
     batch_size: int,
     bf16: bool,
 ) -> Iterator[tuple[Tensor, list[tuple[int, Unreadable]], int]]:
-    """Features of a batch [B, ...] on the CPU, its unreadable images, and how many images these are together."""
+    """Features of a batch [B, ...] on the CPU, its unreadable images, and how many images these are together.
+
+    A batch ends with each image whose number is a multiple of the batch size, less one.
+    """
     parameter = next(backbone.model.parameters())
     device, on_gpu = parameter.device, parameter.device.type == "cuda"
     amp = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
@@ -226,7 +230,7 @@ def _encoded(
                 bad.append((number, found))
             else:
                 views.append(found)
-            if len(views) == batch_size:
+            if (number + 1) % batch_size == 0:
                 now = encode()
                 views.clear()
                 bad.clear()

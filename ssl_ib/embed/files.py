@@ -140,9 +140,13 @@ class Part:
                 continue  # The last line of a process that was killed.
             self.unreadable[number] = (name, reason)
         # Those behind the last row will be met again.
-        done = self.done
-        self.unreadable = {number: bad for number, bad in self.unreadable.items() if number < done}
+        self.keep_before(self.done)
         return about["finished"]
+
+    def keep_before(self, number: int) -> None:
+        """Forgets what is there of the images from `number` on, up to which all are done."""
+        self.unreadable = {bad: found for bad, found in self.unreadable.items() if bad < number}
+        self.rows = number - self.start - len(self.unreadable)
 
     def remove(self) -> None:
         for path in (self.file, self.about, self.bad):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import distributed
 from ..config.plugins import load_plugins
 from ..config.settings import settings as read_settings
 from ..device import choose_device
@@ -42,6 +43,9 @@ def evaluate(
     say:       called with a line for the user.
 
     Raises UserError, and ConfigError with all that is wrong in the settings, before any image is encoded.
+
+    Joins the processes that torchrun started, which share the work; leaving them (`distributed.shutdown`) is for the
+    caller. Each returns the results; the main one alone says and writes something.
     """
     where = str(encoder)
     load_plugins(list(plugins))
@@ -58,17 +62,27 @@ def evaluate(
     if problems:
         raise UserError("; ".join(problems))
     device = choose_device(settings.device)
+    distributed.initialise(device)
+    main = distributed.is_main()
+    say = say if main else lambda line: None
     size = settings.size if labelled else None
-    subject = Subject(where, of, name=settings.name, size=size, pretrained_weights=settings.pretrained, device=device)
-    for note in subject.notes:
-        say(note)
-    train, val = settings.open(dry, say)
-    results = Results(None if dry else folder / RESULTS)
+    with distributed.together():
+        if distributed.world_size() > 1 and not settings.shareable():
+            raise UserError(f"{protocol} with these settings is a training, which processes do not share: start one")
+        subject = Subject(
+            where, of, name=settings.name, size=size, pretrained_weights=settings.pretrained, device=device
+        )
+        for note in subject.notes:
+            say(note)
+        train, val = settings.open(dry, say)
+        results = Results(folder / RESULTS if main and not dry else None)
+    # All have to find the same finished.
+    results.lines = distributed.from_main(results.lines)
     job = Job(protocol, settings, subject, train, val, results, folder, None if dry else folder, say)
     say(_heading(job))
     if overwrite and not dry:
         _forget(job)
-    with _repeating(device):
+    with _repeating(device), distributed.together():
         PROTOCOLS[protocol](job, settings)
     return job.lines
 

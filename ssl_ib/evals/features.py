@@ -5,12 +5,14 @@ Shapes: B images a batch, n images in all, D feature dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from .. import distributed
+from ..data.sources.base import ImageSet
 from ..errors import UserError
 from ..types import Sample
 
@@ -18,34 +20,39 @@ from ..types import Sample
 @torch.no_grad()
 def extract(
     encode: Callable[[Tensor], Tensor],
-    samples: Iterable[Sample],
+    images: ImageSet,
+    index: Tensor,
+    size: int,
     center: Callable[[Sample], Tensor],
     device: torch.device | str,
     amp: torch.dtype | None = None,
+    show: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[Tensor, Tensor]:
-    """Encodes every image once, without augmentation.
+    """Encodes images once, without augmentation. The processes of a group share the batches, and all get all features.
 
-    encode:  plain views -> representations [B, D], or anything of more dimensions, which is flattened.
-    samples: batches of raw images.
-    center:  raw batch (already on `device`) -> the plain, normalised view, [B, 3, H, W] of images.
-    amp:     the dtype to compute in where autocast allows; None leaves that to the autocast around the call, if any.
+    encode: plain views -> representations [B, D], or anything of more dimensions, which is flattened.
+    index:  the numbers of the images to encode, int64 [n]; size: how many are encoded at a time.
+    center: raw batch (already on `device`) -> the plain, normalised view, [B, 3, H, W] of images.
+    amp:    the dtype to compute in where autocast allows; None leaves that to the autocast around the call, if any.
+    show:   as for `distributed.shared_rows`.
 
     Returns float32 features [n, D] and int64 labels [n], both on the CPU. Raises UserError where there is no image.
     """
-    features, labels = [], []
-    with nullcontext() if amp is None else torch.autocast(torch.device(device).type, amp):
-        for sample in samples:
-            encoded = encode(center(sample.to(device)))
-            features.append(encoded.flatten(1).float().cpu())
-            labels.append(sample.label.cpu())
-    if not features:
+    if not len(index):
         raise UserError("evaluation: expected at least one image, got an empty set")
-    return torch.cat(features), torch.cat(labels)
+
+    def encoded(batch: Tensor) -> tuple[Tensor, Tensor]:
+        sample = images.gather(batch)
+        with nullcontext() if amp is None else torch.autocast(torch.device(device).type, amp):
+            found = encode(center(sample.to(device)))
+        return found.flatten(1).float().cpu(), sample.label.cpu()
+
+    return distributed.shared_rows(encoded, index.split(size), show)
 
 
-def raw_pixels(samples: Iterable[Sample], center: Callable[[Sample], Tensor]) -> tuple[Tensor, Tensor]:
+def raw_pixels(images: ImageSet, index: Tensor, size: int, center: Callable[[Sample], Tensor]) -> tuple[Tensor, Tensor]:
     """The normalised pixels as features [n, 3 H W], with their labels [n]: the floor any representation must clear."""
-    return extract(lambda images: images, samples, center, "cpu")
+    return extract(lambda views: views, images, index, size, center, "cpu")
 
 
 def num_classes(*labels: Tensor) -> int:

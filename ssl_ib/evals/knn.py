@@ -5,12 +5,13 @@ Shapes: n training rows, m test rows, c test rows of a chunk, D feature dimensio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import distributed
 from .features import num_classes
 
 #: Columns of a block, which are `n // _BLOCK` apart.
@@ -35,13 +36,15 @@ def knn_top1(
     train [n, D], test [m, D]: features of any scale, normalised here; train_labels [n], test_labels [m]: int64.
     k: at least 1; no more than n are used. chunk: test rows compared at a time, which bounds the memory to chunk x n.
 
+    The processes of a group share the chunks, and all get the answer. All of them have to call it.
+
     Returns nan where a feature is not finite. Raises UserError where a label is unknown.
     """
     classes = num_classes(train_labels, test_labels)
     if not (train.isfinite().all() and test.isfinite().all()):
         return float("nan")
     named = knn_classes(train, train_labels, test, [k], classes, temperature, chunk)[0]
-    return (named == test_labels).double().mean().item()
+    return (named == test_labels.cpu()).double().mean().item()
 
 
 @torch.no_grad()
@@ -54,29 +57,35 @@ def knn_classes(
     temperature: float | None = 0.07,
     chunk: int = 256,
 ) -> Tensor:
-    """The classes that `knn_top1` names, for several numbers of neighbours in one pass: int64 [len(ks), m].
+    """The classes that `knn_top1` names, for several numbers of neighbours in one pass: int64 [len(ks), m], on the CPU.
 
     temperature: None gives every neighbour the same weight. Features have to be finite.
     """
-    found = []
     ks = [min(k, len(train)) for k in ks]
-    for similarity, rows in neighbours(train, test, max(ks), chunk):
+    nearest = _nearest_to(train, max(ks), min(chunk, len(test)))
+
+    def named(part: Tensor) -> tuple[Tensor]:
+        similarity, rows = nearest(part)
         votes = _votes(similarity, train_labels.to(rows.device)[rows], classes, temperature)
-        named = {k: scores.argmax(dim=1) for k, scores in votes if k in ks}
-        found.append(torch.stack([named[k] for k in ks]))
-    return torch.cat(found, dim=1)
+        found = {k: scores.argmax(dim=1) for k, scores in votes if k in ks}
+        return (torch.stack([found[k] for k in ks], dim=1).cpu(),)
+
+    return distributed.shared_rows(named, test.split(chunk))[0].T
 
 
 @torch.no_grad()
 def knn_scores(
     train: Tensor, train_labels: Tensor, test: Tensor, k: int, classes: int, temperature: float = 0.07, chunk: int = 256
 ) -> Tensor:
-    """The scores of the classes of which `knn_classes` names the highest: float32 [m, classes]."""
-    found = []
-    for similarity, rows in neighbours(train, test, min(k, len(train)), chunk):
+    """The scores of the classes of which `knn_classes` names the highest: float32 [m, classes], on the CPU."""
+    nearest = _nearest_to(train, min(k, len(train)), min(chunk, len(test)))
+
+    def scored(part: Tensor) -> tuple[Tensor]:
+        similarity, rows = nearest(part)
         *_, (_, scores) = _votes(similarity, train_labels.to(rows.device)[rows], classes, temperature)
-        found.append(scores)
-    return torch.cat(found)
+        return (scores.cpu(),)
+
+    return distributed.shared_rows(scored, test.split(chunk))[0]
 
 
 def _votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float | None) -> Iterator[tuple[int, Tensor]]:
@@ -101,14 +110,23 @@ def neighbours(train: Tensor, test: Tensor, k: int, chunk: int = 256) -> Iterato
     Yields the cosines, float32 [c, k], descending, and the rows' numbers, int64 [c, k]; of equally near rows the first
     come first. train [n, D], test [m, D]: features of any scale; k at most n.
     """
+    yield from map(_nearest_to(train, k, min(chunk, len(test))), test.split(chunk))
+
+
+def _nearest_to(train: Tensor, k: int, chunk: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What finds `neighbours` for at most `chunk` test rows at a time."""
     # In float32 also where the caller encodes in less: bfloat16 would tie neighbours that are not.
-    with torch.autocast(train.device.type, enabled=False):
+    full_precision = torch.autocast(train.device.type, enabled=False)
+    with full_precision:
         columns = F.normalize(train.float(), dim=1).T
-        # One piece of memory for all chunks: to be given a new one for each takes longer than half of the product.
-        memory = columns.new_empty(min(chunk, len(test)), len(train))
-        for rows in test.split(chunk):
-            similarity = torch.mm(F.normalize(rows.float(), dim=1), columns, out=memory[: len(rows)])
-            yield _nearest(similarity, k)
+    # One piece of memory for all chunks: to be given a new one for each takes longer than half of the product.
+    memory = columns.new_empty(chunk, len(train))
+
+    def nearest(rows: Tensor) -> tuple[Tensor, Tensor]:
+        with full_precision:
+            return _nearest(torch.mm(F.normalize(rows.float(), dim=1), columns, out=memory[: len(rows)]), k)
+
+    return nearest
 
 
 def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,18 @@
 Nothing here moves the run: the parts are in evaluation mode and get their former modes back, and views come from
 counters of their own.
 
+All processes of a run ask it at once and share the work: batches to encode, the queries of kNN, held-out batches, and
+probes. Each has all answers, which are those of one process.
+
 Shapes: B images a batch, n images in all, D feature dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,27 +71,30 @@ class Online:
         linear layer on the features, for each factor the images have: its accuracy where the factor is a class, its
         mean Euclidean distance from the truth where it is a number or a vector of them.
         """
-        with self.evaluating():
+        roots = (self.run.task, self.run.model, self.run.criterion)
+        # Batch norms may count the rows of their own process alone: those of the main process are saved and evaluated.
+        with self.evaluating(), distributed.as_main(buffer for root in roots for buffer in root.buffers()):
             metrics = self._health(progress) | self._held_out(progress)
             if self._has_labels():
-                encode, device = self.run.model.encode, self.run.device
-                train, test = (features.extract(encode, samples, self._plain, device) for samples in self._splits())
-                if probes:
-                    metrics |= self._probes(train[0], test[0])
+                encode = self.run.model.encode
+                train, test = (self._features(encode, images, index) for images, index in self._splits())
+                asked = self._probes(train[0], test[0]) if probes else {}
                 train, test = _labelled(train), _labelled(test)
                 metrics["knn/top1"] = self._knn(train, test)
                 if final and self.config.linear.enabled:
-                    metrics["linear/top1"] = self._linear(train, test)
+                    asked["linear/top1"] = partial(self._linear, train, test)
+                answers = distributed.shared(lambda name: asked[name](), list(asked))
+                metrics |= dict(zip(asked, answers, strict=True))
         return metrics
 
-    def _probes(self, train: Tensor, test: Tensor) -> dict[str, float]:
-        """`probe/<factor>` by features of the images that are scored, [n, D] and [m, D]."""
-        found = {}
+    def _probes(self, train: Tensor, test: Tensor) -> dict[str, Callable[[], float]]:
+        """What gives `probe/<factor>` by features of the images that are scored, [n, D] and [m, D]."""
+        found: dict[str, Callable[[], float]] = {}
         for name, (known, wanted) in self._factors().items():
             if known.is_floating_point():
-                found[f"probe/{name}"] = linear_distance(train, known, test, wanted)
+                found[f"probe/{name}"] = partial(linear_distance, train, known, test, wanted)
             elif self.config.linear.enabled:
-                found[f"probe/{name}"] = self._linear((train, known), (test, wanted))
+                found[f"probe/{name}"] = partial(self._linear, (train, known), (test, wanted))
         return found
 
     def _factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -106,7 +113,10 @@ class Online:
         """
         if not self._has_labels():
             return {}
-        train, test = (_labelled(features.raw_pixels(samples, self._small)) for samples in self._splits())
+        size = self.config.batch_size
+        train, test = (
+            _labelled(features.raw_pixels(images, index, size, self._small)) for images, index in self._splits()
+        )
         return {"knn/top1": self._knn(train, test)}
 
     def chance(self) -> dict[str, float]:
@@ -133,7 +143,7 @@ class Online:
         """
         images, model, found = self.run.source.train(), self.run.model, []
         if draw is None:
-            samples = self._samples(images, n)
+            samples = ordered(images, self.config.batch_size, n)
         else:
             index = random.shuffled(self.run.config.seed, draw, len(images))[:n]
             samples = map(images.gather, index.split(self.config.batch_size))
@@ -152,25 +162,25 @@ class Online:
 
     @torch.no_grad()
     def _held_out(self, progress: Progress) -> dict[str, float]:
-        """The loss and its terms on held-out images, always the same views and masks of them, of this process alone."""
-        run, images, sums, batches = self.run, self.run.source.val(), {}, 0
+        """The loss and its terms on held-out images, always the same views and masks of them."""
+        run, images = self.run, self.run.source.val()
         if images is None or not len(images) or not run.criterion.held_out:
             return {}
-        # What a criterion gets at once in training.
-        size = run.batch_size // run.config.accumulate
+        # What a criterion gets at once in training, of all processes together.
+        size = run.batch_size * distributed.world_size() // run.config.accumulate
         limit = min(filter(None, (self.limit, max(HELD_OUT_IMAGES, size))))
-        with distributed.alone():
-            for sample in ordered(images, size, limit):
-                # Losses that compare images depend on how many there are: a smaller last batch does not count.
-                if batches and len(sample) < size:
-                    break
-                batch = run.task.prepare(sample.to(run.device), replace(progress, epoch=-1))
-                # Not through a compiled __call__, which would compile the model a second time for evaluation.
-                loss = run.criterion(run.model.forward(batch), batch, progress)
-                batches += 1
-                for name, value in {"loss": loss.total, **loss.terms}.items():
-                    sums[name] = sums.get(name, 0.0) + value.detach().double()
-        return {f"held_out/{name}": float(value) / batches for name, value in sums.items()}
+        batches = stratified(images.labels, limit).split(size)
+        # Losses that compare images depend on how many there are: a smaller last batch does not count.
+        batches = [index for index in batches if len(index) == size] or batches
+
+        def terms(index: Tensor) -> dict[str, float]:
+            batch = run.task.prepare(images.gather(index).to(run.device), replace(progress, epoch=-1))
+            # Not through a compiled __call__, which would compile the model a second time for evaluation.
+            loss = run.criterion(run.model.forward(batch), batch, progress)
+            return {name: float(value.double()) for name, value in {"loss": loss.total, **loss.terms}.items()}
+
+        found = distributed.shared(terms, batches)
+        return {f"held_out/{name}": sum(each[name] for each in found) / len(found) for name in found[0]}
 
     def _has_labels(self) -> bool:
         """Whether there is anything to tell apart: two classes in the training images and in the held-out ones."""
@@ -184,14 +194,21 @@ class Online:
         limit = min(filter(None, (self.limit, getattr(self.config, f"{split}_images"))), default=len(labelled))
         return labelled[stratified(labels[labelled], limit)]
 
-    def _splits(self) -> Iterator[Iterator[Sample]]:
-        """The images of the training and of the held-out split that are scored, in batches."""
+    def _splits(self) -> Iterator[tuple[ImageSet, Tensor]]:
+        """The training and the held-out split, and the numbers of the images that are scored, int64 [n]."""
         for name in ("train", "val"):
-            images = getattr(self.run.evaluated, name)()
-            yield map(images.gather, self._chosen(name).split(self.config.batch_size))
+            yield getattr(self.run.evaluated, name)(), self._chosen(name)
 
-    def _samples(self, images, limit: int | None) -> Iterator[Sample]:
-        return ordered(images, self.config.batch_size, limit)
+    def _features(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        images: ImageSet,
+        index: Tensor,
+        center: Callable[[Sample], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Features float32 [n, D] and labels int64 [n] of images; center: default: their plain view."""
+        center = center or self._plain
+        return features.extract(encode, images, index, self.config.batch_size, center, self.run.device)
 
     def _plain(self, sample: Sample) -> Tensor:
         return self.run.views.center(sample)
@@ -216,8 +233,8 @@ class Online:
         """Rank and spread of the plain features; alignment and uniformity of two views that are like the plain one."""
         held_out = self.run.source.val()
         images = self.run.source.train() if held_out is None or not len(held_out) else held_out
-        limit = min(filter(None, (self.limit, HEALTH_IMAGES)))
-        plain, _ = features.extract(self.run.model.encode, self._samples(images, limit), self._plain, self.run.device)
+        index = stratified(images.labels, min(filter(None, (self.limit, HEALTH_IMAGES))))
+        plain, _ = self._features(self.run.model.encode, images, index)
         metrics = {"health/rankme": health.rankme(plain), "health/std": health.dimension_std(plain)}
         shapes = self.run.views.shapes
         if len(shapes) >= 2 and shapes[0] == shapes[1] == self._plain_shape(images):
@@ -230,7 +247,7 @@ class Online:
             def encode(views: Tensor) -> Tensor:
                 return torch.cat(self.run.model.encode(views).chunk(2), dim=1)
 
-            both, _ = features.extract(encode, self._samples(images, limit), pair, self.run.device)
+            both, _ = self._features(encode, images, index, pair)
             first, second = both.chunk(2, dim=1)
             metrics["health/alignment"] = health.alignment(first, second)
             metrics["health/uniformity"] = health.uniformity(first)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from .. import distributed
 from ..record.terminal import duration, say
 
 #: Seconds from one line to the next.
@@ -21,8 +22,11 @@ T = TypeVar("T")
 def track(items: Iterable[T], total: int, what: str, done: int = 0) -> Iterator[T]:
     """The items one by one, while it is shown how many of `total` are done and how long the others will take.
 
-    what: names the work. done: how many were done before, of which no time is known.
+    what: names the work. done: how many were done before, of which no time is known. The main process alone shows it.
     """
+    if not distributed.is_main():
+        yield from items
+        return
     if sys.stderr.isatty():
         yield from tqdm(items, what, total, initial=done, leave=False, dynamic_ncols=True, bar_format=_BAR)
         return

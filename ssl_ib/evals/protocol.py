@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,7 +24,7 @@ from annotated_types import MinLen
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, distributed
 from ..config.config import PartSpec, Section
 from ..config.hints import Count, Positive, PositiveInt
 from ..config.registry import Registry, build_part
@@ -71,6 +71,14 @@ class CommonSettings(Section):
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     figures: bool = True
+
+    def shareable(self) -> bool:
+        """Whether the processes that torchrun starts can do it together.
+
+        `Job.features` and kNN are divided among them. All else each of them does alike, so it must not take long, nor
+        write files but by `Job.record` and `Job.figure`.
+        """
+        return False
 
     def open(self, dry: bool, say: Callable[[str], None]) -> tuple[Images, Images]:
         """The training and the held-out images; few of them in a dry run. Raises UserError where they cannot be used.
@@ -141,10 +149,6 @@ class Split:
     def rows(self, rows: Tensor) -> Split:
         """The images with the numbers `rows` among these."""
         return replace(self, index=self.index[rows])
-
-    def batches(self, size: int) -> Iterator[Sample]:
-        """All of them in order; the last batch may be short."""
-        return map(self.images.gather, self.index.split(size))
 
     def name_of(self, row: int) -> str:
         """The class of one of the images."""
@@ -318,17 +322,22 @@ class Job:
         """Features float32 [n, D] and labels int64 [n] of a split's plain images, on the CPU, computed once.
 
         encode, center: default: the encoder, and its plain view. key: what tells another encode or center from these;
-        None with one of them: the features are not kept.
+        None with one of them: the features are not kept. The processes of a group share the batches, and all get all.
         """
         kept = key is not None or (encode is None and center is None)
         place = (split.name, key, tuple(split.index.tolist())) if kept else None
         if place is not None and place in self._features:
             return self._features[place]
-        size = self.settings.encode_batch
-        total = -(-len(split) // size)
-        amp = torch.bfloat16 if self.settings.precision == "bf16" else None
-        samples = track(split.batches(size), total, f"features of {len(split):,} images ({split.name})")
-        found = extract(encode or self.subject.encode, samples, center or self.subject.plain, self.device, amp)
+        found = extract(
+            encode or self.subject.encode,
+            split.images,
+            split.index,
+            self.settings.encode_batch,
+            center or self.subject.plain,
+            self.device,
+            torch.bfloat16 if self.settings.precision == "bf16" else None,
+            lambda batches: track(batches, len(batches), f"features of {len(split):,} images ({split.name})"),
+        )
         if place is not None:
             self._features[place] = found
         return found
@@ -345,8 +354,8 @@ class Job:
         return sample.images[0].cpu()
 
     def figure(self, name: str) -> Path | None:
-        """Where a picture goes; None where none is drawn."""
-        if self.out is None or not self.settings.figures:
+        """Where a picture goes; None where none is drawn, as in all processes but the main one."""
+        if self.out is None or not self.settings.figures or not distributed.is_main():
             return None
         folder = self.out / "figures"
         folder.mkdir(parents=True, exist_ok=True)

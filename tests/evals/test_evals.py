@@ -8,7 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from ssl_ib import Sample, UserError
+from ssl_ib import UserError
+from ssl_ib.data.sources.base import InMemory
 from ssl_ib.evals.features import extract, raw_pixels
 from ssl_ib.evals.health import alignment, dimension_std, rankme, uniformity
 from ssl_ib.evals.knn import knn_top1, neighbours
@@ -220,10 +221,11 @@ def test_uniformity_of_orthogonal_rows():
 # --- features ---------------------------------------------------------------------------------------------------------
 
 
-def batches(count: int = 3):
-    for i in range(count):
-        images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).add(i).to(torch.uint8)
-        yield Sample(images, torch.tensor([2 * i, 2 * i + 1]), torch.tensor([i, -1]))
+#: Three batches of two images.
+IMAGES = InMemory(
+    torch.arange(6 * 3 * 4 * 4).view(6, 3, 4, 4).to(torch.uint8), torch.tensor([0, -1, 1, -1, 2, -1]), ["a", "b", "c"]
+)
+ALL = torch.arange(6)
 
 
 def center(sample):
@@ -239,17 +241,17 @@ def test_extract(amp):
         seen.append((torch.is_grad_enabled(), linear(images.flatten(1)).dtype))
         return linear(images.flatten(1))
 
-    features, labels = extract(encode, batches(), center, "cpu", amp)
+    features, labels = extract(encode, IMAGES, ALL, 2, center, "cpu", amp)
     assert features.shape == (6, 5) and features.dtype == torch.float32 and not features.requires_grad
     assert labels.tolist() == [0, -1, 1, -1, 2, -1]
     assert seen == [(False, amp or torch.float32)] * 3
-    expected = torch.cat([linear(center(sample).flatten(1)) for sample in batches()])
+    expected = linear(center(IMAGES.gather(ALL)).flatten(1))
     torch.testing.assert_close(features, expected.detach(), atol=0.02 if amp else 1e-6, rtol=0)
 
 
 def test_raw_pixels():
-    pixels, labels = raw_pixels(batches(), center)
-    assert torch.equal(pixels, torch.cat([center(sample) for sample in batches()]).flatten(1))
+    pixels, labels = raw_pixels(IMAGES, ALL, 2, center)
+    assert torch.equal(pixels, center(IMAGES.gather(ALL)).flatten(1))
     assert labels.tolist() == [0, -1, 1, -1, 2, -1]
 
 
@@ -261,11 +263,11 @@ def test_extract_follows_the_autocast_around_it():
         return images
 
     with torch.autocast("cpu", torch.bfloat16):
-        extract(encode, batches(1), center, "cpu")
-        extract(encode, batches(1), center, "cpu", torch.float16)
+        extract(encode, IMAGES, ALL, 6, center, "cpu")
+        extract(encode, IMAGES, ALL, 6, center, "cpu", torch.float16)
     assert seen == [torch.bfloat16, torch.float16]
 
 
 def test_an_empty_set_is_a_mistake():
     with pytest.raises(UserError, match="at least one image"):
-        raw_pixels([], center)
+        raw_pixels(IMAGES, ALL[:0], 2, center)

@@ -30,6 +30,9 @@ class KnnSettings(Settings):
     temperature: Positive = 0.07
     weighted: bool = True
 
+    def shareable(self) -> bool:
+        return True
+
 
 @register_protocol("knn")
 def knn(job: Job, settings: KnnSettings) -> None:
@@ -44,7 +47,7 @@ def knn(job: Job, settings: KnnSettings) -> None:
     job.check_finite(train, test)
     train, train_labels, test = (x.to(job.device) for x in (train, train_labels, test))
     temperature = settings.temperature if settings.weighted else None
-    named = knn_classes(train, train_labels, test, todo, job.num_classes, temperature).cpu()
+    named = knn_classes(train, train_labels, test, todo, job.num_classes, temperature)
     for k, classes in zip(todo, named, strict=True):
         job.record_accuracy({"k": k}, classes, labels)
     if path := job.figure("confusion"):

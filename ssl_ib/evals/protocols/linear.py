@@ -105,6 +105,9 @@ class LinearSettings(Settings):
         """The values of the form."""
         return FORMS.get(given.get("form", "mrcl"), {})
 
+    def shareable(self) -> bool:
+        return not self.augment
+
     def training(self) -> Training:
         """How the heads are trained."""
         keys = ("optimiser", "epochs", "warmup_epochs", "shape", "milestones", "gamma", "momentum", "weight_decay")

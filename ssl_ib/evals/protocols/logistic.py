@@ -25,6 +25,9 @@ class LogisticSettings(Settings):
     standardise: bool = True
     iterations: PositiveInt = 1000
 
+    def shareable(self) -> bool:
+        return True
+
 
 @register_protocol("logistic")
 def logistic(job: Job, settings: LogisticSettings) -> None:

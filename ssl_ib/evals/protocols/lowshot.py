@@ -74,6 +74,9 @@ class LowshotSettings(FinetuneSettings):
             data |= SWAV | (_FEW if few else _MORE)
         return data
 
+    def shareable(self) -> bool:
+        return self.method == "probe"
+
 
 @register_protocol("lowshot")
 def lowshot(job: Job, settings: LowshotSettings) -> None:

@@ -53,6 +53,9 @@ class RobustnessSettings(LinearSettings):
     baseline: str = "none"
     seed: Count = 0
 
+    def shareable(self) -> bool:
+        return self.classifier != "linear" or super().shareable()
+
 
 #: The scores [n, C] and the labels [n] of a split, given how a sample becomes views (None: as it always does).
 Scores = Callable[[Split, Callable[[Sample], Tensor] | None], tuple[Tensor, Tensor]]
@@ -146,7 +149,7 @@ def _classifier(job: Job, settings: RobustnessSettings) -> Scores:
 
         def nearest_classes(split: Split, center: Any) -> tuple[Tensor, Tensor]:
             test, truth = job.features(split, job.subject.encode, center=center)
-            return knn_scores(train, labels, test.to(job.device), settings.k, job.num_classes).cpu(), truth
+            return knn_scores(train, labels, test.to(job.device), settings.k, job.num_classes), truth
 
         return nearest_classes
     encode, key = job.subject.blocks(settings.blocks, settings.pool), (settings.blocks, settings.pool)
