@@ -39,8 +39,8 @@ _logger = logging.getLogger(__name__)
 def initialise(device: torch.device | str) -> None:
     """Joins the processes that torchrun started (its environment says which); does nothing for a single one, or again.
 
-    Tensors on a CUDA device go through NCCL, all others through gloo. Features and messages are on the CPU, so a process
-    that waits for another's share of an evaluation does so in gloo, which leaves its GPU alone.
+    Tensors on a CUDA device go through NCCL, all others through gloo. Features and messages are on the CPU, so that a
+    process that waits for another's share of an evaluation does so in gloo, which leaves its GPU alone.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
@@ -226,9 +226,9 @@ def largest(value: int) -> int:
 def together() -> Iterator[None]:
     """What is done inside succeeds in all processes or ends all of them; at its end they wait for one another.
 
-    Where it fails, the first process that failed raises its error, and the others raise EndedElsewhere. Inside there may
-    be `together`, `shared` and `shared_rows`, where nobody waits for a process that has failed before it came there, but
-    no other collective.
+    Where it fails, the first process that failed raises its error, and the others raise EndedElsewhere. Inside there
+    may be `together`, `shared` and `shared_rows`, where nobody goes on waiting for one that failed before it came
+    there, but no other collective.
     """
     failed = None
     try:

@@ -68,7 +68,9 @@ def evaluate(
     size = settings.size if labelled else None
     with distributed.together():
         if distributed.world_size() > 1 and not settings.shareable():
-            raise UserError(f"{protocol} with these settings is a training, which processes do not share: start one")
+            raise UserError(
+                f"{protocol} with these settings is a training, which processes do not share: run it in one process"
+            )
         subject = Subject(
             where, of, name=settings.name, size=size, pretrained_weights=settings.pretrained, device=device
         )
