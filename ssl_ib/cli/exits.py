@@ -6,12 +6,15 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from ..errors import EndedElsewhere, UserError
 
 #: What the machine may refuse (space, permission): no bug of ours, and its own message says it.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+#: Seconds that a process outlives another's error. torchrun ends all as soon as one ends, and that has to speak first.
+PATIENCE = 5.0
 #: What `_end` calls the command.
 _program = ""
 
@@ -50,6 +53,7 @@ def exit_code(program: str, run: Callable[[], int], interrupted: str = "interrup
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except EndedElsewhere:
+        time.sleep(PATIENCE)
         return 2
     except UserError as error:
         message = str(error)

@@ -13,8 +13,7 @@ from PIL import Image
 from ranks import answers_of, join
 
 from ssl_ib import UserError, distributed
-from ssl_ib.cli import embed, eval
-from ssl_ib.cli.exits import exit_code
+from ssl_ib.cli import embed, eval, exits
 from ssl_ib.data.sources.base import InMemory
 from ssl_ib.errors import EndedElsewhere
 from ssl_ib.evals.features import extract
@@ -105,10 +104,11 @@ def work(rank: int, port: int, path: str) -> None:
                 raise UserError("no space")
             features()
 
+    exits.PATIENCE = 0.0  # There is no torchrun to end the others.
     answers = {
         "pieces": pieces(),
         "shared": distributed.shared(lambda item: (item, rank), "abc"),
-        "message": command(lambda arguments: exit_code("program", broken(UserError("not this image")))),
+        "message": command(lambda arguments: exits.exit_code("program", broken(UserError("not this image")))),
         "bug": ended(broken(ZeroDivisionError())),
         "at the main one": ended(writes_first),
     }
