@@ -233,12 +233,13 @@ def together() -> Iterator[None]:
     failed = None
     try:
         yield
-    except EndedElsewhere:
-        raise  # All know of it.
     except Exception as error:
+        if isinstance(error, EndedElsewhere) or getattr(error, "known_to_all", False):
+            raise  # From inside another `together`.
         failed = error
     first = world_size() - largest(0 if failed is None else world_size() - rank())
     if failed is not None and first == rank():
+        failed.known_to_all = True
         raise failed
     if first < world_size():
         raise EndedElsewhere(f"process {first} has failed, and shows the error") from failed

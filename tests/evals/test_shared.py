@@ -98,6 +98,10 @@ def work(rank: int, port: int, path: str) -> None:
 
         return lambda: features(encode)
 
+    def nested():
+        with distributed.together():
+            broken(UserError("not this image"))()
+
     def writes_first():
         with distributed.together():
             if rank == 0:
@@ -108,7 +112,7 @@ def work(rank: int, port: int, path: str) -> None:
     answers = {
         "pieces": pieces(),
         "shared": distributed.shared(lambda item: (item, rank), "abc"),
-        "message": command(lambda arguments: exits.exit_code("program", broken(UserError("not this image")))),
+        "message": command(lambda arguments: exits.exit_code("program", nested)),
         "bug": ended(broken(ZeroDivisionError())),
         "at the main one": ended(writes_first),
     }
