@@ -9,15 +9,11 @@ Shapes: B images a batch, n images in all, C classes, H x W pixels.
 from __future__ import annotations
 
 import math
-import os
-import random as python_random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -31,9 +27,10 @@ from .. import random
 from ..errors import UserError
 from .progress import track
 from .protocol import Job, Split
+from .training import Order, generators, load, save, seed_all, seed_step
 
-#: Keeps what a step draws apart from the order of the images.
-_STEPS, _IMAGES = -2, -3
+#: Keeps what an image draws apart from the order of the images, and from what a step draws.
+_IMAGES = -3
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def finetune(job: Job, recipe: Recipe, train: Split, seed: int, workers: int, sa
     scale = batch / 256 if recipe.lr_scale == "linear" else 1.0
     optimiser = _optimiser(model, recipe)
     epochs = min(recipe.epochs, 1) if job.dry else recipe.epochs
-    state = _load(saved)
+    state = load(saved)
     if state is not None:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
@@ -125,7 +122,7 @@ def finetune(job: Job, recipe: Recipe, train: Split, seed: int, workers: int, sa
     mixing = bool(recipe.mixup or recipe.cutmix) and batch > 1
     mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=job.num_classes)
     images = _Augmented(job, recipe, train, seed)
-    order = _Order(len(train), batch, steps, seed)
+    order = Order(len(train), batch, steps, seed)
     loader = DataLoader(
         images, batch_sampler=order, num_workers=workers, generator=torch.Generator(), persistent_workers=workers > 0
     )
@@ -139,10 +136,10 @@ def finetune(job: Job, recipe: Recipe, train: Split, seed: int, workers: int, sa
                     return
 
     total = epochs * steps
-    with _generators():
+    with generators():
         for epoch, number, views, labels in track(batches(), total, "fine-tuning, steps", first * steps):
             step = epoch * steps + number
-            _seed(seed, _STEPS, step)
+            seed_step(seed, step)
             views, labels = views.to(job.device), labels.to(job.device)
             targets = labels
             if mixing and len(views) > 1:
@@ -164,7 +161,7 @@ def finetune(job: Job, recipe: Recipe, train: Split, seed: int, workers: int, sa
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimiser.step()
             if number == steps - 1 and epoch + 1 < epochs:
-                _save(saved, {"epoch": epoch + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
+                save(saved, {"epoch": epoch + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
     return model.eval()
 
 
@@ -198,21 +195,6 @@ def _set_rates(optimiser: torch.optim.Optimizer, recipe: Recipe, lr: float, shar
         group["lr"] = own * group.get("lr_scale", 1.0)
 
 
-class _Order:
-    """The batches of an epoch, as rows of the split."""
-
-    def __init__(self, count: int, batch: int, steps: int, seed: int):
-        self.count, self.batch, self.steps, self.seed, self.epoch = count, batch, steps, seed, 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = random.shuffled(self.seed, self.epoch, self.count).tolist()
-        for start in range(0, self.steps * self.batch, self.batch):
-            yield [(self.epoch, row) for row in order[start : start + self.batch]]
-
-
 class _Augmented(Dataset):
     """Images augmented by timm, each by its own draw: (epoch, row) -> float32 [3, h, w] and its label."""
 
@@ -240,47 +222,10 @@ class _Augmented(Dataset):
         epoch, row = place
         sample = self.train.images.gather(self.train.index[row : row + 1])
         key = random.image_keys(self.seed, epoch, sample.index, _IMAGES)
-        _seed_all(int(key[0]) % 2**32)
+        seed_all(int(key[0]) % 2**32)
         return self.transform(to_pil_image(sample.images[0].cpu())), int(sample.label)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     """Of no bits at all, which timm may ask for, nothing is left. Pillow refuses them since its version 13."""
     return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
-
-
-def _seed(seed: int, stream: int, number: int) -> None:
-    _seed_all(int(random.fold(random.fold(torch.tensor(seed), stream), number)) % 2**32)
-
-
-def _seed_all(seed: int) -> None:
-    """timm draws from all three generators."""
-    python_random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-@contextmanager
-def _generators() -> Iterator[None]:
-    """Puts the generators back as they were."""
-    before = python_random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
-        try:
-            yield
-        finally:
-            python_random.setstate(before[0])
-            np.random.set_state(before[1])
-
-
-def _save(path: Path | None, state: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".tmp")
-        torch.save(state, fresh)
-        os.replace(fresh, path)
-
-
-def _load(path: Path | None) -> dict[str, Any] | None:
-    if path is None or not path.is_file():
-        return None
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -120,14 +120,14 @@ def test_finetuning_goes_on_after_a_kill(run, monkeypatch):
     (whole,) = silent("finetune", run, *overrides, out=run / "whole")
     from ssl_ib.evals import finetune as module
 
-    kept = module._save
+    kept = module.save
 
     def killed(path, state):
         kept(path, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_save", killed)
+        patch.setattr(module, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             silent("finetune", run, *overrides, out=run / "parts")
     assert len(list((run / "parts" / "evals").glob("finetune_*.pt"))) == 1
