@@ -16,6 +16,7 @@ import torch
 from ssl_ib.cli.train import main
 from ssl_ib.config.config import resolve
 from ssl_ib.config.plugins import load_plugins
+from ssl_ib.record import backbone
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
 
@@ -135,3 +136,14 @@ def finished(*overrides: str) -> Path:
         if not (out / "results.json").is_file():
             assert train(out, *overrides) == 0
     return out
+
+
+def save_encoder(folder: Path, name: str, **arguments) -> str:
+    """A new timm model saved as a finished run leaves its encoder, for images of 32 pixels; returns the folder."""
+    torch.manual_seed(0)
+    arguments = {"num_classes": 0, **arguments}
+    how = {"size": 32, "crop_ratio": 1.0, "interpolation": "bilinear", "max_side": None}
+    statistics = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    description = backbone.describe(name, arguments, statistics, how)
+    backbone.save_backbone(backbone.create(name, arguments), description, folder)
+    return str(folder)

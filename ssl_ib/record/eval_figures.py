@@ -5,17 +5,23 @@ Shapes: m images, C classes, D feature dimensions, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.patches import Patch
+from PIL import Image
 from torch import Tensor
 
 from .figures import FAINT, INK, MUTED, chart
 
 #: Classes whose names fit beside a matrix, and numbers into its cells; classes that a map can tell apart.
 _NAMED, _NUMBERED, _COLOURED = 40, 20, 20
+#: Inches of a picture with a mask, how much a mask covers it, and the classes that its legend has.
+_PICTURE, _OVER, _LEGEND = 2.6, 0.7, 24
 
 
 def confusion(labels: Tensor, named: Tensor, classes: Sequence[str], path: Path | str, title: str) -> None:
@@ -122,3 +128,65 @@ def feature_map(
         loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, labelcolor=MUTED, markerscale=2
     )
     figure.savefig(path)
+
+
+def masks(
+    pictures: Sequence[tuple[Image.Image, Tensor, Tensor]],
+    classes: Sequence[str],
+    iou: Mapping[str, float | None],
+    path: Path | str,
+) -> None:
+    """Draws images with their true and their predicted masks over them, and the IoU of each class.
+
+    pictures: images with the true and the named class of each pixel, [H, W]; -1 is void, and has no colour.
+    iou:      of each class by its name, in [0, 1]; None where it has no pixel.
+    """
+    palette = _palette(len(classes))
+    wide, tall = pictures[0][0].size
+    figure = chart(3 * _PICTURE + 1.8, len(pictures) * (_PICTURE * tall / wide + 0.06) + 0.8)
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    known = [value for value in iou.values() if value is not None]
+    title = f"Held-out images: mIoU {100 * sum(known) / len(known):.1f} % over {len(known)} classes"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11, color=INK)
+    grid = figure.subplots(len(pictures), 3, squeeze=False)
+    for axes, what in zip(grid[0], ("image", "true classes (void is grey)", "predicted classes"), strict=True):
+        axes.set_title(what, loc="left", fontsize=9, color=MUTED)
+    for row, (image, true, named) in zip(grid, pictures, strict=True):
+        pixels = torch.from_numpy(np.array(image)) / 255
+        grey = pixels.mean(dim=2, keepdim=True).expand(-1, -1, 3)
+        for axes, mask in zip(row, (None, true, named), strict=True):
+            shown = pixels
+            if mask is not None:
+                coloured = (1 - _OVER) * grey + _OVER * palette[mask.long().clamp_min(0)]
+                shown = torch.where((mask >= 0)[..., None], coloured, grey)
+            axes.imshow(shown.numpy(), interpolation="nearest")
+            axes.axis("off")
+    counts = sum(mask[mask >= 0].long().bincount(minlength=len(classes)) for _, *both in pictures for mask in both)
+    frequent = counts.argsort(descending=True, stable=True)[:_LEGEND]
+    entries = []
+    for k in frequent[counts[frequent] > 0].sort().values.tolist():
+        value = iou[classes[k]]
+        share = "no pixel" if value is None else f"{100 * value:.1f}"
+        entries.append(Patch(facecolor=palette[k].tolist(), label=f"{classes[k]}  {share}"))
+    figure.legend(
+        handles=entries,
+        loc="outside right upper",
+        title="IoU (%)",
+        title_fontsize=9,
+        fontsize=9,
+        frameon=False,
+        labelcolor=INK,
+        alignment="left",
+    )
+    figure.savefig(path)
+
+
+def _palette(count: int) -> Tensor:
+    """Colours that are easily told apart where there are few of them: [count, 3] in [0, 1]."""
+    if count <= 20:
+        colours = colormaps["tab10" if count <= 10 else "tab20"](np.arange(count))[:, :3]
+    else:
+        number = np.arange(count)
+        # Neighbours on the list are far from each other on the circle of hues.
+        colours = hsv_to_rgb(np.stack([number * 0.618 % 1, 0.5 + 0.17 * (number % 4), 0.95 - 0.15 * (number % 3)], 1))
+    return torch.from_numpy(np.ascontiguousarray(colours)).float()

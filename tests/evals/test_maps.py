@@ -2,24 +2,19 @@
 
 import pytest
 import torch
+from harness import save_encoder
 
 from ssl_ib import UserError
 from ssl_ib.evals.maps import FeatureMaps
 from ssl_ib.evals.subject import Subject, origin
-from ssl_ib.record import backbone
 
-IMAGENET = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 0}
-RESNET = {"channels": [8, 16, 24, 32], "num_classes": 0}
+VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2}
+RESNET = {"channels": [8, 16, 24, 32]}
 
 
-def subject(folder, name="vit_tiny_patch16_224", arguments=VIT, size=32):
-    """An encoder saved as a finished run leaves it."""
-    torch.manual_seed(0)
-    how = {"size": size, "crop_ratio": 1.0, "interpolation": "bilinear", "max_side": None}
-    module = backbone.create(name, arguments)
-    backbone.save_backbone(module, backbone.describe(name, arguments, IMAGENET, how), folder)
-    return Subject(str(folder), origin(str(folder)))
+def subject(folder, name="vit_tiny_patch16_224", arguments=VIT):
+    where = save_encoder(folder, name, **arguments)
+    return Subject(where, origin(where))
 
 
 def shapes(maps, height, width):
@@ -69,11 +64,11 @@ def test_a_resnet_has_its_own_maps(tmp_path, stem, strides):
     assert torch.allclose(maps(images)[-1], given.model.forward_features(images), atol=1e-6)
 
 
-def test_a_swin_takes_the_size_that_is_given():
-    given = Subject("timm:swin_tiny_patch4_window7_224", origin("timm:"), size=64)
-    maps = FeatureMaps(given, 128, scales=(8, 32))
-    assert shapes(maps, 128, 128) == [[192, 16, 16], [768, 4, 4]] and maps.strides == [8, 32]
-    with pytest.raises(UserError, match="swin_tiny_patch4_window7_224 cannot encode views of 96 x 96 pixels"):
+def test_a_swin_takes_the_size_that_is_given(tmp_path):
+    how = {"img_size": 32, "window_size": 2, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
+    maps = FeatureMaps(subject(tmp_path, "swin_tiny_patch4_window7_224", how), 128, scales=(8, 32))
+    assert shapes(maps, 128, 128) == [[16, 16, 16], [64, 4, 4]] and maps.strides == [8, 32]
+    with pytest.raises(UserError, match="cannot encode views of 96 x 96 pixels"):
         maps(torch.zeros(1, 3, 96, 96))
 
 
