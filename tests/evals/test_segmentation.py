@@ -262,6 +262,7 @@ def written(image, name="val/labels/1.png"):
         (lambda images: None, ("classes=nowhere.txt",), "classes: cannot read nowhere.txt"),
         (lambda images: None, ("path=nowhere",), "expected a folder of images and masks, found nothing: nowhere"),
         (lambda images: None, ("train_images=1",), "expected two images a batch at least, .* and 1 training images"),
+        (lambda images: None, ("crop=20",), "crop: expected a multiple of the patch, 8, such as 24, got 20"),
         (lambda images: None, ("scale=[2.0,1.0]",), "scale: expected 0 < low <= high"),
         (lambda images: None, ("blocks=[0,1,2]",), "blocks: expected 4 numbers from 0 to 2"),
         (lambda images: None, ("form=uper",), "form: expected 'upernet' or 'infomin'"),

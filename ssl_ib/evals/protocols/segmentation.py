@@ -98,7 +98,7 @@ class SegmentationSettings(CommonSettings):
     epochs: PositiveInt | None = None
     batch_size: PositiveInt = 16
     lr: Positive = 1e-4
-    warmup: Ratio = 0.01
+    warmup: Ratio = 0.009375
     weight_decay: NonNegative = 0.05
     layer_decay: Probability = 0.65
     drop_path: Ratio = 0.1
@@ -143,6 +143,9 @@ def _recipe_of(job: Job, settings: SegmentationSettings) -> Recipe:
     made_for = job.subject.preprocessing["size"]
     if not 0 < settings.scale[0] <= settings.scale[1]:
         raise UserError(f"scale: expected 0 < low <= high, got {list(settings.scale)}")
+    if job.subject.vit and settings.crop % (patch := job.subject.model.patch_embed.patch_size[0]):
+        above = (settings.crop // patch + 1) * patch
+        raise UserError(f"crop: expected a multiple of the patch, {patch}, such as {above}, got {settings.crop}")
     given = {field.name: getattr(settings, field.name) for field in fields(Recipe)}
     batch = min(settings.batch_size, len(job.train))
     if batch < 2:
