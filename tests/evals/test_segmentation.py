@@ -2,6 +2,7 @@
 
 import json
 import random
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,9 @@ from ssl_ib.evals.protocols import segmentation
 from ssl_ib.evals.segmenter import crop, predicted
 from ssl_ib.record.backbone import load_backbone
 
+needs_upernet = pytest.mark.skipif(
+    find_spec("segmentation_models_pytorch") is None, reason="needs segmentation-models-pytorch"
+)
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]], np.uint8)
 PLAIN = ("scale=[1.0,1.0]", "jitter=false", "flip=false", "largest=1.0", "drop_path=0.0", "dropout=0.0", "auxiliary=0")
 QUICK = ("crop=32", "width=16", "workers=0", "figures=false", "batch_size=4", *PLAIN)
@@ -70,6 +74,7 @@ def opened(path, **more):
 # --- what is learned, and how it is scored ----------------------------------------------------------------------------
 
 
+@needs_upernet
 @pytest.mark.parametrize("encoder", [vit, resnet])
 def test_upernet_learns_four_images(tmp_path, images, encoder):
     how = ("steps=30", "lr=0.01", "warmup=0.2", "layer_decay=1.0")
@@ -163,6 +168,7 @@ def test_a_crop_and_its_mask_are_of_the_same_place():
     assert (24, 24) in sizes and len(sizes) > 1
 
 
+@needs_upernet
 def test_it_goes_on_after_a_kill(tmp_path, images, monkeypatch):
     overrides = (f"path={images}", *QUICK, "jitter=true", "flip=true", "scale=[0.5,2.0]", "batch_size=2", "epochs=2")
     overrides += ("dropout=0.5", "drop_path=0.2")
@@ -180,7 +186,10 @@ def test_it_goes_on_after_a_kill(tmp_path, images, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             silent(where, *overrides, out=tmp_path / "parts")
     assert len(list((tmp_path / "parts" / "evals").glob("segmentation_*.pt"))) == 1
+    seed_step, steps = training.seed_step, []
+    monkeypatch.setattr(training, "seed_step", lambda seed, step: steps.append(step) or seed_step(seed, step))
     (parts,) = silent(where, *overrides, out=tmp_path / "parts")
+    assert steps == [2, 3]  # The second epoch alone.
     assert parts["value"] == whole["value"] and parts["iou"] == whole["iou"]
     assert not (tmp_path / "parts" / "evals").exists()
     monkeypatch.setattr(segmentation, "fit", lambda *given: pytest.fail("trained again"))
@@ -245,6 +254,7 @@ def written(image, name="val/labels/1.png"):
     return lambda images: image.save(images / name)
 
 
+@needs_upernet
 @pytest.mark.parametrize(
     "spoil, overrides, message",
     [
@@ -292,6 +302,7 @@ def test_the_package_of_the_decoder_may_be_missing(tmp_path, images, monkeypatch
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@needs_upernet
 def test_the_command_says_what_it_does_and_draws(tmp_path, images, capsys):
     where, out = vit(tmp_path), tmp_path / "out"
     words = ["segmentation", where, f"path={images}", *QUICK, "figures=true", "crop=16", "size=32", "steps=2"]
