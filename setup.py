@@ -71,7 +71,7 @@ setup(
         "test": ["pytest", "pytest-xdist", "scikit-image"],
         "wandb": ["wandb"],
         "embed": ["pyarrow"],
-        "dense": ["segmentation-models-pytorch>=0.5"],
+        "dense": ["segmentation-models-pytorch>=0.5", "faster-coco-eval"],
         "export": ["onnx", "onnxscript", "onnxruntime", "transformers"],
     },
     entry_points={

@@ -135,9 +135,9 @@ def _gather(split: str, entries: list[Entry], classes: list[str], masks: bool, s
     ):
         if counts[what]:
             say(f"{split}: {counts[what]:,} {'box' if counts[what] == 1 else 'boxes'} {text}")
+    if not any((~one.crowd & ~one.difficult).any() for one in objects):
+        raise UserError(f"no image of the split {split} has a box that counts")
     bare = sum(not len(one) for one in objects)
-    if bare == len(objects):
-        raise UserError(f"no image of the split {split} has a box")
     if bare:
         say(f"{split}: {bare:,} of {len(objects):,} images have no box; whatever is found on them is wrong")
     return BoxImages([one.name for one in entries], [one.file for one in entries], sizes, objects, classes, masks)

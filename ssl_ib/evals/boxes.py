@@ -126,11 +126,15 @@ class BoxImages:
 
     def decoded_masks(self, row: int) -> Tensor:
         """The masks of an image's objects: uint8 [k, H, W], 1 on the object."""
-        height, width = self.sizes[row]
         found = self.encoded_masks(row)
-        if not found:
-            return torch.zeros(0, height, width, dtype=torch.uint8)
-        return torch.from_numpy(np.ascontiguousarray(coco_tools().mask.decode(found).transpose(2, 0, 1)))
+        return decoded(found) if found else torch.zeros(0, *self.sizes[row], dtype=torch.uint8)
+
+
+def decoded(masks: list[dict[str, Any]]) -> Tensor:
+    """Masks from their compressed run lengths: uint8 [k, H, W]; of none [0, 0, 0]."""
+    if not masks:
+        return torch.zeros(0, 0, 0, dtype=torch.uint8)
+    return torch.from_numpy(np.ascontiguousarray(coco_tools().mask.decode(masks).transpose(2, 0, 1)))
 
 
 def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _heading(job: Job) -> str:
 
 def table(lines: list[dict[str, Any]], varied: Iterable[str]) -> str:
     """Results as a table: a row each, with what varies, the value, its spread, and what chance gives."""
-    keys = [key for key in varied if any(key in line["settings"] for line in lines)]
+    keys = [key for key in varied if key != "metric" and any(key in line["settings"] for line in lines)]
     header = [*keys, "metric", "value", "spread", "chance", "seconds"]
     rows = [header]
     for line in lines:

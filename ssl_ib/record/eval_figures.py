@@ -6,22 +6,26 @@ Shapes: m images, C classes, D feature dimensions, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.colors import hsv_to_rgb
-from matplotlib.patches import Patch
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, hsv_to_rgb
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
-from .figures import FAINT, INK, MUTED, chart
+from .figures import FAINT, INK, MUTED, chart, tidy
 
 #: Classes whose names fit beside a matrix, and numbers into its cells; classes that a map can tell apart.
 _NAMED, _NUMBERED, _COLOURED = 40, 20, 20
 #: Inches of a picture with a mask, how much a mask covers it, and the classes that its legend has.
 _PICTURE, _OVER, _LEGEND = 2.6, 0.7, 24
+#: Boxes on an image that have room for their scores.
+_SCORED = 40
 
 
 def confusion(labels: Tensor, named: Tensor, classes: Sequence[str], path: Path | str, title: str) -> None:
@@ -87,6 +91,91 @@ def nearest(
         for axes, (picture, text, color) in zip(grid[row], cells, strict=False):
             axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set_title(text if len(text) < 20 else f"{text[:12]}… {text[-4:]}", fontsize=8, color=color)
+    figure.savefig(path)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Objects on an image.
+
+    boxes: float32 [k, 4], left, top, right, bottom in pixels. labels: int64 [k]. scores: float32 [k], in [0, 1]; None
+    where they are true ones. masks: uint8 [k, H, W], 1 on the object; None where there are none.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor | None = None
+    masks: Tensor | None = None
+
+
+def detections(
+    images: Sequence[Tensor], true: Sequence[Marks], found: Sequence[Marks], classes: Sequence[str], path: Path | str
+) -> None:
+    """Draws images uint8 [3, H, W] twice, with the true boxes and with those that were found; colours are classes."""
+    columns = 2 if len(images) > 1 else 1
+    rows = -(-len(images) // columns)
+    ratio = max(image.shape[1] / image.shape[2] for image in images)
+    figure = chart(5.6 * columns, 2.7 * ratio * rows + 0.8)
+    grid = figure.subplots(rows, 2 * columns, squeeze=False)
+    palette = colormaps["tab10" if len(classes) <= 10 else "tab20"]
+    there: set[int] = set()
+    for axes in grid.flat:
+        axes.axis("off")
+    for number, (image, *both) in enumerate(zip(images, true, found, strict=True)):
+        row, column = divmod(number, columns)
+        for side, marks in enumerate(both):
+            axes = grid[row, 2 * column + side]
+            axes.imshow(image.permute(1, 2, 0).numpy())
+            there.update(marks.labels.tolist())
+            _mark(axes, marks, palette)
+            axes.set_title(f"{'found' if side else 'true'}: {len(marks.labels)}", fontsize=8, color=MUTED, pad=3)
+    if there:
+        keys = [Rectangle((0, 0), 1, 1, color=palette(k % palette.N), label=classes[k]) for k in sorted(there)]
+        figure.legend(
+            handles=keys[:_COLOURED], loc="outside lower left", ncols=8, fontsize=8, frameon=False, labelcolor=MUTED
+        )
+    figure.savefig(path)
+
+
+def _mark(axes: Axes, marks: Marks, palette: Colormap) -> None:
+    height, width = axes.images[0].get_array().shape[:2]
+    crowded = len(marks.labels) > _SCORED
+    for k, (box, label) in enumerate(zip(marks.boxes.tolist(), marks.labels.tolist(), strict=True)):
+        color = palette(label % palette.N)
+        left, top, right, bottom = box
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.2))
+        if marks.masks is not None:
+            tint = torch.zeros(height, width, 4)
+            tint[marks.masks[k].bool()] = torch.tensor([*color[:3], 0.45])
+            axes.imshow(tint.numpy())
+        if marks.scores is not None and not crowded:
+            text = f"{100 * float(marks.scores[k]):.0f}"
+            how = {"fontsize": 5, "color": "white", "va": "top", "ha": "left", "clip_on": True}
+            axes.text(left, top, text, bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8}, **how)
+
+
+def precision_by_recall(curves: Tensor, classes: Sequence[str], path: Path | str, title: str) -> None:
+    """Draws the precision at each recall: float64 [R, K] for R recalls from 0 to 1; classes with -1 are left out.
+
+    Above 20 classes, the 20 with the lowest mean precision are drawn.
+    """
+    means = curves.mean(dim=0)
+    there = [k for k in means.argsort(stable=True).tolist() if curves[0, k] >= 0]
+    figure = chart(7.2, 4.4)
+    axes = figure.add_subplot()
+    drawn = sorted(there[:_COLOURED])
+    palette = colormaps["tab10" if len(classes) <= 10 else "tab20"]
+    recalls = torch.linspace(0, 1, len(curves)).numpy()
+    for k in drawn:
+        label = f"{classes[k]}, {100 * float(means[k]):.1f} %"
+        axes.plot(recalls, curves[:, k].numpy(), color=palette(k % palette.N), linewidth=1.6, label=label)
+    tidy(
+        axes, title + (f", the {len(drawn)} worst of {len(there)} classes" if len(there) > len(drawn) else ""), "recall"
+    )
+    axes.set_ylabel("precision", fontsize=9, color=MUTED)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, labelcolor=MUTED)
     figure.savefig(path)
 
 

@@ -1,3 +1,3 @@
 """The protocols of `ssl-ib-eval`, one a file."""
 
-from . import finetune, knn, linear, logistic, lowshot, robustness, segmentation  # noqa: F401
+from . import detection, finetune, knn, linear, logistic, lowshot, robustness, segmentation  # noqa: F401
