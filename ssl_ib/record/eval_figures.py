@@ -109,13 +109,23 @@ class Marks:
 
 
 def detections(
-    images: Sequence[Tensor], true: Sequence[Marks], found: Sequence[Marks], classes: Sequence[str], path: Path | str
+    images: Sequence[Tensor],
+    true: Sequence[Marks],
+    found: Sequence[Marks],
+    classes: Sequence[str],
+    path: Path | str,
+    least: float,
 ) -> None:
-    """Draws images uint8 [3, H, W] twice, with the true boxes and with those that were found; colours are classes."""
+    """Draws images uint8 [3, H, W] twice, with the true boxes and with those that were found; colours are classes.
+
+    least: the score of those that are drawn, in [0, 1].
+    """
     columns = 2 if len(images) > 1 else 1
     rows = -(-len(images) // columns)
     ratio = max(image.shape[1] / image.shape[2] for image in images)
-    figure = chart(5.6 * columns, 2.7 * ratio * rows + 0.8)
+    figure = chart(5.6 * columns, 2.7 * ratio * rows + 1)
+    title = f"Held-out images: what is there, and what was found with a score of {100 * least:.0f} % or more"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11, color=INK)
     grid = figure.subplots(rows, 2 * columns, squeeze=False)
     palette = colormaps["tab10" if len(classes) <= 10 else "tab20"]
     there: set[int] = set()
@@ -175,6 +185,7 @@ def precision_by_recall(curves: Tensor, classes: Sequence[str], path: Path | str
     axes.set_ylabel("precision", fontsize=9, color=MUTED)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, labelcolor=MUTED)
     figure.savefig(path)
 

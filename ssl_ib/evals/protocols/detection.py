@@ -79,8 +79,8 @@ class DetectionSettings(CommonSettings):
     path: a folder in the layout of Pascal VOC (Annotations, JPEGImages, ImageSets/Main) or of COCO (a JSON file a
     split). train, val: the names of the splits, or lists of them; of several years VOC2007/trainval. annotations:
     COCO's two JSON files, for training and for what is held out, where they have not the usual names
-    (annotations/instances_train2017.json); images: their folder or folders. masks: auto trains masks where every object has one.
-    train_images, val_images: at most so many of each.
+    (annotations/instances_train2017.json); images: their folder or folders. masks: auto trains masks where every
+    object has one. train_images, val_images: at most so many of each.
 
     form: vitdet for a plain vision transformer (MRCL, MI-MAE); infomin or svib for a ResNet, which is the schedule 1x
     of MoCo; infomin_voc with the neck c4. What is given besides stands in its place.
@@ -92,8 +92,8 @@ class DetectionSettings(CommonSettings):
     they are, and new layers have layer norm; batch trains them all, over the images that go through at a time.
     precise_bn: batches for their statistics at the end. freeze: so many of the encoder's first parts stay as they are
     (the stem, then stages or blocks); all: the whole encoder. anchors: their side, in strides of their map. width,
-    head, rpn_convs, rois, proposals: of the detector. min_score: detections of less are left out. workers: processes that
-    prepare images. keep: leave the detector of the last seed in evals/detector.pt. seeds: several give mean and
+    head, rpn_convs, rois, proposals: of the detector. min_score: detections of less are left out. workers: processes
+    that prepare images. keep: leave the detector of the last seed in evals/detector.pt. seeds: several give mean and
     deviation.
     """
 
@@ -235,7 +235,7 @@ def _draw(job: Job, found: list[Predicted], scores: dict[str, Precision]) -> Non
             for row in rows
         ]
         marks = [_marks(found[row]) for row in rows]
-        eval_figures.detections([val.image(row) for row in rows], true, marks, val.classes, path)
+        eval_figures.detections([val.image(row) for row in rows], true, marks, val.classes, path, _LIKELY)
     for kind, name in {"": "precision", "mask_": "mask_precision"}.items():
         if kind in scores and (path := job.figure(name)):
             title = f"Precision of {'masks' if kind else 'boxes'} at an overlap of 0.5"

@@ -1,0 +1,249 @@
+"""Detection: boxes are read, scored and found as they are, and a training that was stopped goes on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from ssl_ib import UserError
+from ssl_ib.evals import boxes as boxes_module
+from ssl_ib.evals.average_precision import Predicted, average_precision
+from ssl_ib.evals.box_sets import open_sets
+from ssl_ib.evals.evaluate import evaluate
+
+pytest.importorskip("faster_coco_eval")
+
+#: (class, left, top, right, bottom) of each image, 64 x 48 pixels.
+SQUARES = [
+    [("red", 4, 6, 28, 30)],
+    [("blue", 34, 16, 60, 42)],
+    [("red", 2, 2, 26, 28), ("blue", 36, 20, 60, 44)],
+    [("blue", 6, 18, 30, 42)],
+]
+QUICK = ("size=64", "width=16", "head=2fc", "rois=32", "proposals=50", "rpn_convs=1", "anchors=4.0", "workers=0")
+TRAIN = ("batch_size=4", "jitter=[1.0,1.0]", "flip=0.0", "layer_decay=1.0", "drop_path=0.0", "weight_decay=0.0")
+
+
+def draw(file, squares):
+    image = Image.new("RGB", (64, 48), (200, 200, 200))
+    for name, *sides in squares:
+        left, top, right, bottom = sides
+        ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+
+
+def voc(root, more=lambda split, number, squares: squares, size="<size><width>64</width><height>48</height></size>"):
+    """The squares as a folder of Pascal VOC, in its splits train and val."""
+    for split in ("train", "val"):
+        for number, squares in enumerate(SQUARES):
+            name = f"{split}_{number}"
+            draw(root / "JPEGImages" / f"{name}.png", squares)
+            objects = "".join(
+                f"<object><name>{one}</name><bndbox><xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax>"
+                f"<ymax>{bottom}</ymax></bndbox></object>"
+                for one, left, top, right, bottom in more(split, number, squares)
+            )
+            file = root / "Annotations" / f"{name}.xml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"<annotation>{size}{objects}</annotation>")
+        lists = root / "ImageSets" / "Main" / f"{split}.txt"
+        lists.parent.mkdir(parents=True, exist_ok=True)
+        lists.write_text("".join(f"{split}_{number}\n" for number in range(len(SQUARES))))
+    return root
+
+
+def coco(root, change=lambda split, data: None, masks=True):
+    """The squares in COCO's JSON, under its usual names; the ids of the categories have holes."""
+    ids = {"blue": 7, "red": 90}
+    for split in ("train", "val"):
+        images, annotations = [], []
+        for number, squares in enumerate(SQUARES):
+            name = f"{split}_{number}.png"
+            draw(root / f"{split}2017" / name, squares)
+            images.append({"id": 100 - number, "file_name": name, "width": 64, "height": 48})
+            for one, left, top, right, bottom in squares:
+                shape = [[left, top, right, top, right, bottom, left, bottom]]
+                box = {"bbox": [left, top, right - left, bottom - top], **({"segmentation": shape} if masks else {})}
+                found = {"id": len(annotations) + 1, "image_id": 100 - number, "category_id": ids[one], "iscrowd": 0}
+                annotations.append({**found, **box, "area": 1.0})
+        categories = [{"id": i, "name": name} for name, i in ids.items()]
+        data = {"images": images, "annotations": annotations, "categories": categories}
+        change(split, data)
+        file = root / "annotations" / f"instances_{split}2017.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(data))
+    return root
+
+
+def opened(root, **more):
+    said = []
+    return *open_sets(root, (("train",), ("val",)), say=said.append, **more), said
+
+
+def silent(encoder, root, *arguments, **more):
+    return evaluate("detection", encoder, f"path={root}", *QUICK, *arguments, say=lambda line: None, **more)
+
+
+def test_both_layouts_give_the_same_boxes(tmp_path):
+    for one, other in zip(opened(voc(tmp_path / "voc"))[:2], opened(coco(tmp_path / "coco"))[:2], strict=True):
+        assert one.classes == other.classes == ["blue", "red"] and one.sizes == other.sizes == [(48, 64)] * 4
+        for mine, yours in zip(one.objects, other.objects, strict=True):
+            assert torch.equal(mine.boxes, yours.boxes) and torch.equal(mine.labels, yours.labels)
+    assert one.objects[2].boxes.tolist() == [[2, 2, 26, 28], [36, 20, 60, 44]]
+    assert not one.masks and other.masks and one.fingerprint != other.fingerprint
+    mask = other.decoded_masks(2)
+    assert mask.shape == (2, 48, 64) and mask[0, 2:28, 2:26].all() and mask[0].sum() == 24 * 26
+
+
+def test_run_lengths_are_the_same_masks_as_polygons(tmp_path):
+    polygons = opened(coco(tmp_path / "polygons"))[0]
+
+    def encode(split, data):
+        for one in data["annotations"]:
+            left, top, width, height = one["bbox"]
+            flat = torch.zeros(64, 48, dtype=torch.uint8)  # COCO's runs go down the columns.
+            flat[left : left + width, top : top + height] = 1
+            values, runs = flat.flatten().unique_consecutive(return_counts=True)
+            one["segmentation"] = {"size": [48, 64], "counts": [0] * int(values[0]) + runs.tolist()}
+
+    runs = opened(coco(tmp_path / "runs", encode))[0]
+    assert all(torch.equal(polygons.decoded_masks(row), runs.decoded_masks(row)) for row in range(4))
+
+
+def test_boxes_that_cannot_be_used_are_counted(tmp_path):
+    def change(split, data):
+        data["annotations"] = [one for one in data["annotations"] if one["image_id"] != 97]  # The last image has none.
+        for bbox, crowd in (([5, 5, 0, 9], 0), ([70, 5, 9, 9], 0), ([50, 5, 30, 9], 0), ([1, 1, 9, 9], 1)):
+            one = {"image_id": 100, "category_id": 90, "bbox": bbox, "iscrowd": crowd}
+            data["annotations"].append({**one, "id": len(data["annotations"]) + 50})
+
+    train, _, said = opened(coco(tmp_path, change))
+    assert train.objects[0].boxes.tolist() == [[4, 6, 28, 30], [50, 5, 64, 14], [1, 1, 10, 10]]
+    assert train.objects[0].crowd.tolist() == [False, False, True] and len(train.objects[3]) == 0 and not train.masks
+    text = "\n".join(said)
+    for expected in (
+        "1 box without an area",
+        "1 box wholly outside",
+        "1 box that reach",
+        "1 box around",
+        "1 of 4 images",
+    ):
+        assert f"train: {expected}" in text
+    assert "3 of 7 boxes of the split train" in text  # They have no mask.
+
+
+def remove(*parts):
+    return lambda root: root.joinpath(*parts).unlink()
+
+
+BAD = {
+    "no image": (voc, remove("JPEGImages", "val_1.png"), "1 of the 4 images .* have no image in .*: val_1"),
+    "no xml": (voc, remove("Annotations", "train_2.xml"), "1 of the 4 images .* have no file in .*: train_2"),
+    "no split": (voc, remove("ImageSets", "Main", "val.txt"), "no split val in .*: expected one of train"),
+    "empty split": (voc, lambda root: (root / "ImageSets/Main/val.txt").write_text("\n"), "names no image"),
+    "twice": (voc, lambda root: (root / "ImageSets/Main/val.txt").write_text("val_0\nval_0\n"), "images twice.*val_0"),
+    "in both": (voc, lambda root: (root / "ImageSets/Main/val.txt").write_text("train_1\n"), "1 images .* as well"),
+    "no boxes": (voc, lambda root: [f.write_text("<a/>") for f in root.glob("Annotations/val*")], "val has a box"),
+    "not xml": (voc, lambda root: (root / "Annotations/val_0.xml").write_text("<a"), "val_0.xml cannot be read"),
+    "other size": (
+        voc,
+        lambda root: draw_larger(root / "JPEGImages/val_3.png"),
+        "val_3.png: it has 70 x 50 pixels, and",
+    ),
+    "no picture": (voc, lambda root: (root / "JPEGImages/val_3.png").write_bytes(b"no"), "1 of 4 .* cannot be read"),
+    "no coco": (
+        coco,
+        remove("annotations", "instances_val2017.json"),
+        "instances_val.json: it has annotations/instances_t",
+    ),
+    "lost": (coco, remove("val2017", "val_2.png"), "1 of 4 images of the split val cannot be read.*no such file"),
+    "moved": (coco, lambda root: (root / "val2017").rename(root / "elsewhere"), "val_0.png, is in none of"),
+}
+
+
+def draw_larger(file):
+    Image.new("RGB", (70, 50)).save(file)
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_folders_are_refused(tmp_path, what):
+    layout, spoil, message = BAD[what]
+    spoil(layout(tmp_path))
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path)
+
+
+def test_a_class_that_is_held_out_alone_is_refused(tmp_path):
+    def rename(split, number, squares):
+        return [("green", *square[1:]) if split == "val" and number == 0 else square for square in squares]
+
+    with pytest.raises(UserError, match="1 held-out boxes are of 1 classes that have no training box .green."):
+        opened(voc(tmp_path, rename))
+
+
+def change_first(key, value):
+    return lambda split, data: data["annotations"][0].update({key: value})
+
+
+@pytest.mark.parametrize("key, value", [("category_id", 8), ("image_id", 3), ("bbox", [1, 2, 3]), ("bbox", None)])
+def test_annotations_that_belong_to_nothing_are_refused(tmp_path, key, value):
+    with pytest.raises(UserError, match=f"the {key} of 1 annotations is not"):
+        opened(coco(tmp_path, change_first(key, value)))
+
+
+def test_masks_that_are_wanted_must_be_there(tmp_path):
+    with pytest.raises(UserError, match="masks=true: 5 of 5 boxes of the split train, 5 of 5"):
+        opened(coco(tmp_path, masks=False), masks=True)
+
+
+def test_average_precision_is_pycocotools(tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools")
+    truth = opened(coco(tmp_path))[1]
+    crowd = replace(truth.objects[0], crowd=torch.tensor([True]))
+    truth = replace(truth, objects=[crowd, *truth.objects[1:]])
+    torch.manual_seed(0)
+    found = []
+    for row, one in enumerate(truth.objects):
+        boxes = (one.boxes.repeat(3, 1) + 3 * torch.randn(3 * len(one), 4)).clamp(0, 48)
+        # Some masks are those of another image.
+        masks = truth.encoded_masks(row) * 2 + (truth.encoded_masks(row - 1) * 2)[: len(one)]
+        found.append(Predicted(boxes, torch.rand(len(boxes)), torch.randint(2, (len(boxes),)), masks))
+    mine = [average_precision(truth, found, kind) for kind in ("bbox", "segm")]
+    boxes_module.coco_tools.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(boxes_module, "find_spec", lambda name: None if name == "faster_coco_eval" else name)
+        theirs = [average_precision(truth, found, kind) for kind in ("bbox", "segm")]
+        assert boxes_module.coco_tools().name.startswith("pycocotools")
+        patch.setattr(boxes_module, "find_spec", lambda name: None)
+        boxes_module.coco_tools.cache_clear()
+        with pytest.raises(UserError, match="pip install 'ssl-ib.dense.'"):
+            boxes_module.coco_tools()
+    for one, other in zip(mine, theirs, strict=True):
+        assert 0 < one.ap < 1 and one.by_class == pytest.approx(other.by_class)
+        assert (one.ap, one.ap50, one.ap75) == pytest.approx((other.ap, other.ap50, other.ap75))
+
+
+def test_average_precision_by_hand(tmp_path):
+    truth = opened(voc(tmp_path))[1]
+    none = Predicted(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    assert average_precision(truth, [none] * 4).ap == 0
+    exact = [Predicted(one.boxes, torch.ones(len(one)), one.labels) for one in truth.objects]
+    assert average_precision(truth, exact).ap == 1
+    # One of the two red squares is found, at rank 1: the precision is 1 at 51 of the 101 recalls.
+    scores = average_precision(truth, [none, *exact[1:]])
+    assert scores.by_class == pytest.approx({"blue": 1.0, "red": 51 / 101}) and scores.ap50 == scores.ap
+    # It is difficult: nothing is missed.
+    difficult = replace(truth.objects[0], difficult=torch.tensor([True]))
+    assert average_precision(replace(truth, objects=[difficult, *truth.objects[1:]]), [none, *exact[1:]]).ap == 1
+
+
+@pytest.mark.parametrize("encoder", ["timm:test_resnet", "timm:test_vit"])
+def test_a_detector_learns_a_few_images(tmp_path, encoder):
+    more = ("masks=false", "epochs=60", "lr=3e-3", "milestones=[0.8]")
+    lines = silent(encoder, coco(tmp_path), *TRAIN, *more, "figures=false", out=tmp_path / "out")
+    assert [line["metric"] for line in lines] == ["AP", "AP50", "AP75"]
+    print([line["value"] for line in lines], lines[0]["seconds"])
+    assert lines[1]["value"] > 0.9
