@@ -30,12 +30,12 @@ from .subject import Subject
 
 #: The ratios of an anchor's height to its width, and, without a pyramid, its sizes, in shares of `Design.anchors`.
 _RATIOS, _SIZES = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0, 4.0)
-#: Sides of what is cut out of the maps for each proposal: for the boxes and for the masks of a pyramid, and of C4.
-_BOX, _MASK, _C4 = 7, 14, 14
+#: Sides of what is cut out of the maps for each proposal: for the boxes and for the masks of a pyramid, and for C4.
+_BOX, _MASK, _STAGE = 7, 14, 14
 #: The size of a box that belongs to a map, in its strides: 224 pixels at a stride of 16 (Lin et al., CVPR 2017, eq. 1).
 _CANONICAL = 14
-#: Units of the fully connected layers, and channels of the last layer of masks.
-_HIDDEN, _MASK_CHANNELS = 1024, 256
+#: Units of the fully connected layers, in channels of the pyramid.
+_HIDDEN = 4
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,16 @@ def build(subject: Subject, design: Design, size: int | tuple[int, int], classes
     names, strides = list(map(str, range(len(trunk.pooled)))), trunk.pooled
     if design.neck == "fpn":
         sizes = [[design.anchors * stride] for stride in trunk.strides]
-        shape, cut = (design.width, _BOX, _BOX), _BOX
+        shape, cut, hidden = (design.width, _BOX, _BOX), _BOX, _HIDDEN * design.width
         if design.head == "2fc":
-            box_head: nn.Module = TwoMLPHead(math.prod(shape), _HIDDEN)
+            box_head: nn.Module = TwoMLPHead(math.prod(shape), hidden)
         else:
-            box_head = FastRCNNConvFCHead(shape, [design.width] * 4, [_HIDDEN], _norm(design))
-        hidden, mask_head = _HIDDEN, MaskRCNNHeads(design.width, [design.width] * 4, 1, _norm(design))
-        mask_channels = design.width
+            box_head = FastRCNNConvFCHead(shape, [design.width] * 4, [hidden], _norm(design))
+        mask_channels, mask_head = design.width, MaskRCNNHeads(design.width, [design.width] * 4, 1, _norm(design))
     else:
         sizes = [[design.anchors * stride * share for share in _SIZES] for stride in trunk.strides]
         box_head, mask_head = nn.Sequential(trunk.last, nn.AdaptiveAvgPool2d(1), nn.Flatten()), trunk.last
-        hidden, mask_channels, cut = trunk.last.channels, trunk.last.channels, _C4
+        hidden, mask_channels, cut = trunk.last.channels, trunk.last.channels, _STAGE
     anchors = _Anchors(sizes, trunk.strides)
     arguments: dict[str, Any] = {
         "rpn_anchor_generator": anchors,
@@ -110,7 +109,7 @@ def build(subject: Subject, design: Design, size: int | tuple[int, int], classes
     if masks:
         arguments["mask_roi_pool"] = _Align(names, _MASK, strides)
         arguments["mask_head"] = mask_head
-        arguments["mask_predictor"] = MaskRCNNPredictor(mask_channels, _MASK_CHANNELS, classes + 1)
+        arguments["mask_predictor"] = MaskRCNNPredictor(mask_channels, design.width, classes + 1)
     model = (MaskRCNN if masks else FasterRCNN)(trunk, **arguments)
     model.transform = _Stack(trunk.multiple, side if trunk.positions and isinstance(size, int) else None)
     return model

@@ -148,15 +148,13 @@ def detections(
 
 
 def _mark(axes: Axes, marks: Marks, palette: Colormap) -> None:
-    height, width = axes.images[0].get_array().shape[:2]
     crowded = len(marks.labels) > _SCORED
     for k, (box, label) in enumerate(zip(marks.boxes.tolist(), marks.labels.tolist(), strict=True)):
         color = palette(label % palette.N)
         left, top, right, bottom = box
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.2))
         if marks.masks is not None:
-            tint = torch.zeros(height, width, 4)
-            tint[marks.masks[k].bool()] = torch.tensor([*color[:3], 0.45])
+            tint = marks.masks[k].bool()[:, :, None] * torch.tensor([*color[:3], 0.45])
             axes.imshow(tint.numpy())
         if marks.scores is not None and not crowded:
             text = f"{100 * float(marks.scores[k]):.0f}"

@@ -2,16 +2,21 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ssl_ib import UserError
+from ssl_ib import ConfigError, UserError
 from ssl_ib.evals import boxes as boxes_module
+from ssl_ib.evals import training
 from ssl_ib.evals.average_precision import Predicted, average_precision
 from ssl_ib.evals.box_sets import open_sets
+from ssl_ib.evals.box_training import Course, Views
+from ssl_ib.evals.detector import Design, build, groups
 from ssl_ib.evals.evaluate import evaluate
+from ssl_ib.evals.subject import Subject, origin
 
 pytest.importorskip("faster_coco_eval")
 
@@ -22,7 +27,7 @@ SQUARES = [
     [("red", 2, 2, 26, 28), ("blue", 36, 20, 60, 44)],
     [("blue", 6, 18, 30, 42)],
 ]
-QUICK = ("size=64", "width=16", "head=2fc", "rois=32", "proposals=50", "rpn_convs=1", "anchors=4.0", "workers=0")
+QUICK = ("size=64", "width=32", "head=2fc", "rois=32", "proposals=50", "rpn_convs=1", "anchors=4.0", "workers=0")
 TRAIN = ("batch_size=4", "jitter=[1.0,1.0]", "flip=0.0", "layer_decay=1.0", "drop_path=0.0", "weight_decay=0.0")
 
 
@@ -240,10 +245,116 @@ def test_average_precision_by_hand(tmp_path):
     assert average_precision(replace(truth, objects=[difficult, *truth.objects[1:]]), [none, *exact[1:]]).ap == 1
 
 
-@pytest.mark.parametrize("encoder", ["timm:test_resnet", "timm:test_vit"])
-def test_a_detector_learns_a_few_images(tmp_path, encoder):
-    more = ("masks=false", "epochs=60", "lr=3e-3", "milestones=[0.8]")
-    lines = silent(encoder, coco(tmp_path), *TRAIN, *more, "figures=false", out=tmp_path / "out")
-    assert [line["metric"] for line in lines] == ["AP", "AP50", "AP75"]
-    print([line["value"] for line in lines], lines[0]["seconds"])
-    assert lines[1]["value"] > 0.9
+LEARN = ("lr=5e-3", "epochs=36", "milestones=[0.8]", "warmup_steps=2")
+
+
+def test_faster_rcnn_learns_a_few_images(tmp_path):
+    norms = ("norm=batch", "precise_bn=1")
+    lines = silent("timm:test_resnet", voc(tmp_path), *TRAIN, *LEARN, *norms, out=tmp_path / "out")
+    assert [line["metric"] for line in lines] == ["AP", "AP50", "AP75"] and lines[1]["value"] > 0.9
+    assert lines[0]["by_class"].keys() == {"blue", "red"} and lines[0]["scored_by"].startswith("faster-coco-eval")
+    drawn = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
+    assert drawn == {"detection_boxes.png", "detection_precision.png"} and not (tmp_path / "out" / "evals").exists()
+
+
+def test_mask_rcnn_learns_a_few_images(tmp_path):
+    lines = silent("timm:test_vit", coco(tmp_path), *TRAIN, *LEARN, "keep=true", out=tmp_path / "out")
+    found = {line["metric"]: line["value"] for line in lines}
+    assert found.keys() == {"AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75"}
+    assert found["AP50"] > 0.9 and found["mask_AP50"] > 0.9
+    kept = torch.load(tmp_path / "out" / "evals" / "detector.pt", weights_only=True)
+    assert kept["classes"] == ["blue", "red"] and kept["settings"]["epochs"] == 36
+    assert (tmp_path / "out" / "figures" / "detection_mask_precision.png").exists()
+
+
+def test_a_killed_training_goes_on(tmp_path, monkeypatch):
+    voc(tmp_path)
+    more = ("batch_size=2", "epochs=3", "lr=1e-3", "warmup_steps=1", "figures=false", "jitter=[0.6,1.6]", "seeds=[0,1]")
+    whole = silent("timm:test_resnet", tmp_path, *more, out=tmp_path / "whole")
+    kept = training.save
+
+    def killed(path, state):
+        kept(path, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "SAVE_EVERY", 0.0)
+        patch.setattr(training, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            silent("timm:test_resnet", tmp_path, *more, out=tmp_path / "parts")
+    (saved,) = (tmp_path / "parts" / "evals").glob("detection_*.pt")
+    assert torch.load(saved, weights_only=True)["epoch"] == 1
+    parts = silent("timm:test_resnet", tmp_path, *more, out=tmp_path / "parts")
+    assert [line["value"] for line in parts] == [line["value"] for line in whole] and len(whole) == 9
+    assert whole[-1]["settings"]["seed"] == [0, 1] and whole[-1]["spread_of"] == "2 seeds"
+    assert len({line["value"] for line in whole}) > 1 and not (tmp_path / "parts" / "evals").exists()
+
+
+def test_a_resnet_without_a_pyramid(tmp_path):
+    said = []
+    more = ("form=infomin", "neck=c4", "size=[48,96]", "epochs=1", "micro_batch=2", "masks=true", "figures=false")
+    arguments = (f"path={coco(tmp_path)}", *QUICK, *more, "encode_batch=3")
+    lines = evaluate("detection", "timm:test_resnet", *arguments, out=tmp_path / "out", say=said.append)
+    assert len(lines) == 6 and all(0 <= line["value"] <= 1 for line in lines)
+    settings = lines[0]["settings"]
+    assert settings["norm"] == "batch" and settings["lr"] == 0.02 and settings["size"] == [48, 96]
+    assert any("batch norms are over 2 images" in line for line in said)
+    with pytest.raises(UserError, match="neck=c4: only a ResNet"):
+        silent("timm:test_vit", tmp_path, "neck=c4", dry=True)
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    root = coco(tmp_path / "images")
+    lines = silent("timm:test_vit", root, "precision=bf16", "freeze=all", out=tmp_path / "out", dry=True)
+    assert all(line["dry"] for line in lines) and not (tmp_path / "out").exists()
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path):
+    voc(tmp_path)
+    for arguments, message in (
+        (("jitter=[2.0,1.0]",), "jitter: expected low <= high"),
+        (("size=[96,48]",), "size: expected the short side first"),
+        (("freeze=99",), "freeze: timm:test_vit has"),
+        (("annotations=[a.json]",), "annotations: expected two"),
+    ):
+        with pytest.raises(UserError, match=message):
+            silent("timm:test_vit", tmp_path, *arguments, dry=True)
+    with pytest.raises(ConfigError, match="path: required"):
+        evaluate("detection", "timm:test_vit", dry=True)
+
+
+def test_frozen_parts_do_not_move():
+    with torch.random.fork_rng():
+        subject = Subject("timm:test_resnet", origin("timm:test_resnet"))
+        for norm, freeze in (("frozen", 2), ("batch", 2), ("batch", "all")):
+            model = build(subject, Design(width=8, head="2fc", norm=norm, freeze=freeze), 64, 2, masks=False).train()
+            before = {name: value.clone() for name, value in model.backbone.maps.state_dict().items()}
+            target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+            parameters = [p for group in groups(model, 0.1, 0.7) for p in group["params"] if p.requires_grad]
+            sum(model([torch.rand(3, 64, 64)], [target]).values()).backward()
+            torch.optim.SGD(parameters, lr=1.0).step()
+            after = model.backbone.maps.state_dict()
+            moved = {name for name in before if not torch.equal(before[name], after[name])}
+            still = ("encoder.conv1", "encoder.bn1", "encoder.layer1") if freeze == 2 else ("encoder",)
+            assert not [name for name in moved if name.startswith(still)]
+            assert freeze == "all" or any(name.startswith("encoder.layer2") for name in moved)
+            assert any("running_mean" in name for name in moved) == (norm == "batch" and freeze == 2)
+
+
+def test_boxes_follow_their_image(tmp_path):
+    """Where the augmentation puts a square, its box and its mask are."""
+    train = opened(coco(tmp_path))[0]
+    subject = Subject("timm:test_vit", origin("timm:test_vit"))
+    course = Course(epochs=1, batch_size=1, size=64, jitter=(0.5, 2.0))
+    views = Views(SimpleNamespace(subject=subject), course, train, seed=0)
+    shapes = set()
+    for epoch in range(12):
+        image, target = views[epoch, 0]
+        shapes.add(tuple(image.shape))
+        red = image[0] - image[1] > 2.5  # Grey is neither; values are normalised.
+        if red.any():
+            rows, columns = red.any(dim=1).nonzero()[:, 0], red.any(dim=0).nonzero()[:, 0]
+            expected = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+            assert target["boxes"][0].tolist() == pytest.approx([float(x) for x in expected], abs=1.5)
+            assert (target["masks"][0].bool() != red).float().mean() < 0.04
+    assert len(shapes) > 3 and max(max(shape) for shape in shapes) == 64
