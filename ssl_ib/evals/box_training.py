@@ -191,7 +191,7 @@ def detector(
         steps,
         seed,
         saved,
-        "training of the detector",
+        "detector",
         course.clip,
     )
     if course.precise_bn and not job.dry:
@@ -246,7 +246,7 @@ def find(job: Job, model: FasterRCNN, course: Course, images: BoxImages, workers
     )
     found: dict[int, Predicted] = {}
     model.eval()
-    for rows, views in zip(batches, track(loader, len(batches), "detection, batches"), strict=True):
+    for rows, views in zip(batches, track(loader, len(batches), "boxes, batches"), strict=True):
         prepared = [image.to(job.device) for image, _ in _or_raise(views)]
         with job.autocast():
             detected = model(prepared)

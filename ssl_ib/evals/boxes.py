@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,7 +101,7 @@ class BoxImages:
         masks = " with masks" if self.masks else ""
         return f"{len(self.classes)} classes, {self.count:,} boxes{masks} on these"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the images' names and sizes, and with anything said of objects."""
         digest = hashlib.blake2b(json.dumps([self.classes, self.names, self.sizes, self.masks]).encode(), digest_size=8)

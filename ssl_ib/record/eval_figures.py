@@ -135,7 +135,7 @@ def detections(
         row, column = divmod(number, columns)
         for side, marks in enumerate(both):
             axes = grid[row, 2 * column + side]
-            axes.imshow(image.permute(1, 2, 0).numpy())
+            axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, image.shape[2], image.shape[1], 0))
             there.update(marks.labels.tolist())
             _mark(axes, marks, palette)
             axes.set_title(f"{'found' if side else 'true'}: {len(marks.labels)}", fontsize=8, color=MUTED, pad=3)
@@ -155,7 +155,7 @@ def _mark(axes: Axes, marks: Marks, palette: Colormap) -> None:
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.2))
         if marks.masks is not None:
             tint = marks.masks[k].bool()[:, :, None] * torch.tensor([*color[:3], 0.45])
-            axes.imshow(tint.numpy())
+            axes.imshow(tint.numpy(), extent=axes.images[0].get_extent())
         if marks.scores is not None and not crowded:
             text = f"{100 * float(marks.scores[k]):.0f}"
             how = {"fontsize": 5, "color": "white", "va": "top", "ha": "left", "clip_on": True}
