@@ -15,7 +15,7 @@ from ..config.settings import settings as read_settings
 from ..device import choose_device
 from ..errors import UserError
 from .protocol import PROTOCOLS, Job, Settings, settings_of
-from .results import Results, identity_of
+from .results import Results
 from .subject import Subject, origin
 
 RESULTS = "evals.jsonl"
@@ -80,10 +80,8 @@ def evaluate(
         results = Results(folder / RESULTS if main and not dry else None)
     # All have to find the same finished.
     results.lines = distributed.from_main(results.lines)
-    job = Job(protocol, settings, subject, train, val, results, folder, None if dry else folder, say)
+    job = Job(protocol, settings, subject, train, val, results, folder, None if dry else folder, say, overwrite)
     say(_heading(job))
-    if overwrite and not dry:
-        _forget(job)
     with _repeating(device), distributed.together():
         PROTOCOLS[protocol](job, settings)
     return job.lines
@@ -93,20 +91,6 @@ def _source_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """The source that a run of this configuration is evaluated on: that of `eval.source`, else its own."""
     load_plugins(config.get("plugins") or [])
     return (config.get("eval") or {}).get("source") or config.get("source")
-
-
-def _forget(job: Job) -> None:
-    """Removes the results of this protocol with these settings, but for what varies from result to result."""
-    varied = set(job.settings.varied.values())
-
-    def fixed(line: dict[str, Any]) -> dict[str, Any]:
-        found = identity_of(line)
-        return {**found, "settings": {k: v for k, v in found["settings"].items() if k not in varied}}
-
-    wanted = fixed(job.line({}))
-    count = job.results.remove(lambda line: fixed(line) == wanted)
-    if count:
-        job.say(f"{count} former results are computed again")
 
 
 @contextmanager

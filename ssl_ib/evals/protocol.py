@@ -181,6 +181,7 @@ class Job:
     home: the folder of the results, from which what other protocols left is read; None where there is none.
     out: where results and pictures go: the same, or None for a dry run, which writes nothing.
     say: called with a line for the user.
+    overwrite: whether former results are computed again.
     """
 
     protocol: str
@@ -192,6 +193,7 @@ class Job:
     home: Path | None
     out: Path | None
     say: Callable[[str], None] = print
+    overwrite: bool = False
     #: The lines of this command: those found finished, and those recorded.
     lines: list[dict[str, Any]] = field(default_factory=list)
     _features: dict[Any, Any] = field(default_factory=dict)
@@ -230,9 +232,11 @@ class Job:
         missing = []
         for variant in variants:
             found = self.results.find(identity_of(self.line(variant)))
-            if found is None:
+            if found in self.lines:
+                continue
+            if found is None or self.overwrite:
                 missing.append(variant)
-            elif found not in self.lines:
+            else:
                 self.lines.append(found)
         return missing
 
@@ -265,8 +269,6 @@ class Job:
             "seconds": round(time.perf_counter() - self._began, 2),
         }
         self._began = time.perf_counter()
-        if self.dry:
-            line["dry"] = True
         found = self.results.add(line)
         self.lines.append(found)
         return found

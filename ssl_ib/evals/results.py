@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,17 @@ class Results:
         return next((line for line in reversed(self.lines) if identity_of(line) == identity), None)
 
     def add(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Writes a result, and returns it as it is read back. Numbers that are not finite become texts."""
+        """Writes a result in the place of a former one, and returns it as it is read back.
+
+        Numbers that are not finite become texts.
+        """
         line = json.loads(json.dumps(line), parse_constant=str)
-        if self.path is not None:
+        former = self.find(identity_of(line))
+        if self.path is not None and former is not None:
+            # What another command added in the meantime stays.
+            lines = [one for one in Results(self.path).lines if one != former]
+            replace(self.path, "".join(json.dumps(one) + "\n" for one in [*lines, line]))
+        elif self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             before = self.path.read_bytes() if self.path.is_file() else b""
             with self.path.open("a", encoding="utf-8") as file:
@@ -47,16 +54,8 @@ class Results:
                 file.write("\n" * (before[-1:] not in (b"", b"\n")) + json.dumps(line, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        self.lines.append(line)
+        self.lines = [*(one for one in self.lines if one != former), line]
         return line
-
-    def remove(self, unwanted: Callable[[dict[str, Any]], bool]) -> int:
-        """Removes lines, and returns how many."""
-        kept = [line for line in self.lines if not unwanted(line)]
-        removed, self.lines = len(self.lines) - len(kept), kept
-        if removed and self.path is not None:
-            replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        return removed
 
 
 def identity_of(line: dict[str, Any]) -> dict[str, Any]:

@@ -111,9 +111,7 @@ def _evaluations(backbone: Backbone, run: Path | None) -> str:
         sections.append(f"On the run's own images, after {content['step']:,} steps:\n\n{_table(rows)}")
     if run is not None:
         weights = fingerprint_of_weights(backbone.model)
-        lines = [
-            line for line in Results(run / "evals.jsonl").lines if line["weights"] == weights and not line.get("dry")
-        ]
+        lines = [line for line in Results(run / "evals.jsonl").lines if line["weights"] == weights]
         if lines:
             rows = [["protocol", "settings", *_COLUMNS]]
             rows += [

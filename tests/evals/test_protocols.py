@@ -110,9 +110,12 @@ def test_what_is_finished_is_not_computed_again(run, monkeypatch):
         assert silent("knn", run, "k=[15,10,5]", "encode_batch=7", *QUICK)
         with pytest.raises(pytest.fail.Exception):
             silent("knn", run, "k=[15]", "temperature=0.1", *QUICK)
+        with pytest.raises(pytest.fail.Exception):
+            silent("knn", run, "k=[15]", *QUICK, overwrite=True)
     silent("knn", run, "k=[5,10]", *QUICK, overwrite=True)
     lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
-    assert sorted(line["settings"]["k"] for line in lines) == [5, 10]
+    # Those that this command does not ask for stay as they were.
+    assert sorted(line["settings"]["k"] for line in lines) == [5, 10, 15]
 
 
 def test_finetuning_goes_on_after_a_kill(run, monkeypatch):

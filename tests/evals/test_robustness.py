@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from ssl_ib import UserError
 from ssl_ib.evals.corruptions import ALEXNET, NAMES, corrupt, mean_corruption_error
 from ssl_ib.evals.evaluate import evaluate
+from ssl_ib.evals.features import extract
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_corruptions_by_their_definitions():
     assert (impulse != 100).double().mean().item() == pytest.approx(0.27, abs=0.01)
 
 
-def test_made_on_the_fly(run):
+def test_made_on_the_fly(run, monkeypatch):
     few = ("train_images=200", "val_images=60", "severities=[1,5]")
     lines = silent("robustness", run, *few, "corruptions=[gaussian_noise,contrast]")
     clean, noise, contrast, mean = lines
@@ -89,6 +91,12 @@ def test_made_on_the_fly(run):
     assert mean["value"] == pytest.approx((noise["value"] + contrast["value"]) / 2)
     (knn,) = silent("knn", run, *few[:2], "k=20")
     assert clean["value"] == pytest.approx(1 - knn["value"])
+    counted = Mock(side_effect=extract)
+    monkeypatch.setattr("ssl_ib.evals.protocol.extract", counted)
+    for overwrite, passes in ((False, 0), (True, 6)):  # Training images; those held out, and corrupted four times.
+        again = silent("robustness", run, *few, "corruptions=[gaussian_noise,contrast]", overwrite=overwrite)
+        assert [line["value"] for line in again] == [line["value"] for line in lines]
+        assert counted.call_count == passes
     *_, own = silent("robustness", run, *few, "corruptions=[gaussian_noise,contrast]", f"baseline={run}")
     assert own["metric"] == "mCE in %" and own["value"] == pytest.approx(100)
 

@@ -190,8 +190,7 @@ def test_the_card_says_what_was_evaluated_and_no_path(tmp_path):
     line = {"protocol": "knn", "metric": "top1", "spread": 0.01, "weights": fingerprint_of_weights(encoder.model)}
     lines = [line | {"value": 0.75, "settings": {"k": 5, "source": None}}]
     lines += [line | {"value": 0.5, "settings": {"k": 20, "source": None}}]
-    # Of other weights, and of a dry run.
-    lines += [line | {"value": 0.125, "settings": {}, "weights": "other"}, lines[0] | {"value": 0.25, "dry": True}]
+    lines += [line | {"value": 0.125, "settings": {}, "weights": "other"}]
     (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = card.card(encoder, "title", "pass", run, "timm")
     assert "path: photos" in text and "/home" not in text and "after 1,200 steps" in text
