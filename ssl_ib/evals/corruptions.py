@@ -60,7 +60,7 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]], baseline: Mappi
     """
     missing = [name for name in errors if len(baseline.get(name, ())) != len(errors[name])]
     if missing:
-        raise UserError(f"baseline: it has no errors of {', '.join(missing)} at these severities")
+        raise UserError(f"baseline: it has no errors of {', '.join(missing)} on these images with these settings")
     return 100 * fmean(sum(errors[name]) / sum(baseline[name]) for name in errors)
 
 
@@ -254,7 +254,7 @@ def _elastic_transform(x: Tensor, s: int, keys: Tensor) -> Tensor:
     matrix = torch.linalg.solve(torch.cat([moved, ones], dim=2), corners.expand(len(x), -1, -1)).mT
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     field = _uniform(keys, 1, 2, height, width) * 2 - 1
-    field = _blurred(field, smooth * side) * far * side * 2 / side
+    field = _blurred(field, smooth * side) * far * 2
     return F.grid_sample(x, grid + field.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False)
 
 

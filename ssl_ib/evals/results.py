@@ -64,6 +64,13 @@ def identity_of(line: dict[str, Any]) -> dict[str, Any]:
     return {"protocol": line["protocol"], "settings": settings, "weights": line["weights"], "data": line["data"]}
 
 
+def fingerprint_of(content: Any) -> str:
+    """16 hexadecimal digits that change with plain data."""
+    digest = _Digest()
+    digest.add(json.dumps(content, sort_keys=True).encode())
+    return digest.hex()
+
+
 def fingerprint_of_weights(module: nn.Module) -> str:
     """16 hexadecimal digits that change with the name, shape, type or value of any parameter or buffer."""
     digest = _Digest()

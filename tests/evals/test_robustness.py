@@ -99,6 +99,9 @@ def test_made_on_the_fly(run, monkeypatch):
         assert counted.call_count == passes
     *_, own = silent("robustness", run, *few, "corruptions=[gaussian_noise,contrast]", f"baseline={run}")
     assert own["metric"] == "mCE in %" and own["value"] == pytest.approx(100)
+    other = shutil.copytree(run, run.parent / "other")
+    with pytest.raises(UserError, match="no errors of contrast on these images with these settings"):
+        silent("robustness", run, *few[:1], "val_images=50", *few[2:], "corruptions=contrast", f"baseline={other}")
 
 
 def test_published_layouts(run, tmp_path):
@@ -125,6 +128,11 @@ def test_published_layouts(run, tmp_path):
     assert of_arrays["errors"] == of_folders["errors"] and len(set(of_arrays["errors"])) == 1
     (line,) = silent("robustness", run, f"path={some}", *few)
     assert line["settings"]["corruption"] == "shifted" and line["spread_of"] == "6 images"
+    for file in (some / "0").iterdir():
+        Image.new("RGB", (8, 8)).save(file)
+        file.rename(file.with_name(f"new_{file.name}"))
+    (other,) = silent("robustness", run, f"path={some}", *few)  # Not the result of the former images.
+    assert other["settings"]["corrupted"] != line["settings"]["corrupted"]
     for words, message in (
         ((f"path={tmp_path}/nothing",), "there is none"),
         ((f"path={folders}",), "has no gaussian_noise, shot_noise"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
@@ -22,13 +23,15 @@ from ...types import Sample
 from ..corruptions import ALEXNET, NAMES, SEVERITIES, corrupt, mean_corruption_error
 from ..finetune import Recipe, classifier
 from ..knn import knn_scores
-from ..protocol import Files, Job, Split, register_protocol
-from ..results import Results, fingerprint_of_weights
+from ..protocol import DRY_IMAGES, Files, Job, Split, register_protocol
+from ..results import Results, fingerprint_of, fingerprint_of_weights, identity_of
 from .finetune import KEPT
 from .linear import LinearSettings, train_heads
 
 #: Keeps what a corruption draws apart from other chance.
 _STREAM = -7
+#: Settings in which a baseline may differ from what it is compared with.
+_OF_ENCODER = ("name", "pretrained", "size", "blocks", "pool", "lr", "classifier_weights")
 
 
 class RobustnessSettings(LinearSettings):
@@ -72,43 +75,33 @@ def robustness(job: Job, settings: RobustnessSettings) -> None:
     base = {"classifier_weights": _fingerprint(job, settings)}
     if len(settings.lr) > 1 or len(settings.seeds) > 1:
         raise UserError("robustness takes one lr and one of seeds: find the rate with the protocol linear")
-    sets = _sets(job, settings)
-    errors: dict[str, list[float]] = {}
-    score = _Lazy(lambda: _classifier(job, settings))
-    for name, parts in sets:
+    scores = cache(lambda: _classifier(job, settings))
+    lines: dict[str, dict[str, Any]] = {}
+    for name, parts in _sets(job, settings):
         variant = {**base, "corruption": name}
+        if settings.path is not None:
+            variant["corrupted"] = fingerprint_of([part.split.fingerprint for part in parts])
         if job.todo([variant]):
-            found = [_error(score(), part) for part in parts]
-            count = sum(len(part.split) for part in parts)
-            mean = fmean(found)
+            errors = [_error(scores(), part) for part in parts]
+            # The severities are of the same images, so that they do not make the mean more certain.
+            mean, count = fmean(errors), len(parts[0].split)
             spread = (mean * (1 - mean) / count) ** 0.5
             chance = 1 - max(part.chance for part in parts)
-            more = {"errors": found, "corrupted": [part.split.fingerprint for part in parts]}
-            job.record(variant, "error", mean, spread=spread, spread_of=f"{count} images", chance=chance, **more)
-        errors[name] = job.found(variant)["errors"]
-    errors = {name: values for name, values in errors.items() if name in NAMES}
+            job.record(variant, "error", mean, spread=spread, spread_of=f"{count} images", chance=chance, errors=errors)
+        lines[name] = job.found(variant)
+    errors = {name: line["errors"] for name, line in lines.items() if name in NAMES}
     if not errors:
         return
     variant = {**base, "corruption": "mean of " + ("all" if set(errors) == set(NAMES) else ",".join(errors))}
+    variant["errors"] = fingerprint_of(errors)
     if job.todo([variant]):
         mean = fmean(fmean(values) for values in errors.values())
         job.record(variant, "mean error", mean, chance=1 - job.chance)
     if settings.baseline != "none":
-        variant |= {"baseline": settings.baseline}
+        baseline = _baseline(settings, {name: lines[name] for name in errors})
+        variant |= {"baseline": settings.baseline, "baseline_errors": fingerprint_of(baseline)}
         if job.todo([variant]):
-            value = mean_corruption_error(errors, _baseline(settings, errors))
-            job.record(variant, "mCE in %", value)
-
-
-class _Lazy:
-    """Makes something when it is first wanted."""
-
-    def __init__(self, make: Callable[[], Any]):
-        self.make, self.made = make, None
-
-    def __call__(self) -> Any:
-        self.made = self.made or self.make()
-        return self.made
+            job.record(variant, "mCE in %", mean_corruption_error(errors, baseline))
 
 
 @dataclass(frozen=True)
@@ -167,14 +160,16 @@ def _classifier(job: Job, settings: RobustnessSettings) -> Scores:
 
 def _finetuned(job: Job) -> tuple[nn.Module, str]:
     """The model that the protocol finetune left, and its fingerprint."""
-    file = job.home / KEPT
+    file = (job.home or Path()) / KEPT
     if not file.is_file():
-        raise UserError(f"classifier=finetuned: there is no {file}: run the protocol finetune with keep=true first")
+        raise UserError(
+            f"classifier=finetuned: there is no {file}: run the protocol finetune with keep=true first, and with "
+            "--overwrite where that was done before"
+        )
     kept = torch.load(file, map_location="cpu", weights_only=True)
     if kept["weights"] != job.weights or kept["classes"] != job.train.classes:
         raise UserError(f"classifier=finetuned: {file} is of another encoder, or of other classes")
-    recipe = {key: tuple(value) if isinstance(value, list) else value for key, value in kept["recipe"].items()}
-    model = classifier(job, Recipe(**recipe), 0)
+    model = classifier(job, Recipe(**kept["recipe"]), 0)
     model.load_state_dict(kept["model"])
     return model.eval(), fingerprint_of_weights(model)
 
@@ -183,20 +178,27 @@ def _fingerprint(job: Job, settings: RobustnessSettings) -> str | None:
     return _finetuned(job)[1] if settings.classifier == "finetuned" else None
 
 
-def _baseline(settings: RobustnessSettings, errors: dict[str, list[float]]) -> dict[str, Sequence[float]]:
-    """The errors that others are in proportion to, by corruption."""
+def _baseline(settings: RobustnessSettings, lines: dict[str, dict[str, Any]]) -> dict[str, Sequence[float]]:
+    """The errors that those of `lines`, results by corruption, are in proportion to; without those it does not have."""
     if settings.baseline == "alexnet":
-        return {name: [ALEXNET[name]] * len(settings.severities) for name in errors}
+        return {name: [ALEXNET[name]] * len(settings.severities) for name in lines}
     path = Path(settings.baseline)
     file = path / "evals.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"baseline: expected alexnet, none, or a folder with evals.jsonl, and there is no {file}")
-    lines = [line for line in Results(file).lines if line["protocol"] == "robustness" and "errors" in line]
-    return {
-        line["settings"]["corruption"]: line["errors"]
-        for line in lines
-        if line["settings"]["severities"] == list(settings.severities) and line["settings"]["path"] == settings.path
-    }
+    found = {}
+    for former in Results(file).lines:
+        for name, line in lines.items():
+            if _besides_encoder(former) == _besides_encoder(line):
+                found[name] = former["errors"]
+    return found
+
+
+def _besides_encoder(line: dict[str, Any]) -> list[Any]:
+    """What two results have in common that differ in their encoders alone."""
+    settings = {key: value for key, value in line["settings"].items() if key not in _OF_ENCODER}
+    identity = identity_of({**line, "settings": settings})
+    return [identity[key] for key in ("protocol", "settings", "data")]
 
 
 def _sets(job: Job, settings: RobustnessSettings) -> Iterator[tuple[str, list[_Shifted]]]:
@@ -246,7 +248,7 @@ def _corrupted(job: Job, settings: RobustnessSettings, name: str, severity: int)
 
 
 def _limited(job: Job, settings: RobustnessSettings, name: str, images: ImageSet, index: Tensor) -> Split:
-    limit = 64 if job.dry else settings.val_images
+    limit = DRY_IMAGES if job.dry else settings.val_images
     return Split(name, images, index if limit is None else index[stratified(images.labels[index], limit)])
 
 
