@@ -35,7 +35,7 @@ _IMAGES = -3
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an encoder is fine-tuned; the defaults are MAE's (He et al., CVPR 2022, appendix A.2).
+    """How an encoder is fine-tuned (`FinetuneSettings` has the values of MAE).
 
     optimiser:     AdamW, or SGD with momentum 0.9.
     lr:            per 256 images where `lr_scale` is linear. head_lr: of the classifier; None: as the encoder's.
@@ -50,28 +50,28 @@ class Recipe:
     clip:          of the gradient's norm; None: none.
     """
 
-    epochs: int = 100
-    batch_size: int = 1024
-    optimiser: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    lr_scale: Literal["raw", "linear"] = "linear"
-    head_lr: float | None = None
-    min_lr: float = 1e-6
-    warmup_epochs: float = 5.0
-    shape: Literal["cosine", "step"] = "cosine"
-    milestones: tuple[float, ...] = ()
-    gamma: float = 0.2
-    weight_decay: float = 0.05
-    layer_decay: float = 0.75
-    drop_path: float = 0.1
-    crop: tuple[float, float] = (0.08, 1.0)
-    rand_augment: str = "rand-m9-mstd0.5-inc1"
-    erasing: float = 0.25
-    smoothing: float = 0.1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    pool: Literal["own", "cls", "mean"] = "mean"
-    clip: float | None = None
+    epochs: int
+    batch_size: int
+    optimiser: Literal["adamw", "sgd"]
+    lr: float
+    lr_scale: Literal["raw", "linear"]
+    head_lr: float | None
+    min_lr: float
+    warmup_epochs: float
+    shape: Literal["cosine", "step"]
+    milestones: tuple[float, ...]
+    gamma: float
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    crop: tuple[float, float]
+    rand_augment: str
+    erasing: float
+    smoothing: float
+    mixup: float
+    cutmix: float
+    pool: Literal["own", "cls", "mean"]
+    clip: float | None
 
     def rate(self, epoch: float, peak: float) -> float:
         """The encoder's rate after `epoch` epochs, a fraction counting, where its highest is `peak`."""
@@ -97,7 +97,7 @@ def classifier(job: Job, recipe: Recipe, seed: int) -> nn.Module:
                 # The pretrained norm is of tokens; the mean of the patches gets one of its own.
                 model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.embed_dim, eps=1e-6)
         head = model.get_classifier()
-        nn.init.trunc_normal_(head.weight, std=0.02 if recipe.optimiser == "adamw" else 0.01)
+        nn.init.trunc_normal_(head.weight, std=2e-5)  # As in MAE's code.
         nn.init.zeros_(head.bias)
     return model.to(job.device)
 
@@ -142,11 +142,10 @@ def finetune(job: Job, recipe: Recipe, train: Split, seed: int, workers: int, sa
             seed_step(seed, step)
             views, labels = views.to(job.device), labels.to(job.device)
             targets = labels
-            if mixing and len(views) > 1:
-                even = len(views) // 2 * 2  # timm mixes pairs.
+            if mixing:
+                even = batch // 2 * 2  # timm mixes pairs.
                 views, targets = mix(views[:even], labels[:even])
-            rate = recipe.rate(epoch + number / steps, 1.0) if recipe.lr else 0.0
-            _set_rates(optimiser, recipe, recipe.rate(epoch + number / steps, recipe.lr * scale), rate, scale)
+            _set_rates(optimiser, recipe, epoch + number / steps, scale)
             model.train()
             optimiser.zero_grad(set_to_none=True)
             with job.autocast():
@@ -165,7 +164,6 @@ def finetune(job: Job, recipe: Recipe, train: Split, seed: int, workers: int, sa
     return model.eval()
 
 
-@torch.no_grad()
 def named(job: Job, model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     """The classes that a classifier names for a split's plain images, and the true ones: int64 [n], on the CPU."""
     scores, labels = job.features(split, lambda views: job.subject.call(model, views))
@@ -189,10 +187,11 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return type(groups)(found, lr=1.0)
 
 
-def _set_rates(optimiser: torch.optim.Optimizer, recipe: Recipe, lr: float, share: float, scale: float) -> None:
+def _set_rates(optimiser: torch.optim.Optimizer, recipe: Recipe, epoch: float, scale: float) -> None:
+    """The rate of each group after `epoch` epochs, a fraction counting; scale: of the rates, by the batch."""
     for group in optimiser.param_groups:
-        own = recipe.head_lr * scale * share if group["head"] and recipe.head_lr is not None else lr
-        group["lr"] = own * group.get("lr_scale", 1.0)
+        peak = recipe.head_lr if group["head"] and recipe.head_lr is not None else recipe.lr
+        group["lr"] = recipe.rate(epoch, peak * scale) * group.get("lr_scale", 1.0)
 
 
 class _Augmented(Dataset):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-
-import torch
-from torch import nn
 
 from ...config.hints import Count, NonNegative, Positive, PositiveInt, Probability
 from ...errors import UserError
 from ...record import eval_figures
 from ..finetune import Recipe, finetune, named
 from ..protocol import Job, Seeds, Settings, Split, register_protocol
-from ..results import identity_of
+from ..results import fingerprint_of, identity_of
+from ..training import save
 
 #: Where a fine-tuned model is left, in the folder of the results.
 KEPT = "evals/finetuned.pt"
@@ -85,22 +81,17 @@ def run(job: Job, settings: FinetuneSettings) -> None:
             saved = place_of_training(job, variant)
             model = finetune(job, recipe, job.train, seed, settings.workers, saved)
             classes, labels = named(job, model, job.val)
-            job.record_accuracy(variant, classes, labels)
+            # Kept before it is recorded: what is recorded is not trained again.
             if settings.keep and job.out is not None:
-                _keep(job, recipe, model)
+                kept = {"model": model.state_dict(), "recipe": asdict(recipe), "weights": job.weights}
+                save(job.out / KEPT, {**kept, "classes": job.train.classes})
+            job.record_accuracy(variant, classes, labels)
             forget(saved)
             if path := job.figure("confusion"):
                 eval_figures.confusion(labels, classes, job.val.classes, path, "fine-tuning")
         values.append(job.found({"seed": seed})["value"])
     if len(values) > 1:
         job.record_mean({"seed": list(settings.seeds)}, "top1", values)
-
-
-def _keep(job: Job, recipe: Recipe, model: nn.Module) -> None:
-    """Leaves a model for other protocols."""
-    (job.home / KEPT).parent.mkdir(parents=True, exist_ok=True)
-    kept = {"model": model.state_dict(), "recipe": asdict(recipe), "weights": job.weights, "classes": job.train.classes}
-    torch.save(kept, job.home / KEPT)
 
 
 def place_of_training(job: Job, variant: dict[str, Any], train: Split | None = None) -> Path | None:
@@ -110,8 +101,8 @@ def place_of_training(job: Job, variant: dict[str, Any], train: Split | None = N
     """
     if job.out is None:
         return None
-    identity = json.dumps([identity_of(job.line(variant)), (train or job.train).fingerprint], sort_keys=True)
-    return job.out / "evals" / f"{job.protocol}_{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}.pt"
+    identity = fingerprint_of([identity_of(job.line(variant)), (train or job.train).fingerprint])
+    return job.out / "evals" / f"{job.protocol}_{identity}.pt"
 
 
 def forget(saved: Path | None) -> None:
