@@ -53,6 +53,7 @@ def evaluate(
     section = settings_of(protocol)
     source = _source_of(of.config or {}) if issubclass(section, Settings) else None
     settings = read_settings(section, overrides, {} if source is None else {"source": source})
+    settings.check()
     folder, problems = of.folder if out is None else Path(out), []
     labelled = isinstance(settings, Settings)
     if labelled and settings.source is None and of.found:

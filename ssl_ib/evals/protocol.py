@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import MinLen
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
 
 from .. import __version__, distributed
@@ -42,10 +41,20 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-#: Lists in which one value may stand alone.
-Positives = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), MinLen(1), "float > 0, or a list of them"]
-Numbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple), MinLen(1), "int >= 1, or a list of them"]
-Seeds = Annotated[tuple[Count, ...], BeforeValidator(_as_tuple), MinLen(1), "int >= 0, or a list of them"]
+def _distinct(values: tuple) -> tuple:
+    if not values or len(set(values)) < len(values):
+        raise ValueError("values that differ, one at least")
+    return values
+
+
+def several(one: Any, text: str) -> Any:
+    """The type of a list of values that differ, one at least, which may stand alone; text: what --describe shows."""
+    return Annotated[tuple[one, ...], BeforeValidator(_as_tuple), AfterValidator(_distinct), text]
+
+
+Positives = several(Positive, "float > 0, or a list of them")
+Numbers = several(PositiveInt, "int >= 1, or a list of them")
+Seeds = several(Count, "int >= 0, or a list of them")
 Files = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), "a file, or a list of them"]
 
 PROTOCOLS: Registry = Registry("protocol", "ssl_ib.evals.protocols", supplied=("job",))
@@ -79,6 +88,9 @@ class CommonSettings(Section):
         write files but by `Job.record` and `Job.figure`.
         """
         return False
+
+    def check(self) -> None:
+        """Raises UserError where settings do not fit each other."""
 
     def open(self, dry: bool, say: Callable[[str], None]) -> tuple[Images, Images]:
         """The training and the held-out images; few of them in a dry run. Raises UserError where they cannot be used.
@@ -149,6 +161,10 @@ class Split:
     def rows(self, rows: Tensor) -> Split:
         """The images with the numbers `rows` among these."""
         return replace(self, index=self.index[rows])
+
+    def few(self) -> Split:
+        """What a dry run takes of them."""
+        return self.rows(stratified(self.labels, DRY_IMAGES))
 
     def name_of(self, row: int) -> str:
         """The class of one of the images."""
@@ -396,9 +412,7 @@ def open_splits(
             known = known[stratified(labels[known], limit)]
         splits.append(Split(name, images, known))
     _check_classes(*splits, say)
-    if dry:
-        splits = [split.rows(stratified(split.labels, DRY_IMAGES)) for split in splits]
-    return splits[0], splits[1]
+    return tuple(split.few() if dry else split for split in splits)
 
 
 def _check_classes(train: Split, val: Split, say: Callable[[str], None]) -> None:

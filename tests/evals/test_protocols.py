@@ -148,7 +148,7 @@ def test_finetuning_learns(run):
 def test_lowshot_draws_of_every_class(run):
     lines = silent("lowshot", run, "shots=2", "seeds=[0,1,2]", "figures=false")
     *each, mean = lines
-    assert [line["trained_on"] for line in each] == [20] * 3 and len({line["chosen"] for line in each}) == 3
+    assert [line["trained_on"] for line in each] == [20] * 3 and len({line["settings"]["chosen"] for line in each}) == 3
     assert mean["value"] == pytest.approx(np.mean([line["value"] for line in each]))
     assert mean["spread"] == pytest.approx(np.std([line["value"] for line in each], ddof=1))
     (line,) = silent("lowshot", run, "fraction=0.1", "seeds=0", "figures=false")
@@ -177,7 +177,11 @@ def test_lists_name_images_by_the_end_of_their_path(tmp_path):
     split, file = Split("train", images, torch.tensor([0, 1, 2])), tmp_path / "list.txt"
     file.write_text("2.png\na/1.png\n")
     assert rows_of_list(split, file).tolist() == [0, 2]
-    for text, message in (("9.png\n", "1 of the 1 names"), ("1.png\n", "the name of 2 images"), ("\n", "no image")):
+    for text, message in (
+        ("9.png\n", "1 of the 1 names"),
+        ("1.png\n", "the name of 2 images"),
+        ("2.png\n", "two classes"),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             rows_of_list(split, file)
@@ -256,7 +260,11 @@ def test_a_class_without_held_out_images_is_said(run, broken):
         (["linear", "RUN", "form=mea"], "form: expected 'mae'"),
         (["linear", "RUN", "form=dino"], "blocks=4: RUN has 1 blocks"),
         (["linear", "RUN", "shape=step"], "milestones: the epochs at which shape=step"),
+        (["linear", "RUN", "form=[mae]"], "form: expected 'mae'"),
+        (["linear", "RUN", "seeds=[1,1]"], "seeds: expected values that differ, one at least, got [1, 1]"),
+        (["finetune", "RUN", "epochs=5"], "warmup_epochs: expected fewer than epochs=5, got 5"),
         (["lowshot", "RUN", "shots=1", "fraction=0.1"], "expected one of fraction, shots and lists"),
+        (["lowshot", "RUN", "fraction=10"], "fraction: expected a share of the training images in (0, 1], got 10"),
         (["knn", "RUN", "source.siez=8"], "source.siez: unknown key; did you mean 'size'?"),
         (["knn", "timm:resnet10t"], "has no images of its own: give source="),
         (["knn", "timm:resnet10t", "source=digits"], "timm:resnet10t has no folder of its own"),
@@ -282,7 +290,7 @@ def test_several_mistakes_are_told_together(run):
 def test_a_dry_run_writes_nothing(run, capsys):
     before = sorted(run.rglob("*"))
     for protocol in ("knn", "linear", "logistic", "finetune", "lowshot"):
-        more = ["workers=0"] if protocol in ("finetune", "lowshot") else []
+        more = {"finetune": ["workers=0"], "lowshot": ["shots=20"]}.get(protocol, [])  # More than a dry run takes.
         assert command.main([protocol, str(run), "--dry-run", *more]) == 0
         assert f"dry run of {protocol} passed" in capsys.readouterr().out
     assert sorted(run.rglob("*")) == before

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ...config.hints import Count, NonNegative, Positive, PositiveInt, Probability
-from ...errors import UserError
 from ...record import eval_figures
 from ..finetune import Recipe, finetune, named
-from ..protocol import Job, Seeds, Settings, Split, register_protocol
+from ..protocol import Job, Seeds, Settings, register_protocol
 from ..results import fingerprint_of, identity_of
 from ..training import save
+from .linear import check_training
 
 #: Where a fine-tuned model is left, in the folder of the results.
 KEPT = "evals/finetuned.pt"
@@ -59,23 +59,18 @@ class FinetuneSettings(Settings):
     keep: bool = False
     seeds: Seeds = (0,)
 
+    def check(self) -> None:
+        check_training(self)
 
-def recipe_of(settings: Settings) -> Recipe:
-    """How settings with the keys of `FinetuneSettings` fine-tune. Raises UserError where they do not fit together."""
-    recipe = Recipe(**{field.name: getattr(settings, field.name) for field in fields(Recipe)})
-    if not 0 < recipe.crop[0] <= recipe.crop[1] <= 1:
-        raise UserError(f"crop: expected 0 < low <= high <= 1, got {list(recipe.crop)}")
-    if (recipe.shape == "step") != bool(recipe.milestones):
-        raise UserError("milestones: the epochs at which shape=step lowers the rate, and none with another shape")
-    if recipe.warmup_epochs >= recipe.epochs:
-        raise UserError(f"warmup_epochs: expected fewer than epochs={recipe.epochs}, got {recipe.warmup_epochs:g}")
-    return recipe
+    def recipe(self) -> Recipe:
+        """How it is fine-tuned."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
 
 
 @register_protocol("finetune")
 def run(job: Job, settings: FinetuneSettings) -> None:
     """Top-1 accuracy after the encoder was fine-tuned with a classifier, in MAE's form by default."""
-    recipe, values = recipe_of(settings), []
+    recipe, values = settings.recipe(), []
     for seed in settings.seeds:
         for variant in job.todo([{"seed": seed}]):
             saved = place_of_training(job, variant)
@@ -94,15 +89,11 @@ def run(job: Job, settings: FinetuneSettings) -> None:
         job.record_mean({"seed": list(settings.seeds)}, "top1", values)
 
 
-def place_of_training(job: Job, variant: dict[str, Any], train: Split | None = None) -> Path | None:
-    """Where an unfinished training is kept; None in a dry run.
-
-    train: the images it is trained on, where those are not the job's.
-    """
+def place_of_training(job: Job, variant: dict[str, Any]) -> Path | None:
+    """Where an unfinished training is kept; None in a dry run."""
     if job.out is None:
         return None
-    identity = fingerprint_of([identity_of(job.line(variant)), (train or job.train).fingerprint])
-    return job.out / "evals" / f"{job.protocol}_{identity}.pt"
+    return job.out / "evals" / f"{job.protocol}_{fingerprint_of(identity_of(job.line(variant)))}.pt"
 
 
 def forget(saved: Path | None) -> None:

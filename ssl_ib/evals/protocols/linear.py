@@ -45,7 +45,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "gamma": 0.2,
         "crop": [0.2, 1.0],
     },
-    # Caron et al., ICCV 2021, and their code, for ViT-S; ViT-B: blocks=1.
+    # Caron et al., ICCV 2021, and their code, for ViT-S.
     "dino": {
         "lr": [0.001],
         "lr_scale": "linear",
@@ -103,7 +103,11 @@ class LinearSettings(Settings):
     @classmethod
     def fill(cls, given: dict[str, Any]) -> dict[str, Any]:
         """The values of the form."""
-        return FORMS.get(given.get("form", "mrcl"), {})
+        form = given.get("form", "mrcl")
+        return FORMS[form] if form in tuple(FORMS) else {}
+
+    def check(self) -> None:
+        check_training(self)
 
     def shareable(self) -> bool:
         return not self.augment
@@ -114,10 +118,19 @@ class LinearSettings(Settings):
         return Training(**{key: getattr(self, key) for key in keys}, batch_norm=self.batch_norm)
 
 
+def check_training(settings: Any) -> None:
+    """Raises UserError where crop, warmup_epochs, epochs, shape and milestones of settings do not fit each other."""
+    if not 0 < settings.crop[0] <= settings.crop[1] <= 1:
+        raise UserError(f"crop: expected 0 < low <= high <= 1, got {list(settings.crop)}")
+    if settings.warmup_epochs >= settings.epochs:
+        raise UserError(f"warmup_epochs: expected fewer than epochs={settings.epochs}, got {settings.warmup_epochs:g}")
+    if (settings.shape == "step") != bool(settings.milestones):
+        raise UserError("milestones: the epochs at which shape=step lowers the rate, and none with another shape")
+
+
 @register_protocol("linear")
 def linear(job: Job, settings: LinearSettings) -> None:
     """Top-1 accuracy of one linear layer, trained as the papers train it."""
-    _check(settings)
     sweep = len(settings.lr) > 1
     choose = settings.choose if sweep else 0.0
     chosen = []
@@ -130,17 +143,6 @@ def linear(job: Job, settings: LinearSettings) -> None:
     if len(chosen) > 1:
         lr = list(settings.lr) if sweep else settings.lr[0]
         job.record_mean({"lr": lr, "seed": list(settings.seeds), "choose": choose}, "top1", chosen)
-
-
-def _check(settings: LinearSettings) -> None:
-    if not 0 < settings.crop[0] <= settings.crop[1] <= 1:
-        raise UserError(f"crop: expected 0 < low <= high <= 1, got {list(settings.crop)}")
-    if settings.warmup_epochs >= settings.epochs:
-        raise UserError(f"warmup_epochs: expected fewer than epochs={settings.epochs}, got {settings.warmup_epochs:g}")
-    if (settings.shape == "step") != bool(settings.milestones):
-        raise UserError("milestones: the epochs at which shape=step lowers the rate, and none with another shape")
-    if len(set(settings.lr)) < len(settings.lr):
-        raise UserError(f"lr: expected rates that differ, got {list(settings.lr)}")
 
 
 def _train(job: Job, settings: LinearSettings, variants: list[dict[str, Any]], seed: int, choose: float) -> None:

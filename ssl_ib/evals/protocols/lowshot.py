@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
@@ -15,7 +15,7 @@ from ...data.sources.base import stratified
 from ...errors import UserError
 from ..finetune import finetune, named
 from ..protocol import Files, Job, Seeds, Split, register_protocol
-from .finetune import FinetuneSettings, forget, place_of_training, recipe_of
+from .finetune import FinetuneSettings, forget, place_of_training
 from .logistic import fit_logistic
 
 #: Caron et al., NeurIPS 2020 (SwAV's eval_semisup.py): the rates of the encoder and of its classifier, by the share.
@@ -40,6 +40,8 @@ SWAV: dict[str, Any] = {
     "pool": "own",
 }
 _FEW, _MORE = {"lr": 0.02, "head_lr": 5.0}, {"lr": 0.01, "head_lr": 0.2}
+#: The largest share that has the rates for 1 %.
+_MOST = 0.05
 
 
 class LowshotSettings(FinetuneSettings):
@@ -47,9 +49,10 @@ class LowshotSettings(FinetuneSettings):
     files name (lists). One of the three is given; the default is one per cent.
 
     method: probe is scikit-learn's logistic regression on frozen features (c: its inverse penalty); finetune trains the
-    encoder too, with SwAV's rates, which are those for 1 % up to 5 % of the images and those for 10 % above (the other
-    settings are those of the protocol finetune; form=mae gives its defaults). lists: files with an image's name in each
-    line, as published; each is one draw. seeds: each draws other images; the result is the mean over them.
+    encoder too, with SwAV's rates, which are those for 1 % up to a fraction of 5 %, for shots and for lists, and those
+    for 10 % above (the other settings are those of the protocol finetune; form=mae gives its defaults). lists: files
+    with an image's name in each line, as published; each is one draw. seeds: each draws other images; the result is
+    the mean over them.
     """
 
     varied: ClassVar = {"seeds": "seed"}
@@ -62,6 +65,19 @@ class LowshotSettings(FinetuneSettings):
     c: Positive = 1.0
     seeds: Seeds = (0, 1, 2, 3, 4)
 
+    def check(self) -> None:
+        super().check()
+        given = [key for key in ("fraction", "shots", "lists") if getattr(self, key)]
+        if len(given) != 1:
+            raise UserError(f"expected one of fraction, shots and lists, got {', '.join(given) or 'none'}")
+        if self.fraction is not None and self.fraction > 1:
+            raise UserError(f"fraction: expected a share of the training images in (0, 1], got {self.fraction:g}")
+
+    def open(self, dry: bool, say: Callable[[str], None]) -> tuple[Split, Split]:
+        # Also a dry run draws from all training images, of which few might be too few.
+        train, val = super().open(False, say)
+        return train, val.few() if dry else val
+
     @classmethod
     def fill(cls, given: dict[str, Any]) -> dict[str, Any]:
         """The default share, and SwAV's rates."""
@@ -70,7 +86,7 @@ class LowshotSettings(FinetuneSettings):
             data["fraction"] = 0.01
         if given.get("form", "swav") == "swav":
             share = given.get("fraction", data.get("fraction"))
-            few = not isinstance(share, int | float) or share <= 0.05
+            few = not isinstance(share, int | float) or share <= _MOST
             data |= SWAV | (_FEW if few else _MORE)
         return data
 
@@ -81,14 +97,17 @@ class LowshotSettings(FinetuneSettings):
 @register_protocol("lowshot")
 def lowshot(job: Job, settings: LowshotSettings) -> None:
     """Top-1 accuracy with few labels, as mean and deviation over several draws of them."""
-    given = [key for key in ("fraction", "shots", "lists") if getattr(settings, key)]
-    if len(given) != 1:
-        raise UserError(f"expected one of fraction, shots and lists, got {', '.join(given) or 'none'}")
-    recipe, values = recipe_of(settings), []
+    recipe, values = settings.recipe(), []
     draws = list(_draws(job, settings))
+    share = max(len(train) for _, train in draws) / len(job.train)
+    if settings.method == "finetune" and share > _MOST and {"lr": settings.lr, "head_lr": settings.head_lr} == _FEW:
+        rates = " ".join(f"{key}={value:g}" for key, value in _MORE.items())
+        job.say(
+            f"lr, head_lr: SwAV's rates for 1 % of the images; here are {share:.0%}, and those for 10 % are {rates}"
+        )
     for variant, train in draws:
         for missing in job.todo([variant]):
-            more = {"trained_on": len(train), "chosen": train.fingerprint}
+            more = {"trained_on": len(train)}
             if settings.method == "probe":
                 features, labels = job.features(train)
                 test, truth = job.features(job.val)
@@ -96,27 +115,28 @@ def lowshot(job: Job, settings: LowshotSettings) -> None:
                 classes, converged = fit_logistic(features, labels, test, settings.c)
                 more["converged"] = converged
             else:
-                saved = place_of_training(job, missing, train)
+                saved = place_of_training(job, missing)
                 model = finetune(job, recipe, train, missing["seed"], settings.workers, saved)
                 classes, truth = named(job, model, job.val)
                 forget(saved)
             job.record_accuracy(missing, classes, truth, **more)
         values.append(job.found(variant)["value"])
     if len(values) > 1:
-        names = [variant["seed"] for variant, _ in draws]
-        sizes = fmean(len(train) for _, train in draws)
-        job.record_mean({"seed": names}, "top1", values, trained_on=sizes)
+        each = {key: [variant[key] for variant, _ in draws] for key in ("seed", "chosen")}
+        job.record_mean(each, "top1", values, trained_on=fmean(len(train) for _, train in draws))
 
 
 def _draws(job: Job, settings: LowshotSettings) -> Iterator[tuple[dict[str, Any], Split]]:
-    """The training images of each draw."""
-    if settings.lists:
-        for number, file in enumerate(settings.lists):
-            yield {"seed": number}, job.train.rows(rows_of_list(job.train, Path(file)))
-        return
-    for seed in settings.seeds:
-        rows = drawn(job.train.labels, settings.fraction, settings.shots, seed)
-        yield {"seed": seed}, job.train.rows(rows)
+    """The training images of each draw, with its seed, or the number of its list."""
+    for seed in range(len(settings.lists)) if settings.lists else settings.seeds:
+        if settings.lists:
+            rows = rows_of_list(job.train, Path(settings.lists[seed]))
+        else:
+            rows = drawn(job.train.labels, settings.fraction, settings.shots, seed)
+        train = job.train.rows(rows)
+        train = train.few() if job.dry else train
+        # Who is drawn is told by the seed, but a list may change under its name.
+        yield {"seed": seed, "chosen": train.fingerprint}, train
 
 
 def drawn(labels: torch.Tensor, fraction: float | None, shots: int | None, seed: int) -> torch.Tensor:
@@ -127,8 +147,6 @@ def drawn(labels: torch.Tensor, fraction: float | None, shots: int | None, seed:
     """
     order = random.shuffled(seed, -1, len(labels))
     if fraction is not None:
-        if not 0 < fraction <= 1:
-            raise UserError(f"fraction: expected a share of the training images in (0, 1], got {fraction:g}")
         rows = order[stratified(labels[order], max(round(fraction * len(labels)), 1))]
         # Of a class that is too small for the share, the first image.
         lacking = set(labels.unique().tolist()) - set(labels[rows].tolist())
@@ -167,6 +185,7 @@ def rows_of_list(train: Split, file: Path) -> torch.Tensor:
         raise UserError(
             f"lists: {double[0]} in {file} is the name of {len(rows[double[0]])} images: give more of its path"
         )
-    if not wanted:
-        raise UserError(f"lists: {file} names no image")
-    return torch.tensor(sorted({rows[name][0] for name in wanted}))
+    found = torch.tensor(sorted({rows[name][0] for name in wanted}), dtype=torch.int64)
+    if len(train.labels[found].unique()) < 2:
+        raise UserError(f"lists: expected images of two classes at least in {file}")
+    return found

@@ -23,7 +23,7 @@ from ...types import Sample
 from ..corruptions import ALEXNET, NAMES, SEVERITIES, corrupt, mean_corruption_error
 from ..finetune import Recipe, classifier
 from ..knn import knn_scores
-from ..protocol import DRY_IMAGES, Files, Job, Split, register_protocol
+from ..protocol import DRY_IMAGES, Files, Job, Split, register_protocol, several
 from ..results import Results, fingerprint_of, fingerprint_of_weights, identity_of
 from .finetune import KEPT
 from .linear import LinearSettings, train_heads
@@ -50,7 +50,7 @@ class RobustnessSettings(LinearSettings):
 
     path: str | None = None
     corruptions: Files = NAMES
-    severities: tuple[Literal[1, 2, 3, 4, 5], ...] = SEVERITIES
+    severities: several(Literal[1, 2, 3, 4, 5], "1 | 2 | 3 | 4 | 5, or a list of them") = SEVERITIES
     classifier: Literal["knn", "linear", "finetuned"] = "knn"
     k: PositiveInt = 20
     baseline: str = "none"
@@ -58,6 +58,14 @@ class RobustnessSettings(LinearSettings):
 
     def shareable(self) -> bool:
         return self.classifier != "linear" or super().shareable()
+
+    def check(self) -> None:
+        super().check()
+        unknown = [name for name in self.corruptions if name not in NAMES]
+        if unknown:
+            raise UserError(f"corruptions: unknown corruption {unknown[0]!r}{nearest(unknown[0], NAMES)}")
+        if len(self.lr) > 1 or len(self.seeds) > 1:
+            raise UserError("robustness takes one lr and one of seeds: find the rate with the protocol linear")
 
 
 #: The scores [n, C] and the labels [n] of a split, given how a sample becomes views (None: as it always does).
@@ -67,14 +75,7 @@ Scores = Callable[[Split, Callable[[Sample], Tensor] | None], tuple[Tensor, Tens
 @register_protocol("robustness")
 def robustness(job: Job, settings: RobustnessSettings) -> None:
     """Errors on corrupted images, made on the fly or in folders like ImageNet-C's, and their mean (mCE)."""
-    unknown = [name for name in settings.corruptions if name not in NAMES]
-    if unknown:
-        raise UserError(f"corruptions: unknown corruption {unknown[0]!r}{nearest(unknown[0], NAMES)}")
-    if not settings.severities:
-        raise UserError("severities: expected one at least")
     base = {"classifier_weights": _fingerprint(job, settings)}
-    if len(settings.lr) > 1 or len(settings.seeds) > 1:
-        raise UserError("robustness takes one lr and one of seeds: find the rate with the protocol linear")
     scores = cache(lambda: _classifier(job, settings))
     lines: dict[str, dict[str, Any]] = {}
     for name, parts in _sets(job, settings):
