@@ -20,12 +20,13 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from .. import random
 from ..errors import UserError
+from . import unfinished
 from .average_precision import Predicted
 from .boxes import BoxImages, coco_tools
 from .detector import Design, build, groups
 from .progress import track
 from .protocol import Job
-from .training import Order, generators, save, seed_step, train
+from .training import Order, generators, seed_step, train
 
 #: Keeps what an image draws apart from the order of the images and from what a step draws.
 _IMAGES = -3
@@ -197,7 +198,7 @@ def detector(
     if course.precise_bn and not job.dry:
         _measure_norms(job, model, loader, course.precise_bn, seed)
     # Where the scoring is stopped, nothing is trained again.
-    save(saved, {"epoch": course.epochs, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
+    unfinished.save(saved, {"epoch": course.epochs, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
     return model.eval()
 
 

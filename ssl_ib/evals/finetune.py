@@ -25,9 +25,10 @@ from torchvision.transforms.functional import to_pil_image
 
 from .. import random
 from ..errors import UserError
+from . import unfinished
 from .progress import track
 from .protocol import Job, Split
-from .training import Order, generators, load, save, seed_all, seed_step
+from .training import Order, generators, seed_all, seed_step
 
 #: Keeps what an image draws apart from the order of the images, and from what a step draws.
 _IMAGES = -3
@@ -114,7 +115,7 @@ def finetune(job: Job, recipe: Recipe, train: Split, seed: int, workers: int, sa
     scale = batch / 256 if recipe.lr_scale == "linear" else 1.0
     optimiser = _optimiser(model, recipe)
     epochs = min(recipe.epochs, 1) if job.dry else recipe.epochs
-    state = load(saved)
+    state = unfinished.load(saved)
     if state is not None:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
@@ -160,7 +161,9 @@ def finetune(job: Job, recipe: Recipe, train: Split, seed: int, workers: int, sa
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimiser.step()
             if number == steps - 1 and epoch + 1 < epochs:
-                save(saved, {"epoch": epoch + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
+                unfinished.save(
+                    saved, {"epoch": epoch + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+                )
     return model.eval()
 
 

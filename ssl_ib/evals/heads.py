@@ -8,9 +8,9 @@ Shapes: R heads, B rows a batch, n rows in all, D feature dimensions, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,24 @@ class Heads:
         # Its statistics are of the features alone, so that one serves all heads.
         self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False, device=device) if training.batch_norm else None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands."""
+        norm = None if self.norm is None else self.norm.state_dict()
+        return {"weight": self.weight, "bias": self.bias, "moved": self._moved, "norm": norm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken."""
+        for own, value in zip(
+            (self.weight, self.bias, *self._moved), (state["weight"], state["bias"], *state["moved"]), strict=True
+        ):
+            own.copy_(value)
+        if self.norm is not None:
+            self.norm.load_state_dict(state["norm"])
+
     @torch.no_grad()
-    def step(self, rows: Tensor, labels: Tensor, share: float) -> None:
-        """One step on features [B, D] and labels int64 [B]; share: of each head's highest rate."""
+    def step(self, rows: Tensor, labels: Tensor, epoch: float) -> None:
+        """One step on features [B, D] and labels int64 [B], after `epoch` epochs, a fraction counting."""
+        share = self.training.share(epoch)
         rows = rows if self.norm is None else self.norm.train()(rows)
         residual = self._scores(rows).softmax(dim=0)
         residual[labels, :, torch.arange(len(rows), device=rows.device)] -= 1
@@ -119,21 +134,3 @@ class Heads:
     def finite(self) -> Tensor:
         """Which heads are still finite: bool [R], on the CPU. What the others name means nothing."""
         return (self.weight.isfinite().all(dim=2) & self.bias.isfinite()).all(dim=0).cpu()
-
-
-def fit(
-    heads: Heads,
-    batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
-    steps: int,
-    epochs: Iterable[int],
-) -> None:
-    """Trains heads.
-
-    batches: gives an epoch's features and labels, on the heads' device. steps: batches an epoch.
-    epochs:  their numbers, from 0.
-    """
-    # In float32 also where the caller encodes in less, as are the weights.
-    for epoch in epochs:
-        for number, (rows, labels) in enumerate(batches(epoch)):
-            with torch.autocast(rows.device.type, enabled=False):
-                heads.step(rows.float(), labels, heads.training.share(epoch + number / steps))

@@ -341,6 +341,7 @@ class Job:
 
         encode, center: default: the encoder, and its plain view. key: what tells another encode or center from these;
         None with one of them: the features are not kept. The processes of a group share the batches, and all get all.
+        Raises UserError where one is not a finite number: no accuracy would mean anything.
         """
         kept = key is not None or (encode is None and center is None)
         place = (split.name, key, tuple(split.index.tolist())) if kept else None
@@ -356,15 +357,12 @@ class Job:
             torch.bfloat16 if self.settings.precision == "bf16" else None,
             lambda batches: track(batches, len(batches), f"features of {len(split):,} images ({split.name})"),
         )
+        bad = int((~found[0].isfinite().all(dim=1)).sum())
+        if bad:
+            raise UserError(f"{self.subject.where}: the features of {bad} images ({split.name}) are not finite numbers")
         if place is not None:
             self._features[place] = found
         return found
-
-    def check_finite(self, *features: Tensor) -> None:
-        """Raises UserError where a feature is not a finite number: no accuracy would mean anything."""
-        bad = sum(int((~part.isfinite().all(dim=1)).sum()) for part in features)
-        if bad:
-            raise UserError(f"{self.subject.where}: the features of {bad} images are not finite numbers")
 
     def picture(self, split: Split, row: int) -> Tensor:
         """An image of a split as it is, uint8 [3, H, W]."""

@@ -5,7 +5,6 @@ What an epoch, a step or an image draws is a function of the seed and of its num
 
 from __future__ import annotations
 
-import os
 import random as python_random
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from .. import random
 from ..errors import UserError
+from . import unfinished
 from .progress import track
 from .protocol import Job
 
@@ -71,7 +71,7 @@ def train(
     Raises UserError where the loss is not finite.
     """
     order = loader.batch_sampler
-    state, first = load(saved), 0
+    state, first = unfinished.load(saved), 0
     if state is not None:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
@@ -104,7 +104,9 @@ def train(
             optimiser.step()
             done, left = divmod(step + 1, len(order))
             if not left and step + 1 < steps and time.perf_counter() - written >= SAVE_EVERY:
-                save(saved, {"epoch": done, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
+                unfinished.save(
+                    saved, {"epoch": done, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+                )
                 written = time.perf_counter()
     model.eval()
 
@@ -131,19 +133,3 @@ def generators() -> Iterator[None]:
         finally:
             python_random.setstate(before[0])
             np.random.set_state(before[1])
-
-
-def save(path: Path | None, state: dict[str, Any]) -> None:
-    """Writes where a training stands; a reader never meets half of it."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".tmp")
-        torch.save(state, fresh)
-        os.replace(fresh, path)
-
-
-def load(path: Path | None) -> dict[str, Any] | None:
-    """What `save` wrote; None where there is nothing."""
-    if path is None or not path.is_file():
-        return None
-    return torch.load(path, map_location="cpu", weights_only=True)

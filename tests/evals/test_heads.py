@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssl_ib.evals.heads import TRUST, Heads, Training, fit
+from ssl_ib.evals.heads import TRUST, Heads, Training
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def gradients(head, rows, labels, r):
 def test_two_steps_are_the_official_ones(optimiser, decay):
     """MAE's LARS: g + wd p, times eta |p| / |g| of matrices, then momentum, then the rate; plain SGD without it."""
     rows, labels = data()
-    rates, share = [6.4, 0.3], 0.5
+    rates, share = [6.4, 0.3], 0.5  # The cosine of 100 epochs after 50.
     heads = Heads(5, 3, rates, Training(optimiser=optimiser, weight_decay=decay), seed=1, device=CPU)
     expected = [(heads.weight[:, r].clone(), heads.bias[:, r].clone()) for r in range(2)]
     moved = [[torch.zeros_like(x) for x in pair] for pair in expected]
@@ -41,7 +41,7 @@ def test_two_steps_are_the_official_ones(optimiser, decay):
                 g = g * TRUST * weight.norm() / g.norm()
             moved[r] = [0.9 * m + d for m, d in zip(moved[r], (g, b), strict=True)]
             expected[r] = tuple(p - share * rates[r] * m for p, m in zip((weight, bias), moved[r], strict=True))
-        heads.step(rows, labels, share)
+        heads.step(rows, labels, epoch=50)
         for r, (weight, bias) in enumerate(expected):
             torch.testing.assert_close(heads.weight[:, r], weight)
             torch.testing.assert_close(heads.bias[:, r], bias)
@@ -51,7 +51,9 @@ def trained(rates, epochs=6, **more):
     rows, labels = data()
     heads = Heads(5, 3, rates, Training(epochs=epochs, **more), seed=1, device=CPU)
     order = [torch.randperm(60, generator=torch.Generator().manual_seed(e)).split(16) for e in range(epochs)]
-    fit(heads, lambda epoch: ((rows[i], labels[i]) for i in order[epoch]), 4, range(epochs))
+    for epoch in range(epochs):
+        for number, i in enumerate(order[epoch]):
+            heads.step(rows[i], labels[i], epoch + number / 4)
     return heads
 
 

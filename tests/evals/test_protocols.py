@@ -17,6 +17,7 @@ import ssl_ib
 from ssl_ib import ConfigError, UserError
 from ssl_ib.cli import eval as command
 from ssl_ib.config.registry import build_part
+from ssl_ib.evals import unfinished
 from ssl_ib.evals.evaluate import evaluate
 from ssl_ib.evals.protocol import Split
 from ssl_ib.evals.protocols.lowshot import drawn, rows_of_list
@@ -118,24 +119,31 @@ def test_what_is_finished_is_not_computed_again(run, monkeypatch):
     assert sorted(line["settings"]["k"] for line in lines) == [5, 10, 15]
 
 
-def test_finetuning_goes_on_after_a_kill(run, monkeypatch):
-    overrides = (*QUICK[:2], "train_images=60", "epochs=2", "warmup_epochs=0", "batch_size=30", "workers=0", "lr=0.01")
-    (whole,) = silent("finetune", run, *overrides, out=run / "whole")
-    from ssl_ib.evals import finetune as module
-
-    kept = module.save
+@pytest.mark.parametrize(
+    "protocol, more",
+    [
+        ("finetune", ("warmup_epochs=0", "workers=0", "lr=0.01")),
+        ("linear", ("augment=true", "form=mae", "warmup_epochs=0", "lr=[1.0,100.0]")),
+    ],
+)
+def test_a_training_goes_on_after_a_kill(run, monkeypatch, protocol, more):
+    overrides = (*QUICK[:2], "train_images=60", "epochs=2", "batch_size=30", *more)
+    whole = silent(protocol, run, *overrides, out=run / "whole")
+    kept = unfinished.save
 
     def killed(path, state):
         kept(path, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save", killed)
+        patch.setattr(unfinished, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            silent("finetune", run, *overrides, out=run / "parts")
-    assert len(list((run / "parts" / "evals").glob("finetune_*.pt"))) == 1
-    (parts,) = silent("finetune", run, *overrides, out=run / "parts")
-    assert parts["value"] == whole["value"] and not (run / "parts" / "evals").exists()
+            silent(protocol, run, *overrides, out=run / "parts")
+    assert len(list((run / "parts" / "evals").glob(f"{protocol}_*.pt"))) == 1
+    parts = silent(protocol, run, *overrides, out=run / "parts")
+    assert [line["value"] for line in parts] == [line["value"] for line in whole]
+    assert len({line["value"] for line in whole}) > (protocol == "linear")
+    assert not (run / "parts" / "evals").exists()
 
 
 def test_finetuning_learns(run):
@@ -181,6 +189,7 @@ def test_lists_name_images_by_the_end_of_their_path(tmp_path):
         ("9.png\n", "1 of the 1 names"),
         ("1.png\n", "the name of 2 images"),
         ("2.png\n", "two classes"),
+        ("\n", "two classes"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -12,13 +12,13 @@ import torch
 from ...config.hints import Count, NonNegative, Positive, PositiveInt, Probability
 from ...errors import UserError
 from ...record import eval_figures
+from .. import unfinished
 from ..average_precision import Precision, Predicted, average_precision
 from ..box_sets import open_sets
 from ..box_training import Course, detector, find
 from ..boxes import BoxImages, coco_tools, decoded
 from ..detector import Design
 from ..protocol import CommonSettings, Files, Job, Seeds, register_protocol
-from .finetune import forget, place_of_training
 
 #: Where a trained detector is left, in the folder of the results.
 KEPT = "evals/detector.pt"
@@ -181,7 +181,7 @@ def detection(job: Job, settings: DetectionSettings) -> None:
     for seed in settings.seeds:
         if not (missing := job.todo({"seed": seed, "metric": metric} for metric in metrics)):
             continue
-        saved = place_of_training(job, {"seed": seed})
+        saved = unfinished.place(job, {"seed": seed})
         model = detector(job, design, course, job.train, seed, settings.workers, saved)
         found = find(job, model, course, job.val, settings.workers)
         scores = {kind: average_precision(job.val, found, of) for kind, of in kinds.items()}
@@ -189,7 +189,7 @@ def detection(job: Job, settings: DetectionSettings) -> None:
             _record(job, variant, scores["mask_" if variant["metric"].startswith("mask_") else ""])
         if settings.keep and job.out is not None:
             _keep(job, settings, model)
-        forget(saved)
+        unfinished.forget(saved)
         _draw(job, found, scores)
     if len(settings.seeds) > 1:
         for metric in metrics:

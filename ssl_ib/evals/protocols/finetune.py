@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from ...config.hints import Count, NonNegative, Positive, PositiveInt, Probability
 from ...record import eval_figures
+from .. import unfinished
 from ..finetune import Recipe, finetune, named
 from ..protocol import Job, Seeds, Settings, register_protocol
-from ..results import fingerprint_of, identity_of
-from ..training import save
 from .linear import check_training
 
 #: Where a fine-tuned model is left, in the folder of the results.
@@ -73,32 +71,17 @@ def run(job: Job, settings: FinetuneSettings) -> None:
     recipe, values = settings.recipe(), []
     for seed in settings.seeds:
         for variant in job.todo([{"seed": seed}]):
-            saved = place_of_training(job, variant)
+            saved = unfinished.place(job, variant)
             model = finetune(job, recipe, job.train, seed, settings.workers, saved)
             classes, labels = named(job, model, job.val)
             # Kept before it is recorded: what is recorded is not trained again.
             if settings.keep and job.out is not None:
                 kept = {"model": model.state_dict(), "recipe": asdict(recipe), "weights": job.weights}
-                save(job.out / KEPT, {**kept, "classes": job.train.classes})
+                unfinished.save(job.out / KEPT, {**kept, "classes": job.train.classes})
             job.record_accuracy(variant, classes, labels)
-            forget(saved)
+            unfinished.forget(saved)
             if path := job.figure("confusion"):
                 eval_figures.confusion(labels, classes, job.val.classes, path, "fine-tuning")
         values.append(job.found({"seed": seed})["value"])
     if len(values) > 1:
         job.record_mean({"seed": list(settings.seeds)}, "top1", values)
-
-
-def place_of_training(job: Job, variant: dict[str, Any]) -> Path | None:
-    """Where an unfinished training is kept; None in a dry run."""
-    if job.out is None:
-        return None
-    return job.out / "evals" / f"{job.protocol}_{fingerprint_of(identity_of(job.line(variant)))}.pt"
-
-
-def forget(saved: Path | None) -> None:
-    """Removes what was kept of a training, which is finished."""
-    if saved is not None:
-        saved.unlink(missing_ok=True)
-        if saved.parent.is_dir() and not any(saved.parent.iterdir()):
-            saved.parent.rmdir()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,9 +15,10 @@ from ...data.sources.base import stratified
 from ...errors import UserError
 from ...record import eval_figures
 from ...types import Sample
-from ..heads import Heads, Shape, Training, fit
+from .. import unfinished
+from ..heads import Heads, Shape, Training
 from ..progress import track
-from ..protocol import Job, Positives, Seeds, Settings, Split, register_protocol
+from ..protocol import Job, Positives, Seeds, Settings, register_protocol
 from ..subject import Pool
 
 #: The papers' probes. Rates of `lr_scale: linear` are per 256 images.
@@ -150,8 +152,9 @@ def _train(job: Job, settings: LinearSettings, variants: list[dict[str, Any]], s
     encode = job.subject.blocks(settings.blocks, settings.pool)
     key = (settings.blocks, settings.pool)
     test, labels = job.features(job.val, encode, key)
-    train, judges = split_off(job.train, choose, seed)
-    heads = train_heads(job, settings, train, encode, key, test.shape[1], seed)
+    rows, judges = split_off(job.train.labels, choose, seed)
+    saved = unfinished.place(job, variants[-1])
+    heads = train_heads(job, settings, rows, encode, key, test.shape[1], seed, saved)
     named, finite = heads.named(test), heads.finite
     scores = (named == labels).double().mean(dim=1)
     for variant, classes, ok in zip(variants, named, finite.tolist(), strict=False):
@@ -161,66 +164,87 @@ def _train(job: Job, settings: LinearSettings, variants: list[dict[str, Any]], s
             job.record_accuracy(variant, classes, labels, diverged=not ok)
     best = 0
     if len(settings.lr) > 1:
-        kept, kept_labels = (test, labels) if judges is None else job.features(judges, encode, (*key, "choose", seed))
-        merits = scores if judges is None else (heads.named(kept) == kept_labels).double().mean(dim=1)
+        merits, by = scores, "the held-out images themselves"
+        if len(judges):
+            kept, kept_labels = (x[judges] for x in job.features(job.train, encode, key))
+            merits = (heads.named(kept) == kept_labels).double().mean(dim=1)
+            by = f"{len(judges)} training images kept out"
         best = int(merits.where(finite, -1.0).argmax())
-        by = "the held-out images themselves" if judges is None else f"{len(judges)} training images kept out"
-        job.record_accuracy(variants[-1], named[best], labels, chosen_lr=settings.lr[best], chosen_by=by)
+        more = {"chosen_lr": settings.lr[best], "chosen_by": by, "diverged": not finite[best].item()}
+        job.record_accuracy(variants[-1], named[best], labels, **more)
+    unfinished.forget(saved)
     if path := job.figure("confusion"):
         eval_figures.confusion(labels, named[best], job.val.classes, path, f"linear probe, {settings.form}")
 
 
-def split_off(train: Split, share: float, seed: int) -> tuple[Split, Split | None]:
-    """The training images without a share of them, stratified by class, and that share (None where it is empty)."""
-    order = random.shuffled(seed, -1, len(train))
-    rows = order[stratified(train.labels[order], round(share * len(train)))] if share else order[:0]
-    if not len(rows):
-        return train, None
-    kept = torch.ones(len(train), dtype=torch.bool)
-    kept[rows] = False
-    return train.rows(kept.nonzero()[:, 0]), train.rows(rows.sort().values)
+def split_off(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The rows of images without a share of them, stratified by class, and those of that share: int64, ascending."""
+    order, count = random.shuffled(seed, -1, len(labels)), round(share * len(labels))
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    if count:
+        chosen[order[stratified(labels[order], count)]] = True
+    return (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
 
 
 def train_heads(
     job: Job,
     settings: LinearSettings,
-    train: Split,
+    rows: Tensor,
     encode: Callable[[Tensor], Tensor],
     key: Any,
     width: int,
     seed: int,
+    saved: Path | None = None,
 ) -> Heads:
-    """A trained head for each of the settings' rates, on features of `train`, computed once or augmented anew."""
-    batch = min(settings.batch_size, len(train))
+    """A trained head for each of the settings' rates, on features that are computed once, or augmented anew.
+
+    rows: int64 [n], which of the training images. encode, key: as for `Job.features`. width: of a feature. saved: as
+    for `finetune`, where images are augmented, which takes long.
+    """
+    batch = min(settings.batch_size, len(rows))
     # Batches of equal size but for one: a last one of a few images would spoil a batch norm.
-    steps = -(-len(train) // batch)
+    steps = -(-len(rows) // batch)
     scale = batch / 256 if settings.lr_scale == "linear" else 1.0
-    training, device = settings.training(), job.device
-    heads = Heads(width, job.num_classes, [lr * scale for lr in settings.lr], training, seed, device)
-    batches = (_augmented if settings.augment else _cached)(job, settings, train, encode, key, steps, seed)
-    epochs = range(2 if job.dry else settings.epochs)
-    what = f"linear probe, {len(settings.lr)} learning rate{'s' * (len(settings.lr) > 1)}"
-    fit(heads, batches, steps, track(epochs, len(epochs), f"{what}, epochs"))
+    rates = [lr * scale for lr in settings.lr]
+    heads = Heads(width, job.num_classes, rates, settings.training(), seed, job.device)
+    batches = _augmented(job, settings, rows, encode, seed) if settings.augment else _cached(job, rows, encode, key)
+    epochs = 2 if job.dry else settings.epochs
+    state = unfinished.load(saved)
+    first = 0 if state is None else state["epoch"]
+    if state is not None:
+        heads.load_state_dict(state["heads"])
+
+    def all_batches() -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        for epoch in range(first, epochs):
+            order = random.shuffled(seed, epoch, len(rows)).tensor_split(steps)
+            for number, batch in enumerate(batches(epoch, order)):
+                yield epoch, number, *batch
+
+    what = f"linear probe, {len(rates)} learning rate{'s' * (len(rates) > 1)}, steps"
+    for epoch, number, features, labels in track(all_batches(), epochs * steps, what, first * steps):
+        heads.step(features, labels, epoch + number / steps)
+        if settings.augment and number == steps - 1 and epoch + 1 < epochs:
+            unfinished.save(saved, {"epoch": epoch + 1, "heads": heads.state_dict()})
     return heads
 
 
-def _cached(
-    job: Job, settings: LinearSettings, train: Split, encode: Callable, key: Any, steps: int, seed: int
-) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
-    features, labels = (x.to(job.device) for x in job.features(train, encode, key))
-    job.check_finite(features)
+#: From an epoch's number and the rows of each batch to its features [B, D] and labels [B], on the job's device.
+Batches = Callable[[int, Sequence[Tensor]], Iterator[tuple[Tensor, Tensor]]]
 
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = random.shuffled(seed, epoch, len(features)).to(features.device)
-        return ((features[rows], labels[rows]) for rows in order.tensor_split(steps))
+
+def _cached(job: Job, rows: Tensor, encode: Callable, key: Any) -> Batches:
+    features, labels = (x.to(job.device) for x in job.features(job.train, encode, key))
+
+    def batches(epoch: int, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        # The rows of rows: a copy of the features could be too much for the memory.
+        return ((features[which], labels[which]) for which in (rows[some].to(job.device) for some in order))
 
     return batches
 
 
-def _augmented(
-    job: Job, settings: LinearSettings, train: Split, encode: Callable, key: Any, steps: int, seed: int
-) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+def _augmented(job: Job, settings: LinearSettings, rows: Tensor, encode: Callable, seed: int) -> Batches:
     views = job.subject.crops(scale=settings.crop, flip=0.5, interpolation=settings.interpolation)
+    train = job.train.rows(rows)
 
     @torch.no_grad()
     def encoded(sample: Sample, epoch: int) -> Tensor:
@@ -228,10 +252,9 @@ def _augmented(
         with job.autocast():
             return encode(views.draw(sample.to(job.device), [keys])[0]).flatten(1).float()
 
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = random.shuffled(seed, epoch, len(train))
-        for rows in order.tensor_split(steps):
-            parts = [train.images.gather(part) for part in train.index[rows].split(settings.encode_batch)]
+    def batches(epoch: int, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for some in order:
+            parts = [train.images.gather(part) for part in train.index[some].split(settings.encode_batch)]
             labels = torch.cat([part.label for part in parts]).to(job.device)
             yield torch.cat([encoded(part, epoch) for part in parts]), labels
 

@@ -35,7 +35,6 @@ def logistic(job: Job, settings: LogisticSettings) -> None:
     todo = job.todo({"c": c} for c in settings.c)
     for variant in todo:
         (train, train_labels), (test, labels) = job.features(job.train), job.features(job.val)
-        job.check_finite(train, test)
         named, converged = fit_logistic(
             train, train_labels, test, variant["c"], settings.standardise, settings.iterations
         )

@@ -13,9 +13,10 @@ from ... import random
 from ...config.hints import Positive, PositiveInt
 from ...data.sources.base import stratified
 from ...errors import UserError
+from .. import unfinished
 from ..finetune import finetune, named
 from ..protocol import Files, Job, Seeds, Split, register_protocol
-from .finetune import FinetuneSettings, forget, place_of_training
+from .finetune import FinetuneSettings
 from .logistic import fit_logistic
 
 #: Caron et al., NeurIPS 2020 (SwAV's eval_semisup.py): the rates of the encoder and of its classifier, by the share.
@@ -111,14 +112,13 @@ def lowshot(job: Job, settings: LowshotSettings) -> None:
             if settings.method == "probe":
                 features, labels = job.features(train)
                 test, truth = job.features(job.val)
-                job.check_finite(features, test)
                 classes, converged = fit_logistic(features, labels, test, settings.c)
                 more["converged"] = converged
             else:
-                saved = place_of_training(job, missing)
+                saved = unfinished.place(job, missing)
                 model = finetune(job, recipe, train, missing["seed"], settings.workers, saved)
                 classes, truth = named(job, model, job.val)
-                forget(saved)
+                unfinished.forget(saved)
             job.record_accuracy(missing, classes, truth, **more)
         values.append(job.found(variant)["value"])
     if len(values) > 1:

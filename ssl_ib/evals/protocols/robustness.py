@@ -139,7 +139,6 @@ def _classifier(job: Job, settings: RobustnessSettings) -> Scores:
         return lambda split, center: job.features(split, lambda x: job.subject.call(model, x), center=center)
     if settings.classifier == "knn":
         train, labels = (x.to(job.device) for x in job.features(job.train))
-        job.check_finite(train)
 
         def nearest_classes(split: Split, center: Any) -> tuple[Tensor, Tensor]:
             test, truth = job.features(split, job.subject.encode, center=center)
@@ -148,7 +147,7 @@ def _classifier(job: Job, settings: RobustnessSettings) -> Scores:
         return nearest_classes
     encode, key = job.subject.blocks(settings.blocks, settings.pool), (settings.blocks, settings.pool)
     width = job.features(job.val, encode, key)[0].shape[1]
-    heads = train_heads(job, settings, job.train, encode, key, width, settings.seeds[0])
+    heads = train_heads(job, settings, torch.arange(len(job.train)), encode, key, width, settings.seeds[0])
     if not bool(heads.finite.all()):
         raise UserError(f"lr={settings.lr[0]:g} is too high: the weights of the linear layer are no longer finite")
 

@@ -15,10 +15,10 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from ...config.hints import Count, NonNegative, Positive, PositiveInt, Probability, Ratio
 from ...errors import UserError
 from ...record import eval_figures
+from .. import unfinished
 from ..mask_sets import MaskedImages, open_masks
 from ..protocol import CommonSettings, Job, Seeds, register_protocol
 from ..segmenter import Recipe, fit, predicted
-from .finetune import forget, place_of_training
 
 #: What a form sets; the defaults are those of UPerNet.
 FORMS: dict[str, dict[str, Any]] = {
@@ -129,10 +129,10 @@ def segmentation(job: Job, settings: SegmentationSettings) -> None:
     recipe, values = _recipe_of(job, settings), []
     for seed in settings.seeds:
         for variant in job.todo([{"seed": seed}]):
-            saved = place_of_training(job, variant)
+            saved = unfinished.place(job, variant)
             model = fit(job, recipe, job.train, seed, settings.workers, saved)
             _score(job, variant, predicted(job, recipe, model, job.val, settings.workers), recipe)
-            forget(saved)
+            unfinished.forget(saved)
         values.append(job.found({"seed": seed})["value"])
     if len(values) > 1:
         job.record_mean({"seed": list(settings.seeds)}, "mIoU", values)
