@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import distributed
+from .. import __version__, distributed
 from ..config.plugins import load_plugins
 from ..config.settings import settings as read_settings
 from ..device import choose_device
@@ -85,6 +85,12 @@ def evaluate(
     say(_heading(job))
     with _repeating(device), distributed.together():
         PROTOCOLS[protocol](job, settings)
+    for version in sorted({line["ssl_ib"] for line in job.lines} - {__version__}):
+        say(f"some results are of ssl_ib {version}, and this is {__version__}: --overwrite computes them again")
+    for images in (train.images, val.images) if labelled else ():
+        if images.bad:
+            instead = "left out" if images.in_memory else "the next ones stand in for them"
+            say(f"{len(images.bad)} images could not be read, {instead}: {', '.join(images.bad[:3])}")
     return job.lines
 
 

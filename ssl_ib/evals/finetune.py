@@ -90,6 +90,8 @@ def classifier(job: Job, recipe: Recipe, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         drop = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
         model = job.subject.create(num_classes=job.num_classes, **drop)
+        if not isinstance(model.get_classifier(), nn.Linear):
+            raise UserError(f"{job.subject.where}: the classifier of a {type(model).__name__} is not one linear layer")
         if job.subject.vit and recipe.pool != "own":
             if recipe.pool == "cls" and not model.has_class_token:
                 raise UserError(f"pool=cls: {job.subject.where} has no class token: give pool=mean")

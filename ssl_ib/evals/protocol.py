@@ -409,11 +409,15 @@ def open_splits(
         if limit is not None:
             known = known[stratified(labels[known], limit)]
         splits.append(Split(name, images, known))
-    _check_classes(*splits, say)
+    if train.classes != val.classes:
+        raise UserError(
+            f"source: training and held-out images have other classes: {train.classes[:5]} and {val.classes[:5]}"
+        )
+    _check_classes(*splits, "leave them out" if settings.train_images is None else "raise train_images", say)
     return tuple(split.few() if dry else split for split in splits)
 
 
-def _check_classes(train: Split, val: Split, say: Callable[[str], None]) -> None:
+def _check_classes(train: Split, val: Split, advice: str, say: Callable[[str], None]) -> None:
     counts = [split.labels.bincount(minlength=len(split.classes)) for split in (train, val)]
     untrained = ((counts[0] == 0) & (counts[1] > 0)).nonzero()[:, 0].tolist()
     unscored = ((counts[0] > 0) & (counts[1] == 0)).nonzero()[:, 0].tolist()
@@ -421,7 +425,7 @@ def _check_classes(train: Split, val: Split, say: Callable[[str], None]) -> None
         images = sum(int(counts[1][k]) for k in untrained)
         raise UserError(
             f"source: {_some(untrained, train.classes)} of the held-out images {_have(untrained)} no training "
-            f"image, so that {images:,} held-out images cannot be named right: leave them out"
+            f"image, so that {images:,} held-out images cannot be named right: {advice}"
         )
     if int((counts[0] > 0).sum()) < 2:
         raise UserError("source: expected training images of two classes at least, got one class")

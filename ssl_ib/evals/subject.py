@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -55,24 +54,14 @@ class Subject:
             # A timm model without pretrained weights has random ones, which repeat by the seed.
             torch.manual_seed(seed)
             self.backbone = pretrained.load(where, name=name, pretrained=pretrained_weights)
+        #: What backbone.json says of it (record/backbone.py).
+        self.description: dict[str, Any] = self.backbone.description
         self.fingerprint = fingerprint_of_weights(self.backbone.model)
         self.notes: list[str] = []
         self._center: Callable[[Tensor], Tensor] | None = self.backbone.center
         if size is not None:
             self._resize(size)
         self.backbone.to(self.device)
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        """What backbone.json says of the encoder (record/backbone.py)."""
-        if self.where.startswith(pretrained.TIMM):
-            return _of_timm(self.where.removeprefix(pretrained.TIMM), self.backbone.model)
-        if Path(self.where).is_dir():
-            found = [file.stem for file in Path(self.where).glob("*.json") if file.with_suffix(".safetensors").exists()]
-            return record.read(self.where, self.name or found[0])[0]
-        saved = torch.load(self.where, map_location="cpu", weights_only=True)
-        found = saved.get("backbones") or {record.MAIN: saved["backbone"]}
-        return found[self.name or next(iter(found))]
 
     @property
     def model(self) -> nn.Module:
@@ -84,14 +73,18 @@ class Subject:
         """Whether the model is a plain vision transformer, with tokens and blocks."""
         return isinstance(self.model, VisionTransformer)
 
-    @cached_property
+    @property
     def max_side(self) -> int | None:
+        """Larger images are shrunk first, until their longer side has so many pixels; None: they are not."""
         return self.backbone.max_side
 
     def plain(self, sample: Sample) -> Tensor:
         """The view that is encoded, without chance: uint8 images, padded where their sizes differ -> [B, 3, h, w]."""
         if self._center is None:
-            raise UserError(f"{self.where} does not say how its images are prepared: give size=, such as size=224")
+            raise UserError(
+                f"{self.where} does not say how its images are prepared: its backbone.json has no preprocessing, and "
+                "there is no config.yaml beside it"
+            )
         sizes, images = sample.extra.get("size"), sample.images
         if self._center is self.backbone.center and self.where.startswith(pretrained.TIMM):
             images = images.cpu()  # timm's own transform is of PIL images.
@@ -142,9 +135,9 @@ class Subject:
                 )
 
             found = self.call(tokens, views)
-            if pool == "cls":
-                return torch.cat([prefix[:, 0] for _, prefix in found], dim=1)
-            return torch.cat([patches.mean(dim=1) for patches, _ in found], dim=1)
+            pooled = (prefix[:, 0] if pool == "cls" else patches.mean(dim=1) for patches, prefix in found)
+            # timm may norm what was pooled, in place of the tokens.
+            return torch.cat([model.fc_norm(one) for one in pooled], dim=1)
 
         return encode
 
@@ -164,7 +157,8 @@ class Subject:
         if size is not None and size != model.patch_embed.img_size:
             model.set_input_size(img_size=size)
         missing, unexpected = model.load_state_dict(self.model.state_dict(), strict=False)
-        heads = tuple(f"{name}." for name in ("head", "fc", "classifier"))
+        heads = model.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
         strange = [name for name in missing if not name.startswith(heads)] + list(unexpected)
         assert not strange, f"the encoder and its copy differ: {strange}"
         return model
@@ -182,7 +176,7 @@ class Subject:
     @cached_property
     def preprocessing(self) -> dict[str, Any]:
         """`size`, `crop_ratio` and `interpolation` of the plain view. Raises UserError where it is none of these."""
-        how = self.description.get("preprocessing")
+        how = self.description["preprocessing"]
         if how is None:
             raise UserError(
                 f"{self.where} prepares its images in a way of its own, so that they cannot be augmented or resized "
@@ -196,7 +190,7 @@ class Subject:
             return
         self.notes.append(f"images of {size} x {size} pixels, and the encoder was made for {how['size']}")
         how["size"] = size
-        if getattr(self.model, "pos_embed", None) is not None and hasattr(self.model, "set_input_size"):
+        if hasattr(self.model, "set_input_size"):
             try:
                 self.model.set_input_size(img_size=size)
             except (AssertionError, RuntimeError) as error:
@@ -232,10 +226,3 @@ def origin(where: str) -> Origin:
     saved = saved if isinstance(saved, dict) else {}
     folder = path.parent.parent if path.parent.name == "checkpoints" else None
     return Origin(saved.get("config"), saved.get("step"), folder)
-
-
-def _of_timm(name: str, model: nn.Module) -> dict[str, Any]:
-    how = timm.data.resolve_model_data_config(model)
-    interpolation = how["interpolation"] if how["interpolation"] in ("bilinear", "bicubic") else "bicubic"
-    preprocessing = {"size": how["input_size"][-1], "crop_ratio": how["crop_pct"], "interpolation": interpolation}
-    return record.describe(name, {"num_classes": 0}, (how["mean"], how["std"]), preprocessing)

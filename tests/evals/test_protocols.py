@@ -258,6 +258,19 @@ def test_a_class_without_held_out_images_is_said(run, broken):
     assert "the class 3 has no held-out image: the accuracy does not count that" in said
 
 
+def test_an_image_that_cannot_be_read_is_said(run, tmp_path):
+    for number in range(8):
+        file = tmp_path / "photos" / ("train", "val")[number % 2] / "ab"[number // 4] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (30 * number,) * 3).save(file)
+    file.write_bytes(b"no image")
+    said = []
+    for memory, instead in (("1", "left out"), ("1e-9", "the next ones stand in for them")):
+        more = ("source=folder", f"source.path={tmp_path / 'photos'}", f"source.memory_gb={memory}", "k=1", *QUICK[:1])
+        evaluate("knn", run, *more, say=said.append)
+        assert said[-1] == f"1 images could not be read, {instead}: val/b/7.png"
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
