@@ -344,14 +344,14 @@ def describe_key(key: str) -> str:
     place = [] if key == "config" else key.split(".")
     hint = _section(place[:-1]).model_fields[place[-1]].annotation if place else Config
     if _is_section(hint):
-        lines = [key, *(f"  {name}: {_described(hint, name, place)}" for name in hint.model_fields)]
+        lines = [key, *(f"  {name}: {describe_field(hint, name, place)}" for name in hint.model_fields)]
     else:
         hint = _section(place[:-1])
-        lines = [f"{key}: {_described(hint, place[-1])}"]
+        lines = [f"{key}: {describe_field(hint, place[-1])}"]
     return "\n".join([*lines, "", inspect.getdoc(hint), ""])
 
 
-def _described(section: type[Section], name: str, place: Iterable[str] = ()) -> str:
+def describe_field(section: type[Section], name: str, place: Iterable[str] = ()) -> str:
     """Type and default of a section's key; place: the keys that lead to the section."""
     field = section.model_fields[name]
     if _is_section(field.annotation):

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import typing
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from ..errors import ConfigError
-from .config import Section, parse_overrides
-from .hints import show
+from .config import Section, describe_field, parse_overrides
 from .recipe import merge, named
 from .registry import check_part, part_keys, problems_of
 
@@ -60,10 +58,7 @@ def settings(section: type[T], overrides: Iterable[str], base: dict[str, Any] | 
 
 
 def described(section: type[Section]) -> str:
-    """The keys of a section with their types and defaults, a line each."""
-    hints = typing.get_type_hints(section, include_extras=True)
-    lines = []
-    for name, field in section.model_fields.items():
-        default = "required" if field.is_required() else f"default {field.default!r}"
-        lines.append(f"  {name}: {show(hints[name])}, {default}")
-    return "\n".join([*lines, "", inspect.getdoc(section) or ""]).rstrip() + "\n"
+    """The keys of a section with their types and defaults, a line each, and what it and its bases say of them."""
+    lines = [f"  {name}: {describe_field(section, name)}" for name in section.model_fields]
+    bases = [base for base in section.__mro__ if issubclass(base, Section) and base is not Section]
+    return "\n\n".join(["\n".join(lines), *(inspect.cleandoc(base.__doc__) for base in bases if base.__doc__)]) + "\n"

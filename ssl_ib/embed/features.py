@@ -75,7 +75,7 @@ def embed_to_file(
     settings = {
         "weights": fingerprint_of_weights(backbone.model),
         "images": f"{listing.total} in {root.resolve()}, {listing.digest}",
-        "prepared": backbone.description and backbone.description["preprocessing"],
+        "prepared": backbone.description and [backbone.description[key] for key in ("preprocessing", "mean", "std")],
         "tokens": tokens,
         "bf16": bf16,
         "processes": processes if processes == 1 else f"{processes}, with batches of {batch_size}",

@@ -90,7 +90,7 @@ def _labels(first: dict[str, str]) -> tuple[dict[str, str], list[str]]:
         notes = notes or arranged.notes
         if arranged.val is None:
             break
-        remaining = [name for name in remaining if name not in set(arranged.val.names)]
+        remaining = sorted({*remaining} - {*arranged.val.names})
     return found, notes
 
 

@@ -68,7 +68,8 @@ class CommonSettings(Section):
     """What every protocol can be told.
 
     name: which encoder of a run with several. pretrained: with timm:NAME, load timm's weights. encode_batch: images
-    encoded at a time. device: auto, cpu, cuda or cuda:N. figures: draw pictures.
+    encoded at a time. device: auto, cpu, cuda or cuda:N. precision: bf16 computes in bfloat16 where that is safe.
+    figures: draw pictures.
     """
 
     #: Lists, of which each result has one value: the key and what it is called in the result.
@@ -325,6 +326,7 @@ class Job:
             "step": self.subject.step,
             "settings": {**settings, **variant},
             "weights": self.weights,
+            "prepared": {key: self.subject.description[key] for key in ("preprocessing", "mean", "std")},
             "data": self.data,
             "images": {"train": len(self.train), "val": len(self.val)},
             "ssl_ib": __version__,

@@ -59,9 +59,10 @@ class Results:
 
 
 def identity_of(line: dict[str, Any]) -> dict[str, Any]:
-    """What tells a result from others: protocol, settings but for those that are `MOVABLE`, weights and data."""
+    """What tells a result from others: protocol, settings but for those that are `MOVABLE`, weights, how images are
+    prepared, and the images."""
     settings = {key: value for key, value in line["settings"].items() if key not in MOVABLE}
-    return {"protocol": line["protocol"], "settings": settings, "weights": line["weights"], "data": line["data"]}
+    return {"settings": settings, **{key: line.get(key) for key in ("protocol", "weights", "prepared", "data")}}
 
 
 def fingerprint_of(content: Any) -> str:

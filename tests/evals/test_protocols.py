@@ -113,6 +113,11 @@ def test_what_is_finished_is_not_computed_again(run, monkeypatch):
             silent("knn", run, "k=[15]", "temperature=0.1", *QUICK)
         with pytest.raises(pytest.fail.Exception):
             silent("knn", run, "k=[15]", *QUICK, overwrite=True)
+        about = json.loads((run / "backbone.json").read_text())
+        (run / "backbone.json").write_text(json.dumps(about | {"mean": [0.9, 0.9, 0.9]}))
+        with pytest.raises(pytest.fail.Exception):  # The same weights on images that are prepared otherwise.
+            silent("knn", run, "k=[15]", *QUICK)
+        (run / "backbone.json").write_text(json.dumps(about))
     silent("knn", run, "k=[5,10]", *QUICK, overwrite=True)
     lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
     # Those that this command does not ask for stay as they were.
@@ -345,3 +350,5 @@ def test_pictures_and_the_lists_of_protocols(run, capsys):
     assert command.main(["--describe", "linear"]) == 0
     shown = capsys.readouterr().out
     assert "lr: float > 0, or a list of them, default (0.2,)" in shown and "choose" in shown
+    # What the bases of the settings say too.
+    assert "size: pixels of a side" in shown and "encode_batch: images" in shown

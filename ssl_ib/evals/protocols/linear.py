@@ -74,9 +74,10 @@ class LinearSettings(Settings):
     batch_size / 256, with the number of training images where that is smaller. choose: with several rates, the share of
     the training images that is kept out of the training, to choose the rate by; 0 chooses by the held-out images
     themselves, which flatters. seeds: of the layer's start and of the order of images; several give mean and deviation.
-    optimiser, epochs, warmup_epochs, shape, milestones, gamma, momentum, weight_decay, batch_norm: --describe shows
-    their types; shape is the course of the rate. blocks, pool: the features are the class tokens (cls) or the means of
-    the patches (mean) of the last blocks of a vision transformer; own: as the encoder pools.
+    optimiser, epochs, warmup_epochs, momentum, weight_decay, batch_norm: of the training. shape: the course of the rate
+    after the warm-up: step multiplies it by gamma at each of the epochs milestones. blocks, pool: the features are the
+    class tokens (cls) or the means of the patches (mean) of the last blocks of a vision transformer; own: as the
+    encoder pools.
     """
 
     varied: ClassVar = {"lr": "lr", "seeds": "seed", "choose": "choose"}

@@ -23,7 +23,7 @@ from ...types import Sample
 from ..corruptions import ALEXNET, NAMES, SEVERITIES, corrupt, mean_corruption_error
 from ..finetune import Recipe, classifier
 from ..knn import knn_scores
-from ..protocol import DRY_IMAGES, Files, Job, Split, register_protocol, several
+from ..protocol import DRY_IMAGES, Job, Split, register_protocol, several
 from ..results import Results, fingerprint_of, fingerprint_of_weights, identity_of
 from .finetune import KEPT
 from .linear import LinearSettings, train_heads
@@ -49,7 +49,7 @@ class RobustnessSettings(LinearSettings):
     varied: ClassVar = {"corruptions": "corruption", "baseline": "baseline"}
 
     path: str | None = None
-    corruptions: Files = NAMES
+    corruptions: several(str, "a corruption's name, or a list of them") = NAMES
     severities: several(Literal[1, 2, 3, 4, 5], "1 | 2 | 3 | 4 | 5, or a list of them") = SEVERITIES
     classifier: Literal["knn", "linear", "finetuned"] = "knn"
     k: PositiveInt = 20
