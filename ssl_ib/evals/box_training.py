@@ -128,9 +128,8 @@ class Views(Dataset):
             how = {"interpolation": self.interpolation} if name == "image" else {}
             part = F.resize(part, [height, width], **how)
             if isinstance(self.course.size, int) and max(height, width) > self.course.size:
-                high, wide = min(height, self.course.size), min(width, self.course.size)
-                corner = round(top * (height - high)), round(left * (width - wide))
-                part = F.crop(part, *corner, high, wide)
+                tall, wide = min(height, self.course.size), min(width, self.course.size)
+                part = F.crop(part, round(top * (height - tall)), round(left * (width - wide)), tall, wide)
             shaped[name] = F.horizontal_flip(part) if flip < self.course.flip else part
         image, boxes = shaped.pop("image"), shaped.pop("boxes").as_subclass(Tensor)
         there = (boxes[:, 2:] - boxes[:, :2] >= _LEAST).all(dim=1)

@@ -93,12 +93,14 @@ def build(subject: Subject, design: Design, size: int | tuple[int, int], classes
         box_head, mask_head = nn.Sequential(trunk.last, nn.AdaptiveAvgPool2d(1), nn.Flatten()), trunk.last
         hidden, mask_channels, cut = trunk.last.channels, trunk.last.channels, _STAGE
     anchors = _Anchors(sizes, trunk.strides)
+    # One map has the anchors of all sizes, so that more of them are considered, as in detectron2.
+    before, after = (6, 2) if design.neck == "c4" else (1, 1)
     arguments: dict[str, Any] = {
         "rpn_anchor_generator": anchors,
         "rpn_head": RPNHead(trunk.out_channels, anchors.num_anchors_per_location()[0], design.rpn_convs),
-        "rpn_pre_nms_top_n_train": 2 * design.proposals,
-        "rpn_pre_nms_top_n_test": design.proposals,
-        "rpn_post_nms_top_n_train": design.proposals,
+        "rpn_pre_nms_top_n_train": 2 * before * design.proposals,
+        "rpn_pre_nms_top_n_test": before * design.proposals,
+        "rpn_post_nms_top_n_train": after * design.proposals,
         "rpn_post_nms_top_n_test": design.proposals,
         "box_roi_pool": _Align(names, cut, strides),
         "box_head": box_head,
