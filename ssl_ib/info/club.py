@@ -52,6 +52,15 @@ def club(
     return (spread + (centre - mean).square() - (z - mean).square()) / (2 * variance)
 
 
+def club_sampled(z: Tensor, mean: Tensor, variance: Tensor, other: Tensor) -> Tensor:
+    """CLUB with one candidate a pair: log q(z_i | x_i) - log q(z_{other i} | x_i), an upper bound as far as q is right.
+
+    Cheng et al. 2020, section 3.3 (vCLUB-S). z, mean and variance [n, D]; other: the candidates, int64 [n], drawn at
+    random. Returns [n, D] in nats; their sum over D, averaged, estimates. No ceiling; more variance than `club`.
+    """
+    return ((z[other] - mean).square() - (z - mean).square()) / (2 * variance)
+
+
 class ConditionalGaussian(nn.Module):
     """q(z|x) for an x that is a set of tokens: separate branches for mean and variance (MI-MAE, section 4.4).
 
