@@ -1,7 +1,7 @@
 """Bounds on mutual information from a critic's scores of all pairs, in nats.
 
-scores[i, j] is the critic's score of x_i with y_j, so that the diagonal holds the pairs that belong together; all off it
-are independent. A critic that is log p(x, y) / p(x) p(y) (plus a constant, for some) makes each bound tight.
+scores[i, j] is the critic's score of x_i with y_j: the diagonal holds the pairs that belong together, and all others are
+independent. Each bound is tight for a critic that is log p(x, y) / p(x) p(y), some up to a constant.
 
 Shapes: scores [n, n] -> a scalar, differentiable.
 """
@@ -37,9 +37,9 @@ def nwj(scores: Tensor) -> Tensor:
 def mine(scores: Tensor) -> Tensor:
     """The Donsker-Varadhan bound as MINE reads it: mean_i s_ii - log mean_{i != j} exp(s_ij).
 
-    Belghazi et al., "Mutual information neural estimation", ICML 2018, equation 5. An estimate without a ceiling: it is a
-    lower bound for infinite samples, but the logarithm of a finite mean is too small on average, which biases it up.
-    Its plain gradient is biased as well: train with `Mine`.
+    Belghazi et al., "Mutual information neural estimation", ICML 2018, equation 5. An estimate without a ceiling. For
+    infinite samples it is a lower bound, but the logarithm of a finite mean is too small on average, which biases it
+    up. Its plain gradient is biased as well: train with `Mine`.
     """
     return scores.diagonal().mean() - log_mean_exp_off(scores)
 

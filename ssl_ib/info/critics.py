@@ -43,9 +43,11 @@ class Separable(nn.Module):
     #: Pairs a training step compares with each other.
     batch = 256
 
-    def __init__(self, dx: int, dy: int, hidden: int = 256, width: int = 64):
+    def __init__(self, dx: int, dy: int, hidden: int = 128, width: int = 128):
         super().__init__()
         self.g, self.h = Perceptron(dx, hidden, width), Perceptron(dy, hidden, width)
+        # With many dimensions and few pairs, what is learnt first is all that is learnt: g begins by keeping distances.
+        nn.init.orthogonal_(self.g.straight.weight)
         self.h.begin_at_zero()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class Conditional(nn.Module):
 
     batch = 256
 
-    def __init__(self, dx: int, dy: int, hidden: int = 256):
+    def __init__(self, dx: int, dy: int, hidden: int = 128):
         super().__init__()
         self.mean, self.variance = Perceptron(dx, hidden, dy), Perceptron(dx, hidden, dy)
         self.mean.begin_at_zero()

@@ -17,8 +17,8 @@ from .reading import Reading, checked, jackknife, remarks, standardised
 def gaussian(covariance: Tensor, dx: int) -> float:
     """I(x; y) of Gaussians in nats: (log |S_x| + log |S_y| - log |S|) / 2, exact.
 
-    covariance: S of (x, y), [dx + dy, dx + dy]; dx: dimensions of x. Raises UserError where S is not a positive definite
-    matrix: where it is singular the information is infinite.
+    covariance: S of (x, y), [dx + dy, dx + dy]; dx: dimensions of x. Raises UserError where S is not positive definite:
+    where it is singular, the information is infinite or some dimensions are sums of others.
     """
     covariance = covariance.double()
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or not 0 < dx < len(covariance):

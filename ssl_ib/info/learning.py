@@ -28,6 +28,7 @@ LEAST = 50
 #: Pairs that are compared with each other in a reading; with more, it is a mean over blocks.
 BLOCK = 2048
 
+NOTHING_LEARNT = "nothing that training found held on the stopping part, so that this is an untrained network's reading"
 CRITICS = {"separable": Separable, "joint": Joint}
 Critic = Literal["separable", "joint"]
 
@@ -41,11 +42,11 @@ class Training:
     shares:   of the pairs, to train on and to stop by; the others are read.
     """
 
-    steps: int = 2000
+    steps: int = 1000
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
-    every: int = 20
-    patience: int = 8
+    every: int = 10
+    patience: int = 16
     shares: tuple[float, float] = (0.6, 0.2)
 
 
@@ -193,19 +194,27 @@ def learn(
     generator = torch.Generator().manual_seed(seed)
     train, stop, read = _parts(len(x), training.shares, generator)
     # By the training part alone: what is read must not have been seen.
-    x, y = (standardised(side, side[train]) for side in (x, y))
+    x, y = (_drawn_in(standardised(side, side[train])) for side in (x, y))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         learner = LEARNERS[name](x.shape[1], y.shape[1], critic)
     learner.network.to(x.device)
-    _train(learner, x[train], y[train], x[stop], y[stop], training, generator)
+    learnt = _train(learner, x[train], y[train], x[stop], y[stop], training, generator)
     block = min(len(read), BLOCK)
     nats, spread, n = _read(learner, x[read], y[read], block)
     trained, _, _ = _read(learner, x[train], y[train], block, spread=False)
     ceiling = learner.ceiling(block)
-    return Reading(
-        name, learner.kind, nats, trained, ceiling, n, spread, remarks(nats, ceiling, block, learner.remark)
-    )
+    said = remarks(nats, ceiling, block, learner.remark, "" if learnt else NOTHING_LEARNT)
+    return Reading(name, learner.kind, nats, trained, ceiling, n, spread, said)
+
+
+def _drawn_in(side: Tensor) -> Tensor:
+    """Values beyond three deviations, drawn in logarithmically: a single outlier must not set a score.
+
+    No two values become one, so that the mutual information stays what it is.
+    """
+    beyond = (side.abs() - 3).clamp(min=0)
+    return side.clamp(-3, 3) + side.sign() * beyond.log1p()
 
 
 def _parts(n: int, shares: tuple[float, float], generator: torch.Generator) -> list[Tensor]:
@@ -213,15 +222,16 @@ def _parts(n: int, shares: tuple[float, float], generator: torch.Generator) -> l
     return list(torch.randperm(n, generator=generator).split([*sizes, n - sum(sizes)]))
 
 
-def _train(learner: Learner, x, y, x_stop, y_stop, training: Training, generator: torch.Generator) -> None:
-    """Trains the learner's network and leaves it in the state that did best on the stopping part."""
+def _train(learner: Learner, x, y, x_stop, y_stop, training: Training, generator: torch.Generator) -> bool:
+    """Trains the learner's network and leaves it in the state that did best on the stopping part.
+
+    Returns whether that is any other than the one it began in.
+    """
     network = learner.network
-    optimiser = torch.optim.AdamW(
-        network.parameters(), training.learning_rate, weight_decay=training.weight_decay
-    )
+    optimiser = torch.optim.AdamW(network.parameters(), training.learning_rate, weight_decay=training.weight_decay)
     batch = min(network.batch, len(x))
     best, state, since = _quality(learner, x_stop, y_stop), copy.deepcopy(network.state_dict()), 0
-    order = iter(())
+    learnt, order = False, iter(())
     for step in range(1, training.steps + 1):
         index = next(order, None)
         if index is None:
@@ -236,10 +246,11 @@ def _train(learner: Learner, x, y, x_stop, y_stop, training: Training, generator
             continue
         quality, since = _quality(learner, x_stop, y_stop), since + 1
         if quality > best:
-            best, state, since = quality, copy.deepcopy(network.state_dict()), 0
+            best, state, since, learnt = quality, copy.deepcopy(network.state_dict()), 0, True
         if since >= training.patience:
             break
     network.load_state_dict(state)
+    return learnt
 
 
 @torch.no_grad()

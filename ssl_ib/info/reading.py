@@ -45,7 +45,9 @@ class Reading:
     def __str__(self) -> str:
         trained = "" if self.trained is None else f", {self.trained:.2f} on its training part"
         ceiling = "no ceiling" if math.isinf(self.ceiling) else f"ceiling {self.ceiling:.2f}"
-        line = f"{self.name} ({self.kind}): {self.nats:.2f} ± {self.spread:.2f} nats{trained}, {ceiling}, n = {self.n:,}"
+        line = (
+            f"{self.name} ({self.kind}): {self.nats:.2f} ± {self.spread:.2f} nats{trained}, {ceiling}, n = {self.n:,}"
+        )
         return f"{line}; {self.remark}" if self.remark else line
 
 
