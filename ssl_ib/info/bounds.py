@@ -1,6 +1,6 @@
 """Bounds on mutual information from a critic's scores of all pairs, in nats.
 
-scores[i, j] is the critic's score of x_i with y_j: the diagonal holds the pairs that belong together, and all others are
+scores[i, j] is the critic's score of x_i with y_j. The diagonal holds the pairs that belong together; all others are
 independent. Each bound is tight for a critic that is log p(x, y) / p(x) p(y), some up to a constant.
 
 Shapes: scores [n, n] -> a scalar, differentiable.

@@ -62,7 +62,7 @@ def gaussian_of_samples(x: Tensor, y: Tensor) -> Reading:
     """The information of Gaussians with the samples' canonical correlations r: -sum log(1 - r^2) / 2, less its bias.
 
     An estimate, unbiased where x and y are jointly Gaussian, and otherwise what a Gaussian with these correlations
-    would share: it sees correlation alone. Its ceiling is infinite, and its remark tells the bias that was taken off.
+    would share: it sees correlation alone. There is no ceiling.
 
     x [n, dx], y [n, dy]. Raises UserError where n is not above dx + dy (their ranks).
     """
@@ -83,5 +83,4 @@ def gaussian_of_samples(x: Tensor, y: Tensor) -> Reading:
     # With fewer pairs left than dimensions there is nothing to jackknife.
     enough = n * 0.8 > x.shape[1] + y.shape[1] + 1
     spread = jackknife(lambda index: -torch.tensor(read(index)).diff().item(), n) if enough else math.nan
-    said = f"{plain:.2f} less a bias of {bias:.2f}"
-    return Reading("gaussian", "estimate", nats, None, math.inf, n, spread, remarks(nats, math.inf, n, said))
+    return Reading("gaussian", "estimate", nats, None, math.inf, n, spread, bias, remarks(nats, math.inf, n))

@@ -39,7 +39,7 @@ def ksg(x: Tensor, y: Tensor, k: int = 3) -> Reading:
     warning = f"{dimensions} dimensions: above {MOST_DIMENSIONS} KSG reads far too little" * (
         dimensions > MOST_DIMENSIONS
     )
-    return Reading("ksg", "estimate", nats, None, ceiling, n, spread, remarks(nats, ceiling, n, warning))
+    return Reading("ksg", "estimate", nats, None, ceiling, n, spread, remark=remarks(nats, ceiling, n, warning))
 
 
 def _npeet(x: Tensor, y: Tensor, k: int) -> float:

@@ -205,7 +205,7 @@ def learn(
     trained, _, _ = _read(learner, x[train], y[train], block, spread=False)
     ceiling = learner.ceiling(block)
     said = remarks(nats, ceiling, block, learner.remark, "" if learnt else NOTHING_LEARNT)
-    return Reading(name, learner.kind, nats, trained, ceiling, n, spread, said)
+    return Reading(name, learner.kind, nats, trained, ceiling, n, spread, remark=said)
 
 
 def _drawn_in(side: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Reading:
     ceiling:  the largest value that n pairs can give, in nats; infinite where there is none.
     n:        pairs that `nats` was read on.
     spread:   standard error of `nats` over these pairs, in nats, for the critic as it is; NaN where it is unknown.
+    bias:     the known bias that was taken off `nats`; 0 where none is known.
     remark:   what a reader must know besides, or nothing.
     """
 
@@ -40,6 +41,7 @@ class Reading:
     ceiling: float
     n: int
     spread: float
+    bias: float = 0.0
     remark: str = ""
 
     def __str__(self) -> str:

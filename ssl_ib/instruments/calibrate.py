@@ -146,14 +146,16 @@ def jobs(dims: list[int], samples: int, truths: list[float], seeds: int, names: 
         lambda given=(dim, task, truth, name): measure(*given)
         for dim in dims
         for task in KNOWN
+        # Of one or two coordinates all share anyway.
+        if task != "sparse" or dim > 2
         for truth in truths
         for name in names
     ]
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text: a block for each dimension and kind of pairs."""
-    lines, block = [], None
+    """The rows as text: a block for each dimension and kind of pairs, and at the end what readings remark."""
+    lines, block, notes = [], None, {}
     for row in rows:
         if block != (row.dim, row.task):
             block = (row.dim, row.task)
@@ -168,6 +170,12 @@ def table(rows: list[Row]) -> str:
             f"  {row.truth:5.2f}  {row.estimator:<12}  {first.kind:<11}  {row.estimate:8.2f}  {row.bias:+6.2f}  "
             f"{spread:>6}  {trained:>16}  {ceiling:>7}"
         )
+        for reading in row.readings:
+            for remark in filter(None, reading.remark.split("; ")):
+                notes.setdefault((row.estimator, remark), []).append(reading)
+    lines += [""] if notes else []
+    for (name, remark), readings in notes.items():
+        lines.append(f"{name}, {len(readings)} reading{'s' * (len(readings) > 1)}: {remark}")
     return "\n".join(lines[1:])
 
 
@@ -204,8 +212,8 @@ def verdict(rows: list[Row]) -> str:
         good = {
             task: _within([row for row in rows if row.task == task]) for task in dict.fromkeys(r.task for r in rows)
         }
-        held = [f"on {task} pairs {', '.join(names)}" for task, names in good.items() if names]
-        return f"{line}; it holds {'; '.join(held)}." if held else f"{line}."
+        held = [f"{', '.join(names)} on {task} pairs" for task, names in good.items() if names]
+        return f"{line}; within {TRUSTED:.0%}: {'; '.join(held)}." if held else f"{line}."
     others = [name for name in order[1:] if worst[name].error <= TRUSTED]
     also = f"; within {TRUSTED:.0%} too: {', '.join(others)}" if others else ""
     return f"{head} trust {best.estimator}: its worst error is {where}{also}."
@@ -234,6 +242,9 @@ def draw(rows: list[Row], path: Path) -> None:
     panels = figure.subplots(len(dims), len(tasks), squeeze=False)
     for line, dim in zip(panels, dims, strict=True):
         for panel, task in zip(line, tasks, strict=True):
+            if (dim, task) not in {(row.dim, row.task) for row in rows}:
+                panel.set_axis_off()
+                continue
             for place, name in enumerate(names):
                 curve = sorted(
                     (r for r in rows if (r.dim, r.task, r.estimator) == (dim, task, name)), key=lambda r: r.truth
@@ -260,4 +271,9 @@ def draw(rows: list[Row], path: Path) -> None:
     panels[0, -1].legend(
         fontsize=7, frameon=False, labelcolor=MUTED, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0
     )
+    low, high = panels[0, 0].get_ylim()
+    outside = sum(not low <= row.estimate <= high for row in rows)
+    if outside:
+        note = f"{outside} of {len(rows)} estimates lie outside the frames; results.csv has them"
+        figure.suptitle(note, fontsize=8, color=MUTED, x=0.01, ha="left")
     figure.savefig(path)

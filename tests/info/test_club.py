@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.distributions import Normal
 
-from ssl_ib.info.club import FLOOR, ConditionalGaussian, club, log_likelihood
+from ssl_ib.info.club import FLOOR, ConditionalGaussian, club, club_sampled, log_likelihood
 
 B, N, D, K, DX = 3, 4, 5, 6, 7
 
@@ -79,6 +79,16 @@ def test_club_of_a_network_that_knows_the_latents_is_their_spread():
     pairs = (z[:, :, None] - z[:, None]).square().mean(dim=2) / (2 * variance)
     torch.testing.assert_close(club(z, z, variance), pairs)
     assert club(z, z, variance).min() >= 0
+
+
+def test_club_with_one_candidate_a_pair():
+    """It is the difference of two likelihoods; its mean over all candidates is CLUB."""
+    z, mean, variance = (t.flatten(0, 1) for t in gaussians())
+    shifts = [torch.arange(B * N).roll(shift) for shift in range(B * N)]
+    each = [club_sampled(z, mean, variance, other) for other in shifts]
+    expected = log_likelihood(z, mean, variance) - log_likelihood(z[shifts[2]], mean, variance)
+    torch.testing.assert_close(each[2], expected)
+    torch.testing.assert_close(torch.stack(each).mean(dim=0), club(*gaussians(), "batch").flatten(0, 1))
 
 
 def test_gradients_of_club():
