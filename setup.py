@@ -61,6 +61,7 @@ setup(
         "matplotlib",
         "scikit-learn",
         "scipy",
+        "npeet-plus",
         "safetensors",
         "torchmetrics",
         "ninja",

@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from ..config.registry import Registry
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from ..config.registry import Registry
     from ..info.reading import Reading
 
 HELP = "how far each estimator is to be trusted at your own dimension and number of samples"
@@ -91,7 +91,10 @@ def run(options: argparse.Namespace) -> int:
     names = list(dict.fromkeys(options.estimators or ESTIMATORS.names()))
     check(options.dim, options.samples, options.mi, options.seeds, names, ESTIMATORS)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"--out {options.out}: expected a folder, got a file") from None
     dims, truths = list(dict.fromkeys(options.dim)), list(dict.fromkeys(options.mi))
     work = jobs(dims, options.samples, truths, options.seeds, names)
     rows = [job() for job in track(work, len(work), "calibrate")]
@@ -268,9 +271,8 @@ def draw(rows: list[Row], path: Path) -> None:
             panel.set_xlim(0, most / 1.6 * 1.08)
             panel.set_ylim(min(-0.1 * most, max(-most, min(r.estimate for r in rows) - 0.1)), most)
     panels[0, 0].set_ylabel("estimated nats", fontsize=8, color=MUTED)
-    panels[0, -1].legend(
-        fontsize=7, frameon=False, labelcolor=MUTED, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0
-    )
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, frameon=False, labelcolor=MUTED, loc="outside right upper")
     low, high = panels[0, 0].get_ylim()
     outside = sum(not low <= row.estimate <= high for row in rows)
     if outside:
