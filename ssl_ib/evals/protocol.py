@@ -381,12 +381,15 @@ class Job:
 
 
 def open_splits(
-    source: dict[str, Any] | None, settings: Settings, dry: bool, say: Callable[[str], None]
+    source: dict[str, Any] | Source | None, settings: Settings, dry: bool, say: Callable[[str], None]
 ) -> tuple[Split, Split]:
-    """The labelled training and held-out images of a source. Raises UserError where they cannot be evaluated on."""
+    """The labelled training and held-out images of a source, or of what one is built from.
+
+    Raises UserError where they cannot be evaluated on.
+    """
     if source is None:
         raise UserError("which images? give source=, such as source=folder source.path=FOLDER")
-    built: Source = build_part("source", source).part
+    built: Source = source if isinstance(source, Source) else build_part("source", source).part
     train, val = built.train(), built.val()
     if val is None or not len(val):
         raise UserError(
@@ -430,7 +433,10 @@ def _check_classes(train: Split, val: Split, advice: str, say: Callable[[str], N
             f"image, so that {images:,} held-out images cannot be named right: {advice}"
         )
     if int((counts[0] > 0).sum()) < 2:
-        raise UserError("source: expected training images of two classes at least, got one class")
+        raise UserError(
+            "source: expected training images of two classes at least, got one class: H(Y) = 0, and there is nothing "
+            "to tell apart"
+        )
     if unscored:
         say(f"{_some(unscored, train.classes)} {_have(unscored)} no held-out image: the accuracy does not count that")
 

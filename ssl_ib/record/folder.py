@@ -18,7 +18,7 @@ from .checkpoint import load
 WRITTEN = (
     "config.yaml environment.json metrics.jsonl tensorboard wandb figures checkpoints "
     "backbone.safetensors backbone.json results.json bad_images.txt bad_batch.txt "
-    "evals.jsonl evals export"
+    "evals.jsonl evals export info"
 ).split()
 #: Keys that may change when a run resumes: they move no loss.
 MOVABLE = ("device", "workers", "log_every", "logger", "checkpoint")

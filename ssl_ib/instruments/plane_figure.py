@@ -1,0 +1,72 @@
+"""The picture of information planes: a panel a width of the noise, a path a run, and the limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from ..record.figures import FAINT, INK, MUTED, chart, tidy
+from .plane_points import Trajectory
+
+#: Colours that people with any kind of colour vision tell apart (Okabe and Ito), then shades of grey.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#8c8c8c")
+MARKERS = "osD^vPX*"
+
+
+def draw(found: Sequence[Trajectory], sigmas: Sequence[float], file: Path) -> None:
+    """Draws the runs' paths from the untrained encoder, an open mark, to the last, a large one."""
+    columns = min(len(sigmas), 3)
+    lines = math.ceil(len(sigmas) / columns)
+    figure = chart(4.6 * columns, 4.2 * lines + 0.5)
+    for place, sigma in enumerate(sigmas):
+        panel = figure.add_subplot(lines, columns, place + 1)
+        for number, path in enumerate(found):
+            _path(panel, path, sigma, number)
+        _limits(panel, found, sigma)
+        tidy(panel, f"sigma = {sigma:g}", "I(X;Z), estimate (nats)")
+        panel.xaxis.get_major_locator().set_params(integer=False, min_n_ticks=3)
+        panel.grid(axis="x", color=FAINT, linewidth=0.6)
+        if place % columns == 0:
+            panel.set_ylabel("I(Z;Y), lower bound (nats)", fontsize=9, color=MUTED)
+    images = found[0].images
+    figure.suptitle(
+        f"Information kept of {images:,} held-out images and of their labels, from the untrained encoder (open) to "
+        "the last (large)",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        color=INK,
+    )
+    if len(found) > 1:
+        handles, labels = panel.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(found), 6), fontsize=9, frameon=False)
+    figure.savefig(file)
+
+
+def _path(panel: Axes, path: Trajectory, sigma: float, number: int) -> None:
+    points = path.of(sigma)
+    color, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    x, y = [point.kept for point in points], [point.label.nats for point in points]
+    errors = {"xerr": [point.error for point in points], "yerr": [point.label.error for point in points]}
+    panel.errorbar(x, y, **errors, color=color, linewidth=1.2, elinewidth=0.8, alpha=0.8, zorder=2)
+    panel.plot(x, y, color=color, linestyle="none", marker=marker, markersize=3.5, zorder=3)
+    if points[0].state.step == 0:
+        panel.plot(x[:1], y[:1], color=color, marker=marker, markersize=6, markerfacecolor="white", zorder=4)
+    panel.plot(x[-1:], y[-1:], color=color, marker=marker, markersize=9, linestyle="none", zorder=5, label=path.name)
+
+
+def _limits(panel: Axes, found: Sequence[Trajectory], sigma: float) -> None:
+    """H(Y), log n, and the line that I(Z;Y) cannot be above: Z says no more of Y than of X."""
+    most, label = found[0].most, found[0].points[0].label.ceiling
+    low = min([0.0, *(point.label.nats for path in found for point in path.of(sigma))])
+    panel.set_xlim(-0.03 * most, 1.06 * most)
+    panel.set_ylim(low - 0.05 * label, 1.1 * label)
+    dashed = {"color": MUTED, "linewidth": 1, "linestyle": (0, (5, 3)), "zorder": 1}
+    panel.axhline(label, **dashed)
+    panel.axvline(most, **dashed)
+    panel.plot([0, label], [0, label], color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+    panel.text(0, label, f"H(Y) = {label:.2f}", va="bottom", fontsize=8, color=MUTED)
+    panel.text(most, 0, f"log n = {most:.2f} ", va="bottom", ha="right", rotation=90, fontsize=8, color=MUTED)
