@@ -5,4 +5,4 @@ A module has `HELP`, a line; `arguments(parser)`, which adds its arguments and i
 """
 
 #: The modules of this package that are commands, in the order in which they are listed.
-COMMANDS: tuple[str, ...] = ("calibrate", "plane", "views", "rank")
+COMMANDS: tuple[str, ...] = ("calibrate", "plane", "views", "probe", "rank")

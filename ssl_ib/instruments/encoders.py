@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from .. import ops
 from ..config.config import configure
@@ -30,6 +31,8 @@ from ..run import FIRST, build_run
 from ..types import Sample
 
 ENCODE_BATCH = 256
+#: Unit features that are all nearer than this to each other are the same one.
+SAME = 1e-5
 
 
 @dataclass(frozen=True)
@@ -188,3 +191,19 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     while len({path[-length:] for path in paths}) < len(set(paths)):
         length += 1
     return ["/".join(path[-length:]).removeprefix("case_") for path in paths]
+
+
+def distinct(features: Tensor) -> None:
+    """Raises UserError where features [n, D] all point the same way: a collapsed encoder holds nothing."""
+    unit = normalize(features.double(), dim=1)
+    spread = (unit - unit[0]).norm(dim=1).max().item()
+    if spread < SAME:
+        raise UserError(
+            f"the features of all {len(unit)} images point the same way (within {spread:.1g}): the encoder has "
+            "collapsed, and holds no information"
+        )
+
+
+def remark(value: float, ceiling: float) -> str:
+    """What is to be said of a reading that no information can be."""
+    return "below 0" if value < 0 else "above its ceiling" if value > ceiling + 1e-9 else ""

@@ -83,7 +83,7 @@ def report(found: Sequence[Trajectory]) -> str:
 
 
 def _remarks(point: Point, most: float) -> list[str]:
-    from .plane_points import remark
+    from .encoders import remark
 
     named = [("I(X;Z)", point.kept, most), ("I(Z;Y)", point.label.nats, point.label.ceiling)]
     if point.shared is not None:

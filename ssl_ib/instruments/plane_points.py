@@ -19,12 +19,10 @@ from torch.nn.functional import normalize
 from ..errors import UserError
 from ..info.decoding import Decoded, decode
 from ..info.mixture import mixture_information
-from .encoders import Encoders, State, names_of, of_state
+from .encoders import Encoders, State, distinct, names_of, of_state, remark
 
 #: Of the noise, for each image.
 DRAWS = 3
-#: Unit features that are all nearer than this to each other are the same one.
-SAME = 1e-5
 
 
 @dataclass(frozen=True)
@@ -112,12 +110,7 @@ def paths(
 def unit(features: Tensor) -> Tensor:
     """Features at length 1: [n, D] -> [n, D]. Raises UserError where they are all the same then."""
     found = normalize(features.double(), dim=1)
-    spread = (found - found[0]).norm(dim=1).max().item()
-    if spread < SAME:
-        raise UserError(
-            f"the features of all {len(found)} images point the same way (within {spread:.1g}): the encoder has "
-            "collapsed, and I(X;Z) and I(Z;Y) are 0"
-        )
+    distinct(found)
     return found
 
 
@@ -190,8 +183,3 @@ def rows(found: Sequence[Trajectory]) -> list[dict[str, Any]]:
                 row |= {"error": None, "ceiling": point.shared.ceiling, "images": None, "draws": None}
                 table.append(row | {"remark": remark(point.shared.nats, point.shared.ceiling)})
     return table
-
-
-def remark(value: float, ceiling: float) -> str:
-    """What is to be said of a reading that no information can be."""
-    return "below 0" if value < 0 else "above its ceiling" if value > ceiling + 1e-9 else ""
