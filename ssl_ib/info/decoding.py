@@ -74,8 +74,9 @@ def decode(
         raise UserError("the held-out images all have one value, so that H = 0: there is nothing to know of it")
     held_back = _a_fifth(train_values).repeat(draws)
     values = train_values.repeat(draws)
-    strength = strengths[0]
-    if len(strengths) > 1:
+    # With one row of each value there is nothing to choose on.
+    strength = strengths[len(strengths) // 2]
+    if len(strengths) > 1 and held_back.any():
         kept = train[~held_back], values[~held_back], train[held_back], values[held_back]
         losses = [-_log_shares(*kept, c)[0].mean().item() for c in strengths]
         strength = min(zip(losses, strengths, strict=True))[1]
@@ -95,12 +96,12 @@ def decode(
 
 
 def _a_fifth(values: Tensor) -> Tensor:
-    """About a fifth of the rows of each value, but never all of them: bool [n]."""
+    """About a fifth of the rows of each value, of two or more one at least: bool [n]."""
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
     chosen = torch.zeros(len(values), dtype=torch.bool)
     for value in values.unique():
         rows = order[values[order] == value]
-        chosen[rows[: len(rows) // 5]] = True
+        chosen[rows[: max(len(rows) // 5, min(len(rows) - 1, 1))]] = True
     return chosen
 
 

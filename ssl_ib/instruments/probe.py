@@ -71,8 +71,6 @@ def report(found: Probed) -> str:
         line += f"{shares[0]:<7}{shares[1]:<7}{after.chance:<7.3f}{'; '.join(said)}"
         lines.append(line.rstrip())
     lines.append("")
-    lines.append(
-        "nats: lower bounds on I(F;Z) by a linear classifier, at most H(F), ± the standard error over held-out"
-    )
-    lines.append("images; gained or dropped: the change is more than two of its errors")
+    lines.append("nats: lower bounds on I(F;Z) by a linear classifier, at most H(F), ± the standard error over")
+    lines.append("held-out images; gained or dropped: the change is more than two of its errors")
     return "\n".join(lines)

@@ -65,7 +65,7 @@ def _radar(panel: Axes, found: Probed, names: list[str]) -> None:
     panel.grid(color=FAINT, linewidth=0.6)
     panel.spines["polar"].set_color(FAINT)
     panel.set_title("Lower bound on I(F;Z) as a share of H(F)", loc="left", fontsize=11, color=INK, pad=24)
-    panel.legend(loc="upper left", bbox_to_anchor=(-0.18, 1.02), fontsize=8, frameon=False, labelcolor=MUTED)
+    panel.legend(loc="upper left", bbox_to_anchor=(-0.2, 0.06), fontsize=8, frameon=False, labelcolor=MUTED)
 
 
 def _dots(panel: Axes, found: Probed, names: list[str], value, title: str) -> None:

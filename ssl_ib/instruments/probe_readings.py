@@ -40,7 +40,7 @@ class Probed:
     train: int
 
     def change(self, factor: str) -> tuple[float, float] | None:
-        """After less before in nats, and the error of that, as if the two were of other images: at most the true one."""
+        """After less before in nats, and its error, as if the two were of other images: the true one is smaller."""
         if factor not in self.before:
             return None
         before, after = self.before[factor], self.after[factor]
