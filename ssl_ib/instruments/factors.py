@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..data.views import colour, resample
 from ..errors import UserError, nearest
@@ -30,7 +31,8 @@ CLASS = "class"
 class Levels:
     """The levels of a factor of the augmentation, and what makes an image be at one.
 
-    names: of the levels. apply: images float32 [B, C, H, W] in [0, 1] and the level's number -> the same, of any size.
+    names: of the levels. apply: images float32 [B, C, H, W] in [0, 1] and the level's number -> the same; where they are
+    turned, H and W change places.
     """
 
     names: tuple[str, ...]
@@ -38,13 +40,15 @@ class Levels:
 
 
 def _window(images: Tensor, share: float, down: float, right: float) -> Tensor:
-    """A window of a share of each side; down and right in [0, 1] say where, from the top left to the bottom right."""
-    height, width = (max(round(share * side), 1) for side in images.shape[-2:])
-    top, left = (
-        round(where * (side - part))
-        for where, side, part in zip((down, right), images.shape[-2:], (height, width), strict=True)
-    )
-    return images[..., top : top + height, left : left + width]
+    """A window of a share of each side, resized to the whole again.
+
+    down and right, in [0, 1], say where it is, from the top left to the bottom right.
+    """
+    sides = images.shape[-2:]
+    height, width = (max(round(share * side), 1) for side in sides)
+    top, left = round(down * (sides[0] - height)), round(right * (sides[1] - width))
+    window = images[..., top : top + height, left : left + width]
+    return images if share == 1 else interpolate(window, size=sides, mode="bilinear", antialias=True)
 
 
 def _jittered(images: Tensor, kind: int, amount: float) -> Tensor:
