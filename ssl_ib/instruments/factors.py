@@ -31,8 +31,8 @@ CLASS = "class"
 class Levels:
     """The levels of a factor of the augmentation, and what makes an image be at one.
 
-    names: of the levels. apply: images float32 [B, C, H, W] in [0, 1] and the level's number -> the same; where they are
-    turned, H and W change places.
+    names: of the levels. apply: images float32 [B, C, H, W] in [0, 1] and the level's number -> the same; where they
+    are turned, H and W change places.
     """
 
     names: tuple[str, ...]

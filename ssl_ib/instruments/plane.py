@@ -10,7 +10,6 @@ images, where its criterion has one.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,10 @@ if TYPE_CHECKING:
 
 HELP = "what a run's encoder keeps of the image and of the label, over its checkpoints"
 SIGMAS = (0.05, 0.1, 0.2)
+#: What stands below the tables.
+MEANING = """\
+nats; I(X;Z): an estimate ± the noise's standard error, at most log n; I(Z;Y): a lower bound ± the standard error over
+held-out images, at most H(Y); I(v1;v2): the run's own held-out lower bound, at most its ceiling, without this noise"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,39 +50,36 @@ def run(options: argparse.Namespace) -> int:
     from .output import folder_of, make, write_rows
 
     out = folder_of(options.out, options.runs)
-    found = plane_points.paths(options.runs, options.sigma, options.images, options.device, print, track)
+    found = []
+    for path in plane_points.paths(options.runs, options.sigma, options.images, options.device, print, track):
+        found.append(path)
+        print(report(path))
     make(out)
     write_rows(out / "plane.csv", plane_points.COLUMNS, plane_points.rows(found))
     plane_figure.draw(found, options.sigma, out / "plane.png")
-    print(report(found))
+    print(MEANING)
     print(f"{out}/plane.csv, plane.png")
     return 0
 
 
-def report(found: Sequence[Trajectory]) -> str:
-    """The points as a table, each run below its limits, and what the columns mean."""
-    lines = []
-    for path in found:
-        label = path.points[0].label
-        lines += [
-            f"{path.name}: {path.images:,} held-out images; log n = {path.most:.3f}, H(Y) = {label.ceiling:.3f} nats; "
-            f"classifiers of {path.train:,} training images",
-            f"{'encoder':<12}{'epoch':>6}{'sigma':>7}  {'I(X;Z)':<16}{'I(Z;Y) >=':<18}{'I(v1;v2) >=':<22}",
-        ]
-        for point in path.points:
-            shared, label = point.shared, point.label
-            agreed = "" if shared is None else f"{shared.nats:.3f} of {shared.ceiling:.3f}"
-            line = (
-                f"{point.state.name:<12}{point.state.epoch:>6.4g}{point.sigma:>7.3g}  "
-                f"{f'{point.kept:.3f} ± {point.error:.3f}':<16}"
-                f"{f'{label.nats:.3f} ± {label.error:.3f}':<18}{agreed:<22}"
-            )
-            lines.append((line + "; ".join(_remarks(point, path.most))).rstrip())
-        lines.append("")
-    lines.append("nats; I(X;Z): an estimate ± the noise's standard error, at most log n; I(Z;Y): a lower bound ± the")
-    lines.append("standard error over held-out images, at most H(Y); I(v1;v2): the run's own held-out lower bound, at")
-    lines.append("most its ceiling, and of views without this noise")
-    return "\n".join(lines)
+def report(path: Trajectory) -> str:
+    """A run's points as a table, below its limits."""
+    label = path.points[0].label
+    lines = [
+        f"{path.name}: {path.images:,} held-out images; log n = {path.most:.3f}, H(Y) = {label.ceiling:.3f} nats; "
+        f"classifiers of {path.train:,} training images",
+        f"{'encoder':<12}{'epoch':>6}{'sigma':>7}  {'I(X;Z)':<16}{'I(Z;Y) >=':<18}I(v1;v2) >=",
+    ]
+    for point in path.points:
+        shared, label = point.shared, point.label
+        agreed = "" if shared is None else f"{shared.nats:.3f} of {shared.ceiling:.3f}"
+        line = (
+            f"{point.state.name:<12}{point.state.epoch:>6.4g}{point.sigma:>7.3g}  "
+            f"{f'{point.kept:.3f} ± {point.error:.3f}':<16}"
+            f"{f'{label.nats:.3f} ± {label.error:.3f}':<18}{agreed:<22}"
+        )
+        lines.append((line + "; ".join(_remarks(point, path.most))).rstrip())
+    return "\n".join([*lines, ""])
 
 
 def _remarks(point: Point, most: float) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,8 @@ def paths(
     device: str,
     say: Callable[[str], None],
     track: Callable[[Iterable[State], int, str], Iterable[State]],
-) -> list[Trajectory]:
-    """The points of several runs on the same held-out images.
+) -> Iterator[Trajectory]:
+    """The points of several runs on the same held-out images, a run after the other.
 
     images: at most so many of each split. track: called with the states of a run, how many there are and what they
     are; gives them one by one. Raises UserError for what cannot be shown, where possible before anything is encoded.
@@ -89,7 +89,7 @@ def paths(
     runs = [Encoders(folder, device) for folder in folders]
     for run in runs:
         run.kept()
-    found, first = [], None
+    first = None
     for name, run in zip(names_of(folders), runs, strict=True):
         train, val = run.images(images, say)
         if first is not None and val.fingerprint != first:
@@ -103,8 +103,7 @@ def paths(
             with of_state(run, state):
                 known, scored = (unit(run.features(split)) for split in (train, val))
                 points += at(state, known, train.labels, scored, val.labels, sigmas, shared.get(state.step))
-        found.append(Trajectory(name, points, len(val), len(train)))
-    return found
+        yield Trajectory(name, points, len(val), len(train))
 
 
 def unit(features: Tensor) -> Tensor:
