@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .data.views.augment import Augment, Crops
     from .data.views.base import Views
     from .errors import ConfigError, UserError
-    from .part import Context, Criterion, Export, Model, ParamGroup, Part, RunInfo, Task
+    from .part import Context, Criterion, Export, Model, Nats, ParamGroup, Part, RunInfo, Task
     from .pretrained import Backbone, load
     from .record.backbone import load_backbone
     from .types import Batch, Loss, Masks, Progress, Sample
@@ -45,6 +45,7 @@ __all__ = [
     "Loss",
     "Masks",
     "Model",
+    "Nats",
     "ParamGroup",
     "Part",
     "Progress",

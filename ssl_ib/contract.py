@@ -75,9 +75,9 @@ def check_step(
     plain: Tensor,
     progress: Progress,
     num_global: int | None,
-) -> None:
-    """Asks for one loss and one representation, without gradient. Raises UserError where a part, or one inside it,
-    answers what it should not.
+) -> Loss:
+    """Asks for one loss and one representation, without gradient, and returns the loss. Raises UserError where a part,
+    or one inside it, answers what it should not.
 
     plain:      a few images as they are evaluated (`Views.center`).
     num_global: how many views a teacher sees, whose outputs may be of these alone; None for all.
@@ -98,7 +98,7 @@ def check_step(
         elif isinstance(part, Criterion):
             handles.append(part.register_forward_hook(lambda part, _, answer: _check_loss(part, answer)))
     try:
-        criterion(model(batch), batch, progress)
+        return criterion(model(batch), batch, progress)
     finally:
         for handle in handles:
             handle.remove()
@@ -159,6 +159,9 @@ def _check_loss(criterion: Criterion, loss: Any) -> None:
             )
     if unknown := loss.weights.keys() - loss.terms.keys():
         raise UserError(f"{where}: the loss has weights of terms that it lacks: {', '.join(sorted(unknown))}")
+    ceilings = {told.ceiling for told in criterion.nats.values() if isinstance(told.ceiling, str)}
+    if unknown := (criterion.nats.keys() | ceilings) - loss.terms.keys():
+        raise UserError(f"{where}: `nats` is of terms that the loss lacks: {', '.join(sorted(unknown))}")
 
 
 def _name(part: Part, method: str) -> str:

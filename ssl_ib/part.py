@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,19 @@ class Export(NamedTuple):
     channels: tuple[int, int] | None = None
 
 
+class Nats(NamedTuple):
+    """What a number in nats says of an information: an attribute `nats` of a criterion has one for each that it tells.
+
+    kind:    whether it is expected to lie below the information or above it, or neither is known.
+    of:      which information that is, in words that follow "on" or "of", such as "what the two views share".
+    ceiling: the largest value that the number can have, or the name of the term that says it; None for none.
+    """
+
+    kind: Literal["lower bound", "upper bound", "estimate"]
+    of: str
+    ceiling: float | str | None = None
+
+
 class Model(Part):
     """Owns what makes representations: encoder, heads, decoder, teacher.
 
@@ -217,6 +230,10 @@ class Model(Part):
         found = self.export()
         return {} if found is None else {"backbone": Export(self.backbone, *found)}
 
+    def trained_encoders(self) -> list[nn.Module]:
+        """The modules whose training makes the encoders that the run leaves behind: those themselves, as a rule."""
+        return [export.module for export in self.exports().values()]
+
 
 class Criterion(Part):
     """Scores the outputs. Owns what exists only for that: queues, prototypes, auxiliary networks.
@@ -225,6 +242,8 @@ class Criterion(Part):
     reads:       of an output, the numbers of the views whose entry is read; of one that is not named here, all of them.
     num_views:   how many views it compares, or None for any number.
     held_out:    whether it has a loss of images that it was not trained on (a bank of the training images has none).
+    nats:        what those of its terms and watched numbers that are bounds on an information, or estimates of one, are
+        worth, by name.
     pixels_note: what of the patches of `pixels` is predicted and what is not, for the figure's title (an attribute or a
         property).
     """
@@ -234,6 +253,7 @@ class Criterion(Part):
     reads: Mapping[str, Collection[int]] = MappingProxyType({})
     num_views: int | None = None
     held_out: bool = True
+    nats: Mapping[str, Nats] = MappingProxyType({})
     pixels_note: str = "every patch is predicted, visible ones too"
 
     @abstractmethod

@@ -221,6 +221,17 @@ def _fit(config: Config, num_views: int, model: Model, criterion: Criterion) -> 
             f"but model {config.model['name']!r} provides {', '.join(sorted(model.provides))}: "
             f"missing {', '.join(sorted(missing))}"
         )
+    if config.eval.ledger and not criterion.held_out:
+        problems.append(
+            "eval.ledger=true reads the gradients of the held-out loss, and criterion "
+            f"{config.criterion['name']!r} has none: use eval.ledger=false"
+        )
+    encoders = model.trained_encoders() if config.eval.ledger else []
+    if config.eval.ledger and not any(p.requires_grad for encoder in encoders for p in encoder.parameters()):
+        problems.append(
+            f"eval.ledger=true reads gradients of the encoder, and model {config.model['name']!r} names none that is "
+            "trained (`trained_encoders` of ssl_ib.Model): use eval.ledger=false"
+        )
     if criterion.num_views not in (None, num_views):
         problems.append(
             f"criterion {config.criterion['name']!r} compares {criterion.num_views} views, "

@@ -23,7 +23,7 @@ from .data.loader import Loader, ordered
 from .errors import UserError
 from .evals.online import Online
 from .part import Context, Step, detached, parts
-from .record import checkpoint
+from .record import checkpoint, ledger
 from .record.backbone import in_checkpoint
 from .record.log import RunLog
 from .record.signals import Stopped, StopRequest
@@ -44,6 +44,7 @@ class Trainer:
     Building one decodes the images that are held in memory and writes nothing. Raises UserError where they are too few
     or too many of them cannot be read.
 
+    example: a loss of the run before it is trained, which tells its terms.
     results: evaluations that the run is judged by: `untrained` (`initial` where it starts from given weights),
         `raw_pixels`, `trained` and `chance`, each metrics by name.
     """
@@ -56,8 +57,13 @@ class Trainer:
         self.scale = optim.linear_scale(config.optim, run.samples_per_step)
         self.optimizer = optim.build_optimizer(config.optim, (run.task, run.model, run.criterion))
         self.images = run.source.train().to(run.device)
-        # Only to have what is wrong with the held-out images said before anything is written.
-        run.source.val()
+        # Also to have what is wrong with the held-out images said before anything is written.
+        held_out = run.source.val()
+        if config.eval.ledger and (held_out is None or not len(held_out)):
+            raise UserError(
+                "eval.ledger=true reads gradients on held-out images, and none are held out: hold some out "
+                "(source.val_fraction), or use eval.ledger=false"
+            )
         run.views.measure(run.source)
         self.loader = Loader(
             self.images, run.batch_size, config.seed, config.workers, distributed.rank(), distributed.world_size()
@@ -70,21 +76,21 @@ class Trainer:
         self.online = Online(run, DRY_IMAGES if self.dry else None)
         self._key = random.fold(random.fold(torch.tensor(config.seed), distributed.rank()), _DRAWS)
         self.step = self.epoch = 0
-        self._check()
+        self.example = self._check()
         if config.compile:
             run.model.compile()
         self.results: dict[str, dict[str, float]] = {}
         self.first = run.first_evaluation
         self.stop = StopRequest()
 
-    def _check(self) -> None:
+    def _check(self) -> Loss:
         """Asks each part once, so that what one of them answers wrongly is said before anything is written."""
         run, size = self.run, self.run.batch_size // self.config.accumulate
         sample = next(ordered(self.images, size, size)).to(run.device)
         few, num_global = sample[:2], getattr(run.views, "num_global", None)
         plain = run.views.center(few)
         with self.online.evaluating(), distributed.alone():
-            contract.check_step(run.task, run.model, run.criterion, sample, plain, self.progress(), num_global)
+            return contract.check_step(run.task, run.model, run.criterion, sample, plain, self.progress(), num_global)
 
     @cached_property
     def step_module(self) -> nn.Module:
@@ -257,8 +263,11 @@ class Trainer:
                 self.results["chance"] = self.online.chance()
             self._write(metrics)
         if self.main:
-            shown = {k: v for k, v in metrics.items() if not k.startswith("held_out/") or k == "held_out/loss"}
+            hidden = ("held_out/", "information/", "ledger/")
+            shown = {k: v for k, v in metrics.items() if not k.startswith(hidden) or k == "held_out/loss"}
             say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+            if asked := ledger.summary(metrics):
+                say(f"the encoder's gradient: {asked}")
 
     # Trouble
 

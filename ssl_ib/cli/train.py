@@ -12,6 +12,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from .. import __version__
@@ -181,6 +182,7 @@ def _heading(trainer, out: Path | None) -> str:
         f"  device     {device}{threads}, {config.precision}{', compiled' * config.compile}, seed {config.seed}",
         f"  ops        {ops.wanted()}",
     ]
+    lines += _terms(trainer.example, run.criterion.nats)
     if trainer.step:
         lines.append(f"  resumed    at step {trainer.step:,}")
     if out is None:
@@ -189,6 +191,19 @@ def _heading(trainer, out: Path | None) -> str:
             f"evaluation on at most {DRY_IMAGES} images"
         )
     return "\n".join(lines)
+
+
+def _terms(loss, nats) -> list[str]:
+    """The terms of a loss with their weights, what is only watched, and what the numbers in nats are worth."""
+    trained = ", ".join(f"{name} x {float(weight):g}" for name, weight in loss.weights.items())
+    watched = ", ".join(name for name in loss.terms if name not in loss.weights)
+    lines = [f"  terms      {trained or 'the loss alone'}"]
+    lines += [f"  watched    {line}" if not n else f"{13 * ' '}{line}" for n, line in enumerate(wrap(watched, 106))]
+    for name, told in nats.items():
+        ceiling = told.ceiling if told.ceiling is None or isinstance(told.ceiling, str) else f"{told.ceiling:.2f}"
+        most = "" if ceiling is None else f", at most {ceiling}"
+        lines.append(f"  in nats    {name}: {told.kind} {'of' if told.kind == 'estimate' else 'on'} {told.of}{most}")
+    return lines
 
 
 def _batch(run) -> str:

@@ -132,7 +132,8 @@ class EvalConfig(Section):
     """The online evaluation: weighted kNN and representation health, on at most so many images of each split.
 
     source: another source whose images are scored with their labels, in place of the run's own, which health and the
-    held-out loss are taken of in any case.
+    held-out loss are taken of in any case. ledger: also what each term of the loss asks of the encoder, by its gradient
+    on held-out images.
     """
 
     every_epochs: PositiveInt = 10
@@ -142,6 +143,7 @@ class EvalConfig(Section):
     knn_k: PositiveInt = 20
     knn_temperature: Positive = 0.07
     linear: LinearConfig = LinearConfig()
+    ledger: bool = False
     source: PartSpec | None = None
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..part import Part
+from ..part import Nats, Part
 from ..types import Progress
 
 _logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Assignments(Part):
     def __init__(self, num: int):
         super().__init__()
         self.num = num
+        self.nats = {"kl_to_uniform": Nats("upper bound", "what a view tells of its prototype", math.log(num))}
         self.register_buffer("usage", torch.full((num,), 1 / num))
         self.register_buffer("seen", torch.tensor(0.0))
         self.register_buffer("entropy", torch.tensor(math.nan))

@@ -14,7 +14,7 @@ from .. import distributed, ops, random
 from ..config.hints import Count, NonNegative, Positive, PositiveInt, Probability
 from ..config.registry import register_criterion
 from ..errors import UserError
-from ..part import Context, Criterion, RunInfo
+from ..part import Context, Criterion, Nats, RunInfo
 from ..types import Batch, Loss, Progress
 from .pair import unit
 from .queue_nce import check_queries, weighted_queries
@@ -52,6 +52,7 @@ class BankNCE(Criterion):
 
     requires = frozenset({"projection"})
     held_out = False
+    nats = {"mi_nats": Nats("lower bound", "what the first query and its image's row share", "mi_ceiling")}
 
     def __init__(
         self,

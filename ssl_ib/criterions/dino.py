@@ -43,6 +43,7 @@ class DINO(Criterion):
         width = info.width("teacher_logits")
         self.register_buffer("center", torch.zeros(width))
         self.assignments = Assignments(width)
+        self.nats = self.assignments.nats
 
     def forward(self, outputs: dict[str, list[Tensor]], batch: Batch, progress: Progress) -> Loss:
         student, teacher = outputs["student_logits"], outputs["teacher_logits"]

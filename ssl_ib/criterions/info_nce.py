@@ -16,7 +16,7 @@ from .. import distributed
 from ..config.hints import Positive
 from ..config.registry import register_criterion
 from ..ops.distributed import info_nce
-from ..part import Criterion
+from ..part import Criterion, Nats
 from ..types import Batch, Loss, Progress
 from .pair import image_labels, shares, two_views, unit
 
@@ -38,6 +38,7 @@ class InfoNCE(Criterion):
 
     requires = frozenset({"projection"})
     num_views = 2
+    nats = {"mi_nats": Nats("lower bound", "what the two views share", "mi_ceiling")}
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from ..config.registry import register_criterion
 from ..errors import UserError
 from ..info.club import ConditionalGaussian, Variance, club, log_likelihood
 from ..ops.distributed import info_nce
-from ..part import Context, Criterion, ParamGroup, RunInfo
+from ..part import Context, Criterion, Nats, ParamGroup, RunInfo
 from ..types import Batch, Loss, Progress
 from .gate import Gate, GateMode
 from .mae import MAE
@@ -66,7 +66,9 @@ class MIMAE(Criterion):
                     encoder no gradient, is never held back.
     gate_max_epoch: a gate is open from this epoch on, whatever the loss (null: it waits for the loss alone).
 
-    Watched, in nats: `nce_nats`, log(candidates) - InfoNCE; `club_nats`, the bound; `log_likelihood` of the latents.
+    Watched, in nats: `nce_nats`, log(candidates) - InfoNCE, a lower bound on what two latents of an image share, and
+    `nce_ceiling`, its largest value; `club_nats`, the bound of L_min, an upper bound only as far as the network is
+    right, and so an estimate; `log_likelihood` of the latents.
     Further `variance_floor` (share of variances at their least value), `negative_bounds` (share of images whose bound
     is below 0), `gate` (0 or 1), `gate_step` (the step at which a latch opened, or -1), and `mask_coverage` (share of
     the patches that some mask shows) and `mask_overlap` (share of its patches that a mask shares with another, mean
@@ -136,6 +138,10 @@ class MIMAE(Criterion):
             self.approximation.requires_grad_(False)
         self.gate, self.gated = Gate(gate, gate_eps, gate_momentum, gate_max_epoch), bool(held_back)
         self.gate_terms = gate_terms
+        self.nats = {"nce_nats": Nats("lower bound", "what two masked latents of an image share", "nce_ceiling")}
+        if self.bounds:
+            # An upper bound as far as the network knows the latents' distribution, and all latents are candidates.
+            self.nats["club_nats"] = Nats("estimate", "what a latent holds of its visible patches (CLUB)")
         self.requires = frozenset({"latents"} if xj == "pixels" or not self.bounds else {"latents", "visible"})
         self.requires |= self.reconstruction.requires if self.reconstruction is not None else frozenset()
 
@@ -247,7 +253,13 @@ class MIMAE(Criterion):
             value = self._siblings_one_by_one(rows, num_masks)
             candidates = (num_images * world - 1) * num_masks + 1
         scale = (num_masks - 1) / num_masks if self.nce_norm == "n2" else 1.0
-        return {"max": scale * value, "nce_nats": math.log(candidates) - value.detach()}
+        # Siblings among the candidates leave a loss of log(N - 1) at least.
+        ceiling = math.log(candidates) - (math.log(num_masks - 1) if self.nce_denom == "all" else 0.0)
+        return {
+            "max": scale * value,
+            "nce_nats": math.log(candidates) - value.detach(),
+            "nce_ceiling": torch.full_like(value.detach(), ceiling),
+        }
 
     def _siblings_among_all(self, rows: Tensor, num_masks: int) -> Tensor:
         """Mean over ordered pairs of siblings of -log(exp(s/t) / sum of exp over all but the row): rows [B*N, d]."""

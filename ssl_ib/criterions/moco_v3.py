@@ -12,7 +12,7 @@ from .. import distributed
 from ..config.hints import Positive
 from ..config.registry import register_criterion
 from ..ops.distributed import info_nce
-from ..part import Criterion
+from ..part import Criterion, Nats
 from ..types import Batch, Loss, Progress
 from .pair import image_labels, shares, two_views, unit
 
@@ -32,6 +32,7 @@ class MoCoV3(Criterion):
 
     requires = frozenset({"prediction", "target"})
     num_views = 2
+    nats = {"mi_nats": Nats("lower bound", "what the two views share", "mi_ceiling")}
 
     def __init__(self, temperature: Positive = 0.2):
         super().__init__()

@@ -60,7 +60,7 @@ class MRCL(Criterion):
         super().__init__()
         self.contrastive = InfoNCE(temperature=0.2) if contrastive is None else contrastive
         self.num_views, self.reads = self.contrastive.num_views, self.contrastive.reads
-        self.held_out = self.contrastive.held_out
+        self.held_out, self.nats = self.contrastive.held_out, self.contrastive.nats
         self.w_masked, self.w_unmasked = w_masked, w_unmasked
         self.norm_pix, self.rec_reduce, self.con = norm_pix, rec_reduce, con
         self.in_pixels = rec_unit == "pixel" and not norm_pix

@@ -15,7 +15,7 @@ from .. import distributed, ops
 from ..config.hints import Count, NonNegative, Positive, PositiveInt
 from ..config.registry import register_criterion
 from ..errors import UserError
-from ..part import Context, Criterion, RunInfo
+from ..part import Context, Criterion, Nats, RunInfo
 from ..types import Batch, Loss, Progress
 from .pair import unit
 
@@ -42,6 +42,7 @@ class QueueNCE(Criterion):
     """
 
     requires = frozenset({"projection", "target"})
+    nats = {"mi_nats": Nats("lower bound", "what the first query and its key share", "mi_ceiling")}
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from ..config.hints import NonNegative, Positive, Probability
 from ..config.registry import register_criterion
 from ..errors import UserError
 from ..models.prototypes import Prototypes
-from ..part import Context, Criterion, RunInfo
+from ..part import Context, Criterion, Nats, RunInfo
 from ..types import Batch, Loss, Progress
 from .assignments import Assignments
 from .crops import NumPrototypes, check_views, pairs
@@ -90,6 +90,8 @@ class SVIB(Criterion):
         self.prototypes = Prototypes(self.num_prototypes, width)
         self.register_buffer("mean_teacher", torch.zeros(width))
         self.assignments = Assignments(self.num_prototypes)
+        told = Nats("upper bound", "what a view tells of its prototype")
+        self.nats = {**self.assignments.nats, "kl_to_prior": told}
 
     def tau(self, sigma: float) -> float:
         """The temperature of a mixture of width sigma."""

@@ -73,6 +73,7 @@ class SwAV(Criterion):
         self.num_global = info.global_views
         self.prototypes = Prototypes(K, width, tangent=False)
         self.assignments = Assignments(K)
+        self.nats = self.assignments.nats
         rows = info.capped(queue)
         self.register_buffer("past", torch.zeros(self.num_global, rows, width))
         self.register_buffer("filled", torch.tensor(0))

@@ -40,6 +40,7 @@ class ViewGame(Criterion):
         if not (nce or supervised):
             raise UserError("nce=false and supervised=false leave nothing to learn: switch one of them on")
         self.contrastive = (contrastive or InfoNCE(temperature=0.15, negatives="cross")) if nce else None
+        self.nats = self.contrastive.nats if nce else {}
         self.supervised = supervised
         self.requires = frozenset({"logits"} if supervised else ()) | (self.contrastive.requires if nce else set())
 

@@ -5,7 +5,7 @@ Shapes: n training rows, m test rows, D feature dimensions, C classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,14 @@ def linear_distance(
     return (test @ weight + offset - test_values.double()).norm(dim=1).mean().item()
 
 
+def linear_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, **settings: Any) -> float:
+    """Top-1 accuracy in [0, 1] of the layer of `linear_logits`; nan where a feature is not finite."""
+    logits = linear_logits(train, train_labels, test, test_labels, **settings)
+    return float("nan") if logits.isnan().any() else (logits.argmax(dim=1) == test_labels).double().mean().item()
+
+
 @torch.enable_grad()
-def linear_top1(
+def linear_logits(
     train: Tensor,
     train_labels: Tensor,
     test: Tensor,
@@ -54,8 +60,8 @@ def linear_top1(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     seed: int = 0,
-) -> float:
-    """Top-1 accuracy in [0, 1] of one linear layer trained on `train` with SGD and a cosine rate.
+) -> Tensor:
+    """The answers float32 [m, C] for `test` of one linear layer trained on `train` with SGD and a cosine rate.
 
     Features are standardised with the training set's statistics, as by MAE's BatchNorm without affine before the head
     (He et al., CVPR 2022, appendix A.1), so that one rate suits features of any scale.
@@ -66,13 +72,13 @@ def linear_top1(
     weight_decay: on the weights, not on the bias.
     seed:         of the initial weights and the order of rows; torch's global generator is neither read nor moved.
 
-    Returns nan where a feature is not finite. Raises UserError where a label is unknown, or for an unknown `lr_scale`.
+    They are nan where a feature is not finite. Raises UserError where a label is unknown, or for an unknown `lr_scale`.
     """
     if lr_scale not in ("raw", "linear"):
         raise UserError(f"lr_scale: expected 'raw' or 'linear', got {lr_scale!r}")
     classes = num_classes(train_labels, test_labels)
     if not (train.isfinite().all() and test.isfinite().all()):
-        return float("nan")
+        return torch.full((len(test), classes), float("nan"), device=test.device)
     mean = train.float().mean(dim=0)
     scale = (train.float().var(dim=0, unbiased=False) + 1e-6).rsqrt()
     train, test = (train.float() - mean) * scale, (test.float() - mean) * scale
@@ -101,4 +107,4 @@ def linear_top1(
             optimizer.step()
             cosine.step()
     with torch.no_grad(), full_precision:
-        return (head(test).argmax(dim=1) == test_labels).double().mean().item()
+        return head(test)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ from torch.nn.functional import adaptive_avg_pool2d
 from .. import distributed, random
 from ..data.loader import ordered
 from ..data.sources.base import ImageSet, stratified
+from ..info.labels import cross_entropy_bound, entropy, fano
 from ..run import Run
 from ..types import Batch, Progress, Sample
-from . import features, health
+from . import features, health, ledger
+from .features import num_classes
 from .knn import knn_top1
-from .linear import linear_distance, linear_top1
+from .linear import linear_distance, linear_logits, linear_top1
 
 #: Images from which rank, spread, alignment and uniformity are estimated.
 HEALTH_IMAGES = 2048
@@ -67,25 +70,60 @@ class Online:
     def evaluate(self, progress: Progress, final: bool = False, probes: bool = False) -> dict[str, float]:
         """`knn/top1`, `health/*`, `held_out/*`, where `final` asks for it `linear/top1`, and `probe/*` of `probes`.
 
+        `information/labels` is a lower bound, in nats, on what the features hold of the labels, from kNN's accuracy
+        (`labels_linear`: from the linear probe), at most `labels_ceiling`; `..._error` is its standard error.
         Without two classes there are no accuracies, without held-out images no `held_out/*`. `probe/<factor>` is of a
         linear layer on the features, for each factor the images have: its accuracy where the factor is a class, its
         mean Euclidean distance from the truth where it is a number or a vector of them.
         """
+        metrics = self.ledger(progress) if self.config.ledger else {}
         roots = (self.run.task, self.run.model, self.run.criterion)
         # Batch norms may count the rows of their own process alone: those of the main process are saved and evaluated.
         with self.evaluating(), distributed.as_main(buffer for root in roots for buffer in root.buffers()):
-            metrics = self._health(progress) | self._held_out(progress)
+            metrics |= self._health(progress) | self._held_out(progress)
             if self._has_labels():
                 encode = self.run.model.encode
                 train, test = (self._features(encode, images, index) for images, index in self._splits())
-                asked = self._probes(train[0], test[0]) if probes else {}
+                asked: dict[str, Callable[[], Any]] = self._probes(train[0], test[0]) if probes else {}
                 train, test = _labelled(train), _labelled(test)
-                metrics["knn/top1"] = self._knn(train, test)
+                metrics |= self._knn_and_bound(train, test)
                 if final and self.config.linear.enabled:
-                    asked["linear/top1"] = partial(self._linear, train, test)
+                    asked["linear/top1"] = partial(self._linear_and_bound, train, test)
                 answers = distributed.shared(lambda name: asked[name](), list(asked))
-                metrics |= dict(zip(asked, answers, strict=True))
+                answers = dict(zip(asked, answers, strict=True))
+                metrics |= answers.pop("linear/top1", {}) | answers
         return metrics
+
+    def ledger(self, progress: Progress) -> dict[str, float]:
+        """`ledger/*`: what the terms of the loss ask of the encoder (`evals.ledger`), on `images` held-out images.
+
+        A batch is one of a process, so that it takes as much memory as in training.
+        """
+        run, images = self.run, self.run.source.val()
+        size = run.batch_size // run.config.accumulate
+        count = ledger.num_batches(round(progress.steps_per_epoch * self.config.every_epochs))
+        batches = stratified(images.labels, min(filter(None, (self.limit, count * size)))).split(size)
+        batches = [index for index in batches if len(index) == size] or batches
+        depths = ledger.by_depth(run.model.trained_encoders())
+
+        def products(index: Tensor) -> tuple[list[str], list]:
+            batch = run.task.prepare(images.gather(index).to(run.device), replace(progress, epoch=-1))
+            loss = run.criterion(run.model.forward(batch), batch, progress)
+            terms = ledger.trained_terms(loss)
+            with torch.autocast(run.device.type, enabled=False):
+                return list(terms), ledger.products(terms, depths).tolist()
+
+        devices = [run.device] if run.device.type == "cuda" else []
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(devices),
+            self.evaluating(),
+            ledger.batch_statistics(run.model, run.criterion),
+        ):
+            found = distributed.shared(products, batches)
+        names, _ = found[0]
+        numbers = ledger.readings(names, torch.tensor([each for _, each in found], dtype=torch.float64).mean(dim=0))
+        return {"ledger/images": sum(map(len, batches)), **numbers}
 
     def _probes(self, train: Tensor, test: Tensor) -> dict[str, Callable[[], float]]:
         """What gives `probe/<factor>` by features of the images that are scored, [n, D] and [m, D]."""
@@ -225,9 +263,31 @@ class Online:
     def _knn(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
         return knn_top1(*train, *test, k=self.config.knn_k, temperature=self.config.knn_temperature)
 
+    def _knn_and_bound(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
+        """`knn/top1`, and what that accuracy says at least of the information that features hold of labels."""
+        accuracy, classes = self._knn(train, test), num_classes(train[1], test[1])
+        bound, error = fano(accuracy, test[1], classes)
+        information = {"labels": bound, "labels_error": error, "labels_ceiling": entropy(test[1])}
+        return {"knn/top1": accuracy, **{f"information/{name}": value for name, value in information.items()}}
+
     def _linear(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-        probe = self.config.linear.model_dump(exclude={"enabled"})
-        return linear_top1(*train, *test, **probe, seed=self.run.config.seed)
+        return linear_top1(*train, *test, **self._probe())
+
+    def _linear_and_bound(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
+        """`linear/top1`, and the closer bound that the probe's probabilities give."""
+        logits = linear_logits(*train, *test, **self._probe())
+        if logits.isnan().any():
+            return {"linear/top1": float("nan")}
+        bound, error = cross_entropy_bound(logits, test[1])
+        accuracy = (logits.argmax(dim=1) == test[1]).double().mean().item()
+        return {
+            "linear/top1": accuracy,
+            "information/labels_linear": bound,
+            "information/labels_linear_error": error,
+        }
+
+    def _probe(self) -> dict[str, Any]:
+        return {**self.config.linear.model_dump(exclude={"enabled"}), "seed": self.run.config.seed}
 
     def _health(self, progress: Progress) -> dict[str, float]:
         """Rank and spread of the plain features; alignment and uniformity of two views that are like the plain one."""

@@ -105,7 +105,7 @@ def _evaluations(backbone: Backbone, run: Path | None) -> str:
     if results is not None and results.is_file():
         content = json.loads(results.read_text(encoding="utf-8"))
         names = [name for name in _EVALUATIONS if content.get(name)]
-        metrics = [key for key in content["trained"] if not key.startswith("held_out/")]
+        metrics = [key for key in content["trained"] if not key.startswith(("held_out/", "information/", "ledger/"))]
         rows = [["metric", *(_EVALUATIONS[name] for name in names)]]
         rows += [[metric, *(_number(content[name].get(metric)) for name in names)] for metric in metrics]
         sections.append(f"On the run's own images, after {content['step']:,} steps:\n\n{_table(rows)}")

@@ -121,6 +121,10 @@ class FrameSequence(Model):
             projection.append(projector(features[-1]) if self.reads("projection", number) else None)
         return {"features": features, "projection": projection}
 
+    def trained_encoders(self) -> list[nn.Module]:
+        """Those networks that are trained; none is a timm model, so that none is left behind."""
+        return [self.sequence] if self.frame is None else [self.sequence, self.frame]
+
     def encode(self, images: Tensor) -> Tensor:
         """Sequences [B, T, 3, H, W] -> [B, hidden]; single frames [B, 3, H, W] -> [B, D]."""
         if not self._is_sequence(tuple(images.shape[1:])):

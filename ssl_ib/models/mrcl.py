@@ -86,3 +86,6 @@ class MRCL(Model):
 
     def export(self) -> tuple[str, dict[str, Any]] | None:
         return self.contrastive.export()
+
+    def trained_encoders(self) -> list[nn.Module]:
+        return self.contrastive.trained_encoders()

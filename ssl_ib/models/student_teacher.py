@@ -128,6 +128,10 @@ class StudentTeacher(EncoderModel):
         """The evaluated network."""
         return self.teacher.networks[0] if self.eval_net == "teacher" else self.student
 
+    def trained_encoders(self) -> list[nn.Module]:
+        """The student's, whichever is kept: the teacher gets no gradient."""
+        return [self.student.backbone]
+
     def select(self, names: Iterable[str]) -> None:
         super().select(names)
         self.head.requires_grad_(bool(self.wanted & STUDENT))

@@ -129,6 +129,11 @@ class ViewGenerator(Model):
             outputs["logits"] = [c(view[known]) for c, view in zip(self.classifiers, views, strict=True)]
         return outputs
 
+    def trained_encoders(self) -> list[nn.Module]:
+        """Those that read the learned views, of critics or else classifiers, as `encode` does; none is left behind."""
+        readers = self.critics if "projection" in self.wanted else self.classifiers
+        return [reader.encoder.backbone for reader in readers]
+
     def encode(self, images: Tensor) -> Tensor:
         """Features of both views, side by side: [B, 3, h, w] -> [B, 2 D]."""
         readers = self.critics if "projection" in self.wanted else self.classifiers

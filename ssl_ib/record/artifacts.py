@@ -21,7 +21,7 @@ from ..data.sources.base import stratified
 from ..part import parts
 from ..run import FIRST, Run
 from ..types import Progress, Sample
-from . import figures
+from . import figures, information, ledger
 from .attention import class_attention, has_class_attention
 from .backbone import of_run, save_backbone, snippet
 from .files import replace
@@ -97,6 +97,8 @@ def finish(
     references = {name: results.get(name, {}).get("knn/top1") for name in ("raw_pixels", *FIRST, "chance")}
     if any("knn/top1" in row for row in rows):
         figures.knn_curve(rows, folder / "knn_curve.png", **references, images=results.get("chance", {}).get("images"))
+    information.draw(rows, run.criterion.nats, folder / "information.png")
+    ledger.draw(rows, folder / "ledger.png")
     draw_views(run, evaluating, folder / "reconstructions.png")
     draw_attention(run, evaluating, folder / "attention.png")
     for part in parts(run.task, run.model, run.criterion):
@@ -107,7 +109,7 @@ def finish(
         which = "the encoder" if len(exports) == 1 else f"the encoder {name}"
         lines.append(f"{which}, with timm alone:\n" + snippet(out, name).rstrip())
     write_results(out, results)
-    return [*lines, *summary(out, results)]
+    return [*lines, *information.summary(results["trained"], run.criterion.nats), *summary(out, results)]
 
 
 def write_results(out: Path, results: dict[str, Any]) -> None:

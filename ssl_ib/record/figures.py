@@ -40,7 +40,7 @@ def loss_curves(rows: Sequence[dict[str, Any]], path: Path | str) -> None:
     rows = [row for row in rows if "loss" in row]
     if not rows:
         raise UserError("loss curves: expected rows with `loss`, got none")
-    x, unit = _clock(rows)
+    x, unit = clock(rows)
     terms = list(dict.fromkeys(key for row in rows for key in row if key.startswith("loss/")))
     columns = min(max(len(terms), 1), 3)
     small_rows = math.ceil(len(terms) / columns)
@@ -48,11 +48,11 @@ def loss_curves(rows: Sequence[dict[str, Any]], path: Path | str) -> None:
     figure = chart(8, 3.4 + 1.9 * small_rows)
     grid = figure.add_gridspec(1 + small_rows, columns, height_ratios=[1.7] + [1] * small_rows)
     total = figure.add_subplot(grid[0, :])
-    _curve(total, x, _numbers(rows, "loss"), BLUE)
+    _curve(total, x, column(rows, "loss"), BLUE)
     tidy(total, "Training loss", unit)
     for place, term in enumerate(terms):
         panel = figure.add_subplot(grid[1 + place // columns, place % columns], sharex=total)
-        _curve(panel, x, _numbers(rows, term), TEAL)
+        _curve(panel, x, column(rows, term), TEAL)
         tidy(panel, term.removeprefix("loss/"), unit, small=True)
     figure.savefig(path)
 
@@ -79,8 +79,8 @@ def knn_curve(
     rows = [row for row in rows if "knn/top1" in row]
     if not rows:
         raise UserError("kNN curve: expected rows with `knn/top1`, got none")
-    x, unit = _clock(rows)
-    accuracy = 100 * _numbers(rows, "knn/top1")
+    x, unit = clock(rows)
+    accuracy = 100 * column(rows, "knn/top1")
 
     figure = chart(8, 4)
     axes = figure.add_subplot()
@@ -245,15 +245,15 @@ def chart(width: float, height: float) -> Figure:
     return figure
 
 
-def _clock(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, str]:
+def clock(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, str]:
     """What to draw the rows over: their epochs where no two share one, otherwise their steps."""
-    epochs = _numbers(rows, "epoch")
+    epochs = column(rows, "epoch")
     if (np.diff(epochs) > 0).all():
         return epochs, "epoch"
-    return _numbers(rows, "step"), "step"
+    return column(rows, "step"), "step"
 
 
-def _numbers(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+def column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:
     """A column of the rows, nan where a row has no such number."""
     values = (row.get(key) for row in rows)
     return np.array([math.nan if value is None else value for value in values], dtype=float)

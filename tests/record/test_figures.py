@@ -58,8 +58,8 @@ def test_smoothing_keeps_constants_and_ignores_gaps():
 
 def test_the_axis_is_epochs_only_where_they_tell_the_rows_apart():
     by_epoch = [{"step": 10 * i, "epoch": i} for i in range(3)]
-    assert figures._clock(by_epoch)[1] == "epoch"
-    x, unit = figures._clock(by_epoch + [{"step": 25, "epoch": 2}])
+    assert figures.clock(by_epoch)[1] == "epoch"
+    x, unit = figures.clock(by_epoch + [{"step": 25, "epoch": 2}])
     assert unit == "step" and x.tolist() == [0, 10, 20, 25]
 
 
