@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "tests" / "recipes" / "tiny.yaml")
 PARTS = str(ROOT / "tests" / "recipes" / "parts.py")
 STEPS = 11
+#: What draws the figures of a run.
+FIGURES = [f"figures.{name}" for name in ("loss_curves", "knn_curve", "reconstructions", "attention")]
+FIGURES += ["information.draw", "ledger.draw"]
 
 
 def parts():
@@ -36,8 +39,8 @@ def parts():
 def train(out: Path, *arguments: str, draw: bool = False) -> int:
     """Runs the command line in this process; returns its exit code. Without `draw`, no figures: half of its time."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in () if draw else ("loss_curves", "knn_curve", "reconstructions", "attention"):
-            patch.setattr(f"ssl_ib.record.figures.{name}", lambda *given, **more: None)
+        for name in () if draw else FIGURES:
+            patch.setattr(f"ssl_ib.record.{name}", lambda *given, **more: None)
         return main([TINY, "--plugin", PARTS, "--out", str(out), *arguments])
 
 

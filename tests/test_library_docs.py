@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
-from harness import TINY
+from harness import FIGURES, TINY
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -44,8 +44,8 @@ def small(here, monkeypatch):
         return configure(TINY, [*overrides, "epochs=1"], plugins, say)
 
     monkeypatch.setattr(api, "configure", smaller)
-    for name in ("loss_curves", "knn_curve", "reconstructions", "attention"):
-        monkeypatch.setattr(f"ssl_ib.record.figures.{name}", lambda *given, **more: None)
+    for name in FIGURES:
+        monkeypatch.setattr(f"ssl_ib.record.{name}", lambda *given, **more: None)
 
 
 def test_python(small, capsys):

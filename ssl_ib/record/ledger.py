@@ -23,8 +23,9 @@ _LINES = ("-", "--", ":")
 
 def terms_of(row: Iterable[str]) -> list[str]:
     """The terms that a row's ledger is of, in their order; none where it has no ledger."""
-    keys = (key for key in row if key.startswith("ledger/") and key.endswith("/norm") and key != "ledger/norm")
-    return [key.removeprefix("ledger/").removesuffix("/norm") for key in keys]
+    ends = "ledger/", "/depth_1"
+    keys = (key for key in row if key.startswith(ends[0]) and key.endswith(ends[1]))
+    return [key.removeprefix(ends[0]).removesuffix(ends[1]) for key in keys]
 
 
 def summary(row: Mapping[str, Any]) -> str:

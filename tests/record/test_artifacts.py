@@ -259,6 +259,7 @@ def test_images_without_labels(tmp_path, capsys):
         "loss_curves.png",
         "reconstructions.png",
         "attention.png",
+        "information.png",
     }
     assert (out / "backbone.safetensors").exists()
 
