@@ -44,7 +44,7 @@ class Recipe:
     weight_decay:  not on biases and other 1-D parameters.
     shape:         after the warm-up a cosine down to min_lr, or steps by gamma at each of the milestones.
     drop_path:     of the last block, rising from 0.
-    rand_augment:  timm's text for it; "" for none. erasing: probability of random erasing.
+    rand_augment:  timm's text for it; None for none. erasing: probability of random erasing.
     smoothing:     of the labels. mixup, cutmix: parameters of their beta distributions; 0: off.
     pool:          of a vision transformer: the mean of the patches with a norm of its own after it, as in MAE's code,
                    the class token, or the encoder's own.
@@ -66,7 +66,7 @@ class Recipe:
     layer_decay: float
     drop_path: float
     crop: tuple[float, float]
-    rand_augment: str
+    rand_augment: str | None
     erasing: float
     smoothing: float
     mixup: float
@@ -210,7 +210,7 @@ class _Augmented(Dataset):
             is_training=True,
             scale=recipe.crop,
             color_jitter=0.0,
-            auto_augment=recipe.rand_augment or None,
+            auto_augment=recipe.rand_augment,
             interpolation=how["interpolation"],
             mean=job.subject.description["mean"],
             std=job.subject.description["std"],

@@ -152,7 +152,7 @@ def test_a_training_goes_on_after_a_kill(run, monkeypatch, protocol, more):
 
 
 def test_finetuning_learns(run):
-    plain = ("rand_augment=''", "erasing=0.0", "mixup=0.0", "cutmix=0.0", "crop=[0.9,1.0]", "drop_path=0.0")
+    plain = ("rand_augment=null", "erasing=0.0", "mixup=0.0", "cutmix=0.0", "crop=[0.9,1.0]", "drop_path=0.0")
     more = ("epochs=6", "warmup_epochs=1", "batch_size=25", "lr=0.05", "layer_decay=1.0", "workers=0")
     (line,) = silent("finetune", run, *QUICK[:2], "train_images=100", *plain, *more)
     assert line["value"] > 0.3

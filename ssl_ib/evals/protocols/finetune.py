@@ -22,7 +22,7 @@ class FinetuneSettings(Settings):
     optimiser: adamw, or sgd with momentum 0.9. lr: per 256 images, of so many as there are at most (lr_scale=raw: the
     rate itself); head_lr: of the classifier, where it is another one. layer_decay: each layer's rate is that of the
     layer above it times this. shape: after the warm-up a cosine down to min_lr, or steps by gamma at the milestones.
-    crop: range of a crop's share of the image. rand_augment: timm's text for it, "" for none. erasing: probability of
+    crop: range of a crop's share of the image. rand_augment: timm's text for it, null for none. erasing: probability of
     random erasing. smoothing: of the labels. mixup, cutmix: parameters of their beta distributions, 0 for none. pool:
     of a vision transformer, the mean of the patches, the class token (cls), or the encoder's own. clip: of the
     gradient's norm. workers: processes that augment images. keep: leave the model of the last seed in
@@ -46,7 +46,7 @@ class FinetuneSettings(Settings):
     layer_decay: Probability = 0.75
     drop_path: Probability = 0.1
     crop: tuple[Positive, Positive] = (0.08, 1.0)
-    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     erasing: Probability = 0.25
     smoothing: Probability = 0.1
     mixup: NonNegative = 0.8

@@ -33,7 +33,7 @@ SWAV: dict[str, Any] = {
     "weight_decay": 0.0,
     "layer_decay": 1.0,
     "drop_path": 0.0,
-    "rand_augment": "",
+    "rand_augment": None,
     "erasing": 0.0,
     "smoothing": 0.0,
     "mixup": 0.0,
