@@ -8,7 +8,10 @@ import pytest
 from harness import without_files
 
 from ssl_ib.cli import embed, export, sweep, train
+from ssl_ib.cli import eval as evaluation
 from ssl_ib.config.config import configure
+from ssl_ib.config.settings import settings
+from ssl_ib.evals.protocol import settings_of
 from ssl_ib.run import build_run
 from ssl_ib.sweep import points
 
@@ -46,7 +49,7 @@ def commands() -> list[tuple[str, list[str]]]:
             while words and (assigned := re.fullmatch(r"(\w+)=(.*)", words[0])):
                 variables[assigned[1]] = assigned[2]
                 words.pop(0)
-            if words and words[0] in ("ssl-ib-train", "ssl-ib-sweep", *PARSED):
+            if words and words[0] in ("ssl-ib-train", "ssl-ib-sweep", "ssl-ib-eval", *PARSED):
                 found.append((f"{page.name}:{number}", words))
     return found
 
@@ -73,6 +76,11 @@ def resolved(words: list[str]) -> list:
     if words[0] in PARSED:
         PARSED[words[0]]().parse_args(words[1:])
         return []
+    if words[0] == "ssl-ib-eval":
+        options = evaluation.parser().parse_intermixed_args(words[1:])
+        if options.encoder is not None:  # Neither --list nor --describe.
+            settings(settings_of(options.protocol), options.overrides).check()
+        return []
     if words[0] == "ssl-ib-train":
         options = train.parser().parse_intermixed_args(words[1:])
         if options.list or options.describe or options.plugin:
@@ -93,7 +101,7 @@ def resolved(words: list[str]) -> list:
 def test_no_command_is_left_out():
     """All that a line of a page begins with, but for the README's first, which pip precedes."""
     lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
-    begun = [line for line in lines if re.match(r"\s*(\w+=\S+ )*ssl-ib-(train|sweep|embed|export) ", line)]
+    begun = [line for line in lines if re.match(r"\s*(\w+=\S+ )*ssl-ib-(train|sweep|eval|embed|export) ", line)]
     assert len(begun) == len(COMMANDS) and not any(line.strip() == "\\" for line in lines)
 
 

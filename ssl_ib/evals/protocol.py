@@ -33,7 +33,7 @@ from ..record.artifacts import shown
 from ..types import Sample
 from .features import extract
 from .progress import track
-from .results import Results, fingerprint_of_images, identity_of
+from .results import Results, fingerprint_of, fingerprint_of_images, identity_of
 from .subject import Subject
 
 
@@ -211,8 +211,8 @@ class Job:
     out: Path | None
     say: Callable[[str], None] = print
     overwrite: bool = False
-    #: The lines of this command: those found finished, and those recorded.
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    #: What this command was asked for, in that order, by the fingerprints of identities; None: it is not there yet.
+    _asked: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     _features: dict[Any, Any] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
 
@@ -248,14 +248,18 @@ class Job:
         """
         missing = []
         for variant in variants:
-            found = self.results.find(identity_of(self.line(variant)))
-            if found in self.lines:
-                continue
-            if found is None or self.overwrite:
+            identity = identity_of(self.line(variant))
+            key = fingerprint_of(identity)
+            if self._asked.get(key) is None:
+                self._asked[key] = None if self.overwrite else self.results.find(identity)
+            if self._asked[key] is None:
                 missing.append(variant)
-            else:
-                self.lines.append(found)
         return missing
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The results of this command in the order in which they were asked for: those found, and those recorded."""
+        return [line for line in self._asked.values() if line is not None]
 
     def record(
         self,
@@ -287,7 +291,7 @@ class Job:
         }
         self._began = time.perf_counter()
         found = self.results.add(line)
-        self.lines.append(found)
+        self._asked[fingerprint_of(identity_of(found))] = found
         return found
 
     def record_accuracy(self, variant: dict[str, Any], named: Tensor, labels: Tensor, **more: Any) -> dict[str, Any]:

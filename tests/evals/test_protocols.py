@@ -103,9 +103,9 @@ def test_what_is_finished_is_not_computed_again(run, monkeypatch):
     first = silent("knn", run, "k=[5,10]", *QUICK)
     torn = (run / "evals.jsonl").read_text()
     (run / "evals.jsonl").write_text(torn[:-40])  # A kill in the middle of the second line.
-    again = silent("knn", run, "k=[5,10,15]", *QUICK)
-    assert [line["value"] for line in again][:2] == [line["value"] for line in first]
-    assert [line["settings"]["k"] for line in again] == [5, 10, 15] and again[0] == first[0]
+    again = silent("knn", run, "k=[15,5,10]", *QUICK)
+    assert [line["value"] for line in again][1:] == [line["value"] for line in first]
+    assert [line["settings"]["k"] for line in again] == [15, 5, 10] and again[1] == first[0]
     with monkeypatch.context() as patch:
         patch.setattr("ssl_ib.evals.protocol.extract", lambda *a, **k: pytest.fail("encoded again"))
         assert silent("knn", run, "k=[15,10,5]", "encode_batch=7", *QUICK)
