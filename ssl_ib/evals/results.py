@@ -16,6 +16,8 @@ from ..record.files import replace
 
 #: Settings that move no result but by rounding: what was computed with another value is not computed again.
 MOVABLE = ("device", "encode_batch", "workers", "figures")
+#: Settings of results that are fingerprints: they tell results apart, and a reader nothing.
+FINGERPRINTS = ("chosen", "corrupted", "errors", "baseline_errors", "classifier_weights")
 
 
 class Results:

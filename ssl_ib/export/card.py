@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..config.recipe import PARTS, YamlDumper, read_recipe
-from ..evals.results import Results, fingerprint_of_weights
+from ..evals.results import FINGERPRINTS, Results, fingerprint_of_weights
 from ..pretrained import Backbone
 
 #: What is shown of a line of evals.jsonl.
@@ -92,6 +92,8 @@ def _without_paths(value: Any) -> Any:
     """The same with the last part of each absolute path alone: where files lie on one machine is nobody's business."""
     if isinstance(value, dict):
         return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
@@ -125,8 +127,12 @@ def _evaluations(backbone: Backbone, run: Path | None) -> str:
 def _telling(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     """The settings of a result in which the results of its protocol differ."""
     others = [other["settings"] for other in lines if other["protocol"] == line["protocol"]]
-    settings = line["settings"]
-    return ", ".join(f"{k}={v}" for k, v in settings.items() if any(other.get(k) != v for other in others))
+    telling = {
+        key: value
+        for key, value in line["settings"].items()
+        if key not in FINGERPRINTS and any(other.get(key) != value for other in others)
+    }
+    return ", ".join(f"{key}={value}" for key, value in _without_paths(telling).items())
 
 
 def _number(value: Any) -> str:

@@ -12,7 +12,7 @@ from .. import pretrained
 from ..errors import UserError, nearest
 from ..models import official
 from ..pretrained import TIMM, Backbone
-from ..record.backbone import describe, save_backbone
+from ..record.backbone import describe
 from .card import card
 from .formats import FORMATS, Format, missing
 
@@ -142,10 +142,7 @@ def from_published(
     lines += [f"dropped: {', '.join(found.dropped) or 'nothing'}"]
     if dry:
         return [*lines, f"dry run: nothing is written to {out}"]
-    save_backbone(found.module, description, out)
-    usage = FORMATS["safetensors"].usage(out)
     backbone = Backbone(found.module, None, description=description)
-    (out / "README.md").write_text(
-        card(backbone, f"{layout}, {Path(file).name}", usage, None, "timm"), encoding="utf-8"
-    )
+    title, form = f"{layout}, {Path(file).name}", FORMATS["safetensors"]
+    lines += [_written(backbone, "safetensors", form, out, title, None)]
     return [f"{file} -> {out}", *lines, f"use it as ssl_ib.load({str(out)!r}), or start a run with --init {out}"]

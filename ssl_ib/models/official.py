@@ -179,7 +179,10 @@ def _encoder(how: _Layout, weights: dict[str, Tensor]) -> tuple[str, dict[str, A
             f"expected the weights of a {' or '.join(map(_KINDS.get, how.kinds))} under {_prefixes(how)}, got names "
             f"such as {', '.join(sorted(weights)[:3])}"
         )
-    name, arguments = _READERS[kind](state, weights, how)
+    try:
+        name, arguments = _READERS[kind](state, weights, how)
+    except KeyError as error:
+        raise UserError(f"it has no {error}") from None
     try:
         with torch.random.fork_rng(devices=[]):
             module = timm.create_model(name, **arguments)

@@ -189,11 +189,12 @@ def test_the_card_says_what_was_evaluated_and_no_path(tmp_path):
     encoder = ssl_ib.load(saved(tmp_path, *VIT[:1], **VIT[1]))
     line = {"protocol": "knn", "metric": "top1", "spread": 0.01, "weights": fingerprint_of_weights(encoder.model)}
     lines = [line | {"value": 0.75, "settings": {"k": 5, "source": None}}]
-    lines += [line | {"value": 0.5, "settings": {"k": 20, "source": None}}]
+    lines += [line | {"value": 0.5, "settings": {"k": 20, "source": {"path": "/home/me/others"}}}]
     lines += [line | {"value": 0.125, "settings": {}, "weights": "other"}]
     (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = card.card(encoder, "title", "pass", run, "timm")
     assert "path: photos" in text and "/home" not in text and "after 1,200 steps" in text
     assert "| metric | encoder at the start | this encoder |\n|---|---|---|\n| knn/top1 | 0.2500 | 0.5000 |" in text
-    rows = "| knn | k=5 | top1 | 0.7500 | 0.0100 |  |\n| knn | k=20 | top1 | 0.5000 | 0.0100 |  |\n\n"
+    rows = "| knn | k=5, source=None | top1 | 0.7500 | 0.0100 |  |\n"
+    rows += "| knn | k=20, source={'path': 'others'} | top1 | 0.5000 | 0.0100 |  |\n\n"
     assert f"| protocol | settings | metric | value | spread | chance |\n|---|---|---|---|---|---|\n{rows}" in text
