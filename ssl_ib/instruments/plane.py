@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .plane_points import Point, Trajectory
 
 HELP = "what a run's encoder keeps of the image and of the label, over its checkpoints"
-SIGMAS = (0.05, 0.1, 0.2)
+SIGMAS = (0.05, 0.1, 0.2, 0.4)
 #: What stands below the tables.
 MEANING = """\
 nats; I(X;Z): an estimate ± the noise's standard error, at most log n; I(Z;Y): a lower bound ± the standard error over

@@ -17,33 +17,43 @@ MARKERS = "osD^vPX*"
 
 
 def draw(found: Sequence[Trajectory], sigmas: Sequence[float], file: Path) -> None:
-    """Draws the runs' paths from the untrained encoder, an open mark, to the last, a large one."""
-    columns = min(len(sigmas), 3)
-    lines = math.ceil(len(sigmas) / columns)
-    figure = chart(4.6 * columns, 4.2 * lines + 0.5)
-    for place, sigma in enumerate(sigmas):
-        panel = figure.add_subplot(lines, columns, place + 1)
+    """Draws the runs' paths from the untrained encoder, an open mark, to the last, a large one.
+
+    Of three widths or more there is a panel of the last encoders over the widths: features that are spread wider keep
+    more at the same width, and only that panel compares what encoders say of Y at the same I(X;Z).
+    """
+    panels = len(sigmas) + (len(sigmas) >= 3)
+    columns = min(panels, 3)
+    lines = math.ceil(panels / columns)
+    figure = chart(max(4.6 * columns, 6.5), 4.2 * lines + 0.7)
+    for place, sigma in enumerate(sigmas, start=1):
+        panel = figure.add_subplot(lines, columns, place)
         for number, path in enumerate(found):
             _path(panel, path, sigma, number)
-        _limits(panel, found, sigma)
-        tidy(panel, f"sigma = {sigma:g}", "I(X;Z), estimate (nats)")
-        panel.xaxis.get_major_locator().set_params(integer=False, min_n_ticks=3)
-        panel.grid(axis="x", color=FAINT, linewidth=0.6)
-        if place % columns == 0:
-            panel.set_ylabel("I(Z;Y), lower bound (nats)", fontsize=9, color=MUTED)
-    images = found[0].images
-    figure.suptitle(
-        f"Information kept of {images:,} held-out images and of their labels, from the untrained encoder (open) to "
-        "the last (large)",
-        x=0.01,
-        ha="left",
-        fontsize=11,
-        color=INK,
-    )
+        _limits(panel, found, [sigma], f"sigma = {sigma:g}")
+    if panels > len(sigmas):
+        panel = figure.add_subplot(lines, columns, panels)
+        for number, path in enumerate(found):
+            _over_widths(panel, path, number)
+        _limits(panel, found, sigmas, f"the last encoders, sigma {min(sigmas):g} to {max(sigmas):g}")
+    between = " " if columns > 1 else "\n"
+    title = f"Information kept of {found[0].images:,} held-out images and of their labels,{between}"
+    title += "from the untrained encoder (open) to the last (large)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     if len(found) > 1:
-        handles, labels = panel.get_legend_handles_labels()
+        handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(found), 6), fontsize=9, frameon=False)
     figure.savefig(file)
+
+
+def _over_widths(panel: Axes, path: Trajectory, number: int) -> None:
+    """The last encoder with noise of each width, the widest at the lower left."""
+    last = [point for point in path.points if point.state == path.points[-1].state]
+    last.sort(key=lambda point: point.kept)
+    color, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    x, y = [point.kept for point in last], [point.label.nats for point in last]
+    errors = [point.label.error for point in last]
+    panel.errorbar(x, y, yerr=errors, color=color, marker=marker, markersize=4, linewidth=1.2, elinewidth=0.8)
 
 
 def _path(panel: Axes, path: Trajectory, sigma: float, number: int) -> None:
@@ -58,10 +68,10 @@ def _path(panel: Axes, path: Trajectory, sigma: float, number: int) -> None:
     panel.plot(x[-1:], y[-1:], color=color, marker=marker, markersize=9, linestyle="none", zorder=5, label=path.name)
 
 
-def _limits(panel: Axes, found: Sequence[Trajectory], sigma: float) -> None:
-    """H(Y), log n, and the line that I(Z;Y) cannot be above: Z says no more of Y than of X."""
+def _limits(panel: Axes, found: Sequence[Trajectory], sigmas: Sequence[float], title: str) -> None:
+    """Axes with H(Y), log n, and the line that I(Z;Y) cannot be above: Z says no more of Y than of X."""
     most, label = found[0].most, found[0].points[0].label.ceiling
-    low = min([0.0, *(point.label.nats for path in found for point in path.of(sigma))])
+    low = min([0.0, *(point.label.nats for path in found for sigma in sigmas for point in path.of(sigma))])
     panel.set_xlim(-0.03 * most, 1.06 * most)
     panel.set_ylim(low - 0.05 * label, 1.1 * label)
     dashed = {"color": MUTED, "linewidth": 1, "linestyle": (0, (5, 3)), "zorder": 1}
@@ -70,3 +80,7 @@ def _limits(panel: Axes, found: Sequence[Trajectory], sigma: float) -> None:
     panel.plot([0, label], [0, label], color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
     panel.text(0, label, f"H(Y) = {label:.2f}", va="bottom", fontsize=8, color=MUTED)
     panel.text(most, 0, f"log n = {most:.2f} ", va="bottom", ha="right", rotation=90, fontsize=8, color=MUTED)
+    tidy(panel, title, "I(X;Z), estimate (nats)")
+    panel.set_ylabel("I(Z;Y), lower bound (nats)", fontsize=9, color=MUTED)
+    panel.xaxis.get_major_locator().set_params(integer=False, min_n_ticks=3)
+    panel.grid(axis="x", color=FAINT, linewidth=0.6)
