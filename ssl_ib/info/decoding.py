@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .labels import entropy
 
 #: Strengths of the L2 penalty that are tried, as scikit-learn's C; a fifth of the training rows chooses.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -42,12 +43,6 @@ class Decoded:
     accuracy: float
     chance: float
     strength: float
-
-
-def entropy(values: Tensor) -> float:
-    """H of the values' shares in nats: int64 [m]. A plug-in estimate, about (K - 1) / 2m too low."""
-    shares = values.unique(return_counts=True)[1].double() / len(values)
-    return -(shares * shares.log()).sum().item()
 
 
 def decode(

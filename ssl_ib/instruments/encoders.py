@@ -164,8 +164,8 @@ class Encoders:
         plain: makes the view that is encoded, where that is another one. Raises UserError where one is not a finite
         number.
         """
-        samples = split.batches(ENCODE_BATCH)
-        found, _ = extract(self.run.model.encode, samples, plain or self.plain, self.run.device)
+        encode, plain = self.run.model.encode, plain or self.plain
+        found, _ = extract(encode, split.images, split.index, ENCODE_BATCH, plain, self.run.device)
         bad = int((~found.isfinite().all(dim=1)).sum())
         if bad:
             raise UserError(f"the features of {bad} of {len(found)} images ({split.name}) are not finite numbers")

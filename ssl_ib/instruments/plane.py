@@ -72,7 +72,7 @@ def report(path: Trajectory) -> str:
     ]
     for point in path.points:
         shared, label = point.shared, point.label
-        agreed = "" if shared is None else f"{shared.nats:.3f} of {shared.ceiling:.3f}"
+        agreed = "" if shared is None else f"{shared.nats:.3f} of {shared.ceiling:.3f}".removesuffix(" of inf")
         line = (
             f"{point.state.name:<12}{point.state.epoch:>6.4g}{point.sigma:>7.3g}  "
             f"{f'{point.kept:.3f} ± {point.error:.3f}':<16}"

@@ -27,7 +27,10 @@ DRAWS = 3
 
 @dataclass(frozen=True)
 class Shared:
-    """I(v1;v2) as the run's criterion found it on held-out images: a lower bound in nats, and the most it can say."""
+    """I(v1;v2) as the run's criterion found it on held-out images: a lower bound in nats, and the most it can say.
+
+    ceiling: inf where the criterion has none, or an earlier version recorded none.
+    """
 
     nats: float
     ceiling: float
@@ -98,7 +101,7 @@ def paths(
                 "other limits: show them apart"
             )
         first = val.fingerprint
-        shared, points = _shared(run.folder), []
+        shared, points = _shared(run), []
         for state in track(run.along(say), len(run.kept()) + 1, f"encoders of {name}"):
             with of_state(run, state):
                 known, scored = (unit(run.features(split)) for split in (train, val))
@@ -142,14 +145,16 @@ def _noisy(rows: Tensor, sigma: float, seed: int) -> Tensor:
     return rows + sigma * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
 
 
-def _shared(folder: Path) -> dict[int, Shared]:
-    """I(v1;v2) by the step at which the run's held-out criterion gave it."""
-    file, found = folder / "metrics.jsonl", {}
-    for text in file.read_text().splitlines() if file.is_file() else ():
+def _shared(run: Encoders) -> dict[int, Shared]:
+    """I(v1;v2) by the step at which the run's held-out criterion gave it: of its numbers the first lower bound."""
+    told = ((name, nats) for name, nats in run.run.criterion.nats.items() if nats.kind == "lower bound")
+    name, nats = next(told, (None, None))
+    file, found = run.folder / "metrics.jsonl", {}
+    for text in file.read_text().splitlines() if name and file.is_file() else ():
         row = json.loads(text)
-        values = row.get("held_out/mi_nats"), row.get("held_out/mi_ceiling")
-        if all(isinstance(value, float) for value in values):
-            found[row["step"]] = Shared(*values)
+        if isinstance(value := row.get(f"held_out/{name}"), float):
+            ceiling = row.get(f"held_out/{nats.ceiling}") if isinstance(nats.ceiling, str) else nats.ceiling
+            found[row["step"]] = Shared(value, math.inf if ceiling is None else ceiling)
     return found
 
 
@@ -179,6 +184,7 @@ def rows(found: Sequence[Trajectory]) -> list[dict[str, Any]]:
             if point.shared is not None and point.state.step not in said:
                 said.add(point.state.step)
                 row = dict(state, sigma=None, quantity="I(v1;v2)", kind="lower bound", value=point.shared.nats)
-                row |= {"error": None, "ceiling": point.shared.ceiling, "images": None, "draws": None}
+                ceiling = point.shared.ceiling if math.isfinite(point.shared.ceiling) else None
+                row |= {"error": None, "ceiling": ceiling, "images": None, "draws": None}
                 table.append(row | {"remark": remark(point.shared.nats, point.shared.ceiling)})
     return table

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssl_ib.errors import UserError
-from ssl_ib.info.decoding import decode, entropy
+from ssl_ib.info.decoding import decode
 
 
 def channel(rows: int, kept: float, values: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,10 +45,6 @@ def test_draws_of_the_noise_are_no_further_images():
     four = decode(train.repeat(4, 1), values, test.repeat(4, 1), wanted, draws=4, strengths=(0.025,))
     assert four.nats == pytest.approx(once.nats, abs=1e-3)
     assert four.error == pytest.approx(once.error, rel=0.01)
-
-
-def test_entropy():
-    assert entropy(torch.tensor([3, 3, 3, 7])) == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
 
 
 @pytest.mark.parametrize(("wanted", "message"), [([1, 1], "H = 0"), ([0, 5], "no training image has the value 5")])
