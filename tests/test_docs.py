@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from harness import without_files
 
-from ssl_ib.cli import embed, export, sweep, train
+from ssl_ib.cli import embed, export, info, sweep, train
 from ssl_ib.cli import eval as evaluation
 from ssl_ib.config.config import configure
 from ssl_ib.config.settings import settings
@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 #: Commands whose arguments are checked, and nothing else of them.
-PARSED = {"ssl-ib-embed": embed.parser, "ssl-ib-export": export.parser}
+PARSED = {"ssl-ib-embed": embed.parser, "ssl-ib-export": export.parser, "ssl-ib-info": info.parser}
 
 
 def commands() -> list[tuple[str, list[str]]]:
