@@ -147,6 +147,12 @@ class Encoders:
         if count < classes:
             raise UserError(f"--images: expected as many images as there are classes ({classes}) at least, got {count}")
         train, val = (split.rows(stratified(split.labels, count)) for split in (train, val))
+        unseen = [row for row, label in enumerate(val.labels.tolist()) if label not in train.labels]
+        if unseen:
+            raise UserError(
+                f"--images: {count} training images leave out the class {val.name_of(unseen[0])}, which is held out: "
+                "raise it"
+            )
         if val.labels.unique().numel() < 2:
             raise UserError(
                 f"the {len(val)} held-out images of {self.folder} are all of the class {val.name_of(0)}: H(Y) = 0, "
@@ -184,9 +190,9 @@ def of_state(encoders: Encoders, state: State) -> Iterator[None]:
 def names_of(folders: Sequence[Path]) -> list[str]:
     """What runs are called: the ends of their folders' paths, as short as tells them apart."""
     paths = [folder.resolve().parts for folder in folders]
-    if len(set(paths)) > 1:
-        while len({path[-1] for path in paths}) == 1:
-            paths = [path[:-1] for path in paths]
+    # The folder of a lone seed says nothing of the run.
+    while len({path[-1] for path in paths}) == 1 and (len(set(paths)) > 1 or paths[0][-1].startswith("seed_")):
+        paths = [path[:-1] for path in paths]
     length = 1
     while len({path[-length:] for path in paths}) < len(set(paths)):
         length += 1

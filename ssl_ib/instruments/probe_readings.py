@@ -72,10 +72,12 @@ def probe(
     own = known(train, val)
     names = chosen(factors, own)
     values = {name: own[name] if name in own else _drawn(name, train, val) for name in names}
-    for name in [name for name in names if values[name][1].unique().numel() < 2]:
+    for name in names:
+        if (why := _unreadable(*values[name])) is None:
+            continue
         if factors is not None:
-            raise UserError(f"--factors: the held-out images all have one value of {name}: there is nothing to read")
-        say(f"{name} is left out: the held-out images all have one value of it")
+            raise UserError(f"--factors: {name} cannot be read: {why}")
+        say(f"{name} is left out: {why}")
         del values[name]
     found: dict[str, dict[str, Decoded]] = {"before": {}, "after": {}}
     states: dict[str, State] = {}
@@ -101,6 +103,14 @@ def probe(
             found[when][name] = decode(read[0], values[name][0], read[1], values[name][1])
     levels = {name: len(pair[1].unique()) for name, pair in values.items()}
     return Probed(names_of([folder])[0], found["before"], found["after"], states, levels, len(val), len(train))
+
+
+def _unreadable(train: Tensor, val: Tensor) -> str | None:
+    """Why a factor's values, int64 [n] and [m], leave nothing to read; None where they do not."""
+    if val.unique().numel() < 2:
+        return "the held-out images all have one value of it"
+    unseen = sorted(set(val.tolist()) - set(train.tolist()))
+    return f"a held-out image has the value {unseen[0]}, and no training image has" if unseen else None
 
 
 def _drawn(name: str, train: Split, val: Split) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def test_names():
     assert names_of([finished(*KEPT)]) == [finished(*KEPT).name]
     sweep = [finished(*KEPT).parent / f"case_{case}" / f"seed_{seed}" for case in ("A", "B") for seed in (0, 1)]
     assert names_of(sweep[::2]) == ["A", "B"]
-    assert names_of(sweep[:2]) == ["seed_0", "seed_1"]
+    assert names_of(sweep[:2]) == ["seed_0", "seed_1"] and names_of(sweep[:1]) == ["A"]
     assert names_of(sweep) == ["A/seed_0", "A/seed_1", "B/seed_0", "B/seed_1"]
 
 
@@ -148,6 +148,25 @@ def test_one_class():
     run.run.evaluated.train().labels.fill_(3)
     with pytest.raises(UserError, match=r"got one class: H\(Y\) = 0"):
         run.images(100, print)
+
+
+def test_a_rare_class_is_not_lost_unsaid():
+    run = Encoders(finished(*KEPT), "cpu")
+    labels = run.run.evaluated.train().labels
+    labels[(labels == 7).nonzero()[3:]] = 0
+    with pytest.raises(UserError, match="--images: 40 training images leave out the class 7"):
+        run.images(40, print)
+    assert len(run.images(2000, print)[0]) == 1438
+
+
+def test_first_weights_that_are_gone(tmp_path, capsys):
+    run = shutil.copytree(finished(*KEPT), tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    assert "\ninit: null\n" in config
+    (run / "config.yaml").write_text(config.replace("\ninit: null\n", "\ninit: nowhere\n"))
+    assert main(["plane", str(run), "--images", "50", "--sigma", "0.1"]) == 0
+    assert {row["epoch"] for row in read(run / "info" / "plane.csv")} == {"1", "2"}
+    assert "the encoder as it started is left out: init: expected" in capsys.readouterr().out
 
 
 def test_directions_not_lengths():

@@ -123,6 +123,18 @@ def test_the_command(tmp_path, capsys):
     assert "gained or dropped" in capsys.readouterr().out
 
 
+def test_what_cannot_be_read_is_left_out_or_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "ssl_ib.data.sources.base.InMemory.factors", {"lamp": torch.ones(1438, dtype=torch.int64)}, raising=False
+    )
+    monkeypatch.setattr("ssl_ib.instruments.probe_readings.chosen", lambda names, own: names or ["lamp", "class"])
+    arguments = ["probe", str(finished(*KEPT)), "--images", "50", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "lamp is left out: the held-out images all have one value of it" in capsys.readouterr().out
+    assert main([*arguments, "--factors", "lamp"]) == 2
+    assert "--factors: lamp cannot be read" in capsys.readouterr().err
+
+
 def test_verdicts():
     def read(nats: float) -> Decoded:
         return Decoded(nats, 0.01, 1.0, 0.5, 0.5, 1.0)
