@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ from ..record.files import replace
 
 
 def folder_of(out: Path | None, runs: Sequence[Path]) -> Path:
-    """The folder that is asked for, else `info` in the run's. Raises UserError where several runs leave it open."""
+    """The folder that is asked for, else `info` in the run's; it need not exist yet.
+
+    Raises UserError where several runs leave it open, and where nothing can be written there.
+    """
     if out is None and len(runs) > 1:
         raise UserError("say where the figure of several runs goes, with --out")
     found = runs[0] / "info" if out is None else out
     if found.exists() and not found.is_dir():
         raise UserError(f"--out: expected a folder, and {found} is a file")
+    there = next(path for path in (found.absolute(), *found.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out: {there} cannot be written to")
     return found
 
 

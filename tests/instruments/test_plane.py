@@ -15,6 +15,7 @@ from ssl_ib.cli.info import main
 from ssl_ib.errors import UserError
 from ssl_ib.evals import health
 from ssl_ib.instruments.encoders import Encoders, distinct, names_of, remark
+from ssl_ib.instruments.output import folder_of
 from ssl_ib.instruments.plane_points import at
 
 KEPT = "checkpoint.keep=1", "eval.linear.enabled=false"
@@ -173,3 +174,16 @@ def test_directions_not_lengths():
     distinct(torch.randn(5, 3))
     with pytest.raises(UserError, match="collapsed"):
         distinct(torch.arange(1.0, 6)[:, None] * torch.tensor([1.0, 2.0, 0.0]))
+
+
+def test_where_files_go(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert (
+        folder_of(None, [run]) == run / "info" and folder_of(tmp_path / "a" / "b", [run, run]) == tmp_path / "a" / "b"
+    )
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file"):
+        folder_of(tmp_path / "file", [run])
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match="cannot be written to"):
+        folder_of(tmp_path / "a" / "b", [run])
