@@ -51,7 +51,7 @@ BETTER = {
     "held_out/approximation": LOWER,
 }
 #: What is no reading of the representation: limits, and what the settings alone decide.
-NO_READING = ("held_out/mi_ceiling", "held_out/gate", "held_out/gate_step", "held_out/mask_*")
+NO_READING = ("held_out/*_ceiling", "held_out/gate", "held_out/gate_step", "held_out/mask_*")
 #: Held-out numbers that a criterion has of labels: such a run's held-out numbers are not label-free.
 OF_LABELS = ("held_out/*accuracy*", "held_out/ce_*")
 
