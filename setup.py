@@ -69,7 +69,7 @@ setup(
         "pillow",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "scikit-image"],
+        "test": ["pytest", "pytest-xdist", "scikit-image", "segmentation-models-pytorch>=0.5", "faster-coco-eval"],
         "wandb": ["wandb"],
         "embed": ["pyarrow"],
         "dense": ["segmentation-models-pytorch>=0.5", "faster-coco-eval"],
