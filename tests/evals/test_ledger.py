@@ -10,7 +10,7 @@ from harness import assert_same_state, checkpoint, finished, losses, rows, train
 from test_distributed import ELSEWHERE, EXAMPLES, Linear, info, whole_batch
 from torch import nn
 
-from ssl_ib import Loss, UserError, distributed
+from ssl_ib import Loss, UserError
 from ssl_ib.criterions.reconstruction import HiddenPatches
 from ssl_ib.data.loader import ordered
 from ssl_ib.evals import ledger
@@ -149,16 +149,15 @@ def test_precision_and_accumulation():
     assert found["ledger/norm"] == pytest.approx(numbers["ledger/norm"], rel=0.1) and found != numbers
 
 
-def test_one_of_several_processes_asks_no_other(monkeypatch):
-    instance = trainer(*SMALL)
-    numbers = instance.online.ledger(instance.progress())
-    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda *group: 4)
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 2)
-    model = instance.run.model
-    model.projector = distributed.with_common_batch_norm(model.projector, torch.device("cuda"))
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    assert instance.online.ledger(instance.progress()) == numbers
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_batch_norms_go_by_the_batch_and_ask_no_other_process(kind, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 4)
+    norm, x = kind(3).eval(), torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    with ledger.batch_statistics(nn.Sequential(norm)):
+        found = norm(x)
+    torch.testing.assert_close(found, (x - x.mean(dim=0)) * (x.var(dim=0, unbiased=False) + norm.eps).rsqrt())
+    torch.testing.assert_close(norm(x), x / math.sqrt(1 + norm.eps))
 
 
 def test_a_compiled_model_is_not_compiled_once_more():

@@ -16,6 +16,7 @@ from ssl_ib import UserError, distributed
 from ssl_ib.cli import embed, eval, exits
 from ssl_ib.data.sources.base import InMemory
 from ssl_ib.errors import EndedElsewhere
+from ssl_ib.evals import ledger
 from ssl_ib.evals.features import extract
 from ssl_ib.evals.knn import knn_classes, knn_scores
 
@@ -44,6 +45,13 @@ def evaluated(instance) -> dict:
     instance.run.model.encode = counted
     found = instance.online.evaluate(instance.progress(), final=True, probes=True)
     return {"evaluation": found, "raw_pixels": instance.online.raw_pixels(), "encoded": count[0]}
+
+
+def ledgered(instance) -> dict[str, float]:
+    """A ledger of four batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "STEPS_A_BATCH", 10)
+        return instance.online.ledger(instance.progress())
 
 
 def features(encode=lambda views: views.flatten(1) @ MATRIX, n: int = 8, size: int = 2):
@@ -121,6 +129,7 @@ def work(rank: int, port: int, path: str) -> None:
         instance.train_step(sample)
     before = {name: value.clone() for name, value in instance.state.state_dict().items()}
     answers |= evaluated(instance)
+    answers["ledger"] = ledgered(instance)
     after = instance.state.state_dict()
     answers |= {"state": before, "moved": [name for name in before if not torch.equal(before[name], after[name])]}
     # The commands leave the group at their end, and there is more to do.
@@ -175,6 +184,16 @@ def test_a_run_is_evaluated_as_by_one_process(answers):
     assert not torch.equal(*(answer["state"][name] for answer in answers))
     for answer in answers:
         assert {key: answer[key] for key in expected} == expected and answer["moved"] == []
+
+
+def test_the_ledger_is_that_of_one_process(answers):
+    # Whose forward pass has as many images.
+    instance = trainer(*RUN, "accumulate=2")
+    instance.state.load_state_dict(answers[0]["state"])
+    instance.step = 2
+    numbers = ledgered(instance)
+    assert numbers["ledger/images"] == 64 and numbers["ledger/norm"] > 0
+    assert [answer["ledger"] for answer in answers] == [numbers, numbers]
 
 
 def test_an_error_of_one_ends_both_with_one_message(answers):
