@@ -101,7 +101,7 @@ def resolved(words: list[str]) -> list:
 def test_no_command_is_left_out():
     """All that a line of a page begins with, but for the README's first, which pip precedes."""
     lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
-    begun = [line for line in lines if re.match(r"\s*(\w+=\S+ )*ssl-ib-(train|sweep|eval|embed|export) ", line)]
+    begun = [line for line in lines if re.match(r"\s*(\w+=\S+ )*ssl-ib-(train|sweep|eval|embed|export|info) ", line)]
     assert len(begun) == len(COMMANDS) and not any(line.strip() == "\\" for line in lines)
 
 

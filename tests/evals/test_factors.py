@@ -64,7 +64,7 @@ def test_another_source_is_scored_with_the_runs_own_statistics():
     scored = instance.run.evaluated
     assert (scored.size, scored.limit, instance.run.source.size) == (32, 50, 16)
     plain, labels = instance.online._splits(), instance.online._chosen("train")
-    assert [len(sample) for sample in next(plain)] == [50] and len(labels) == 50
+    assert len(next(plain)[1]) == len(labels) == 50
     assert instance.run.views.statistics[0] == pytest.approx(instance.run.source.statistics()[0])
     metrics = instance.online.evaluate(instance.progress())
     assert {"knn/top1", "health/rankme", "held_out/loss"} <= metrics.keys()

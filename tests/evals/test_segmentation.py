@@ -13,7 +13,7 @@ from PIL import Image
 
 from ssl_ib import ConfigError, UserError
 from ssl_ib.cli import eval as command
-from ssl_ib.evals import training
+from ssl_ib.evals import training, unfinished
 from ssl_ib.evals.evaluate import evaluate
 from ssl_ib.evals.mask_sets import MaskedImages, open_masks
 from ssl_ib.evals.protocols import segmentation
@@ -174,7 +174,7 @@ def test_it_goes_on_after_a_kill(tmp_path, images, monkeypatch):
     overrides += ("dropout=0.5", "drop_path=0.2")
     where = resnet(tmp_path)
     (whole,) = silent(where, *overrides, out=tmp_path / "whole")
-    kept = training.save
+    kept = unfinished.save
 
     def killed(*given):
         kept(*given)
@@ -182,7 +182,7 @@ def test_it_goes_on_after_a_kill(tmp_path, images, monkeypatch):
 
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", killed)
+        patch.setattr(unfinished, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             silent(where, *overrides, out=tmp_path / "parts")
     assert len(list((tmp_path / "parts" / "evals").glob("segmentation_*.pt"))) == 1
