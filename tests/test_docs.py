@@ -36,6 +36,8 @@ def commands() -> list[tuple[str, list[str]]]:
                 fenced, kept = not fenced, ""
                 continue
             if not inside:
+                cells = re.findall(r"`(ssl-ib-eval [^`]+)`", line) if line.startswith("|") else []
+                found += [(f"{page.name}:{number}", shlex.split(cell)) for cell in cells]
                 continue
             kept += line
             if not re.match(r"\w+=|ssl-ib-", kept):  # A diagram, a table, another command.
@@ -102,6 +104,7 @@ def test_no_command_is_left_out():
     """All that a line of a page begins with, but for the README's first, which pip precedes."""
     lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
     begun = [line for line in lines if re.match(r"\s*(\w+=\S+ )*ssl-ib-(train|sweep|eval|embed|export|info) ", line)]
+    begun += [cell for line in lines if line.startswith("| ") for cell in re.findall("`ssl-ib-eval ", line)]
     assert len(begun) == len(COMMANDS) and not any(line.strip() == "\\" for line in lines)
 
 

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("source", metavar="RUN", help="a run's folder, a checkpoint, or timm:NAME; with --from, a file")
     way = p.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=FORMATS, help="the format that is written")
+    way.add_argument("--to", action="append", choices=FORMATS, help="the format that is written")
     way.add_argument("--from", dest="layout", choices=LAYOUTS, help="the layout of a published checkpoint")
     p.add_argument("--out", type=Path, metavar="DIR", help="the folder (default: RUN/export/FORMAT)")
     p.add_argument("--name", metavar="ENCODER", help="which encoder of a run that has several")
@@ -62,9 +62,11 @@ def _main(options: argparse.Namespace) -> int:
     if options.layout:
         lines = from_published(options.layout, options.source, options.out, options.overwrite, options.dry_run)
     else:
+        if len(options.to) > 1:
+            raise UserError(f"--to: expected one format, got {', '.join(options.to)}: a command writes one")
         _, lines = export(
             options.source,
-            options.to,
+            options.to[0],
             options.out,
             name=options.name,
             pretrained_weights=options.pretrained,

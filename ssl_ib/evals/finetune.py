@@ -9,7 +9,6 @@ Shapes: B images a batch, n images in all, C classes, H x W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +24,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from .. import random
 from ..errors import UserError
-from . import unfinished
-from .progress import track
 from .protocol import Job, Split
-from .training import Order, generators, seed_all, seed_step
+from .training import Order, seed_all, train
 
 #: Keeps what an image draws apart from the order of the images, and from what a step draws.
 _IMAGES = -3
@@ -105,68 +102,43 @@ def classifier(job: Job, recipe: Recipe, seed: int) -> nn.Module:
     return model.to(job.device)
 
 
-def finetune(job: Job, recipe: Recipe, train: Split, seed: int, workers: int, saved: Path | None) -> nn.Module:
-    """The encoder and a classifier, trained together on the images of `train`.
+def finetune(job: Job, recipe: Recipe, train_on: Split, seed: int, workers: int, saved: Path | None) -> nn.Module:
+    """The encoder and a classifier, trained together on the images of `train_on`.
 
     workers: processes that augment images; 0: this one. saved: where the training stands at the end of each epoch is
     written there, and it goes on from there; None: nothing is written.
     """
     model = classifier(job, recipe, seed)
-    batch = min(recipe.batch_size, len(train))
-    steps = max(len(train) // batch, 1)
+    batch = min(recipe.batch_size, len(train_on))
+    steps = max(len(train_on) // batch, 1)
     scale = batch / 256 if recipe.lr_scale == "linear" else 1.0
-    optimiser = _optimiser(model, recipe)
-    epochs = min(recipe.epochs, 1) if job.dry else recipe.epochs
-    state = unfinished.load(saved)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-    first = 0 if state is None else state["epoch"]
     mixing = bool(recipe.mixup or recipe.cutmix) and batch > 1
     mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=job.num_classes)
-    images = _Augmented(job, recipe, train, seed)
-    order = Order(len(train), batch, steps, seed)
+
+    def loss_of(examples: tuple[Tensor, Tensor]) -> Tensor:
+        views, targets = (part.to(job.device) for part in examples)
+        if mixing:
+            even = batch // 2 * 2  # timm mixes pairs.
+            views, targets = mix(views[:even], targets[:even])
+        with job.autocast():
+            scores = job.subject.call(model, views)
+            return F.cross_entropy(scores.float(), targets, label_smoothing=0.0 if mixing else recipe.smoothing)
+
     loader = DataLoader(
-        images, batch_sampler=order, num_workers=workers, generator=torch.Generator(), persistent_workers=workers > 0
+        _Augmented(job, recipe, train_on, seed),
+        batch_sampler=Order(len(train_on), batch, steps, seed),
+        num_workers=workers,
+        generator=torch.Generator(),
+        persistent_workers=workers > 0,
     )
+    total, what = recipe.epochs * steps, "fine-tuning"
+    optimiser = _optimiser(model, recipe)
 
-    def batches() -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        for epoch in range(first, epochs):
-            order.epoch = epoch
-            for number, (views, labels) in enumerate(loader):
-                yield epoch, number, views, labels
-                if job.dry:
-                    return
+    def rate(step: int) -> float:
+        return recipe.rate(step / steps, recipe.lr * scale)
 
-    total = epochs * steps
-    with generators():
-        for epoch, number, views, labels in track(batches(), total, "fine-tuning, steps", first * steps):
-            step = epoch * steps + number
-            seed_step(seed, step)
-            views, labels = views.to(job.device), labels.to(job.device)
-            targets = labels
-            if mixing:
-                even = batch // 2 * 2  # timm mixes pairs.
-                views, targets = mix(views[:even], labels[:even])
-            _set_rates(optimiser, recipe, epoch + number / steps, scale)
-            model.train()
-            optimiser.zero_grad(set_to_none=True)
-            with job.autocast():
-                scores = job.subject.call(model, views)
-                loss = F.cross_entropy(scores.float(), targets, label_smoothing=0.0 if mixing else recipe.smoothing)
-            if not bool(loss.isfinite()):
-                raise UserError(
-                    f"the loss of the fine-tuning is no longer finite at step {step}: lower lr={recipe.lr:g}"
-                )
-            loss.backward()
-            if recipe.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimiser.step()
-            if number == steps - 1 and epoch + 1 < epochs:
-                unfinished.save(
-                    saved, {"epoch": epoch + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
-                )
-    return model.eval()
+    train(job, model, loader, loss_of, optimiser, rate, total, seed, saved, what, recipe.clip)
+    return model
 
 
 def named(job: Job, model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
@@ -176,27 +148,22 @@ def named(job: Job, model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
 
 
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """timm's optimiser; each of its groups has `lr_scale`, by which the rate of its layer is lower, and `head`."""
+    """timm's optimiser; `lr_scale` of a group is its rate over that of the encoder's last layer."""
     decay = {"layer_decay": recipe.layer_decay} if recipe.layer_decay < 1 else {}
     more = {"betas": (0.9, 0.999)} if recipe.optimiser == "adamw" else {"momentum": 0.9}
     # timm's `sgd` is Nesterov's; `momentum` is the plain one.
     name = {"adamw": "adamw", "sgd": "momentum"}[recipe.optimiser]
-    groups = create_optimizer_v2(model, opt=name, lr=1.0, weight_decay=recipe.weight_decay, **decay, **more)
+    optimiser = create_optimizer_v2(model, opt=name, lr=1.0, weight_decay=recipe.weight_decay, **decay, **more)
+    if recipe.head_lr is None:
+        return optimiser
     head = {id(parameter) for parameter in model.get_classifier().parameters()}
-    found = []
-    for group in groups.param_groups:
-        for of_head in (False, True):
+    groups = []
+    for group in optimiser.param_groups:
+        for of_head, factor in ((False, 1.0), (True, recipe.head_lr / recipe.lr)):
             parameters = [p for p in group["params"] if (id(p) in head) is of_head]
             if parameters:
-                found.append({**group, "params": parameters, "head": of_head})
-    return type(groups)(found, lr=1.0)
-
-
-def _set_rates(optimiser: torch.optim.Optimizer, recipe: Recipe, epoch: float, scale: float) -> None:
-    """The rate of each group after `epoch` epochs, a fraction counting; scale: of the rates, by the batch."""
-    for group in optimiser.param_groups:
-        peak = recipe.head_lr if group["head"] and recipe.head_lr is not None else recipe.lr
-        group["lr"] = recipe.rate(epoch, peak * scale) * group.get("lr_scale", 1.0)
+                groups.append({**group, "params": parameters, "lr_scale": group.get("lr_scale", 1.0) * factor})
+    return type(optimiser)(groups, lr=1.0)
 
 
 class _Augmented(Dataset):

@@ -17,7 +17,7 @@ import ssl_ib
 from ssl_ib import ConfigError, UserError
 from ssl_ib.cli import eval as command
 from ssl_ib.config.registry import build_part
-from ssl_ib.evals import unfinished
+from ssl_ib.evals import training, unfinished
 from ssl_ib.evals.evaluate import evaluate
 from ssl_ib.evals.protocol import Split
 from ssl_ib.evals.protocols.lowshot import drawn, rows_of_list
@@ -142,6 +142,7 @@ def test_a_training_goes_on_after_a_kill(run, monkeypatch, protocol, more):
 
     with monkeypatch.context() as patch:
         patch.setattr(unfinished, "save", killed)
+        patch.setattr(training, "SAVE_EVERY", 0.0)
         with pytest.raises(KeyboardInterrupt):
             silent(protocol, run, *overrides, out=run / "parts")
     assert len(list((run / "parts" / "evals").glob(f"{protocol}_*.pt"))) == 1
