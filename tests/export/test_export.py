@@ -162,6 +162,8 @@ def test_where_it_goes(tmp_path, capsys):
     assert main([str(run), "--to", "timm", "--overwrite"]) == 0
     assert main([str(run), "--to", "timm", "--overwrite", "--out", str(run)]) == 2
     assert "holds no export, so --overwrite leaves it alone" in capsys.readouterr().err
+    assert main([str(run), "--to", "timm", "--to", "onnx"]) == 2
+    assert "--to: expected one format, got timm, onnx" in capsys.readouterr().err
     assert main(["timm:test_vit", "--to", "timm"]) == 2
     assert "is not in the folder of a run: say where to write with --out" in capsys.readouterr().err
     # A run that takes the folder removes what was exported of the former one.

@@ -39,7 +39,9 @@ def knn(job: Job, settings: KnnSettings) -> None:
     """Top-1 accuracy of weighted nearest neighbours, for several numbers of them in one pass."""
     too_many = [k for k in settings.k if k > len(job.train)]
     if too_many and not job.dry:
-        raise UserError(f"k={too_many[0]}: there are {len(job.train)} training images")
+        raise UserError(
+            f"k={too_many[0]}: there are {len(job.train)} training images: give smaller ones, as in k=[1,5]"
+        )
     todo = [variant["k"] for variant in job.todo({"k": k} for k in settings.k)]
     if not todo:
         return
