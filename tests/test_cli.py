@@ -327,6 +327,9 @@ def test_a_dry_run_says_what_it_is_cut_down_to(here, capsys):
     output, errors = capsys.readouterr()
     assert "batch at most 8" in output and "evaluation on at most 64 images" in output and "banks at most" in output
     assert "batch      8 a step" in output and "knn/top1" in output
+    # The terms of the loss, and which of its numbers are bounds.
+    assert "terms      info_nce x 1\n  watched    mi_nats, mi_ceiling, positive_similarity\n" in output
+    assert "in nats    mi_nats: lower bound on what the two views share, at most mi_ceiling" in output
     assert errors == "" and tree(here) == {}
     # It finds the mistakes of a real run.
     broken = "criterion={name: broken, inner: info_nce, at: 1}"

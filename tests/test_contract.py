@@ -8,7 +8,7 @@ import torch
 from harness import train, trainer
 from torch import nn
 
-from ssl_ib import Batch, Criterion, Loss, Masks, Model, Part, UserError, contract
+from ssl_ib import Batch, Criterion, Loss, Masks, Model, Nats, Part, UserError, contract
 from ssl_ib.config import registry
 from ssl_ib.config.registry import CRITERIONS
 
@@ -101,6 +101,15 @@ def test_what_a_criterion_returns(instance, answer, message):
             check(instance, criterion=criterion)
         assert str(caught.value).startswith(f"criterion Answers: forward ({where(Answers, 'forward')})")
         assert message in str(caught.value)
+
+
+def test_what_a_criterion_says_of_numbers_in_nats(instance):
+    criterion = Answers(Loss(ONE, {"bound": ONE, "most": ONE}))
+    criterion.nats = {"bound": Nats("lower bound", "what is shared", "most"), "most": Nats("estimate", "the same", 1.5)}
+    check(instance, criterion=criterion)
+    criterion.nats |= {"other": Nats("upper bound", "what is held", "least")}
+    with pytest.raises(UserError, match="`nats` is of terms that the loss lacks: least, other"):
+        check(instance, criterion=criterion)
 
 
 @pytest.mark.parametrize(
