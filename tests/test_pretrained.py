@@ -162,7 +162,7 @@ def test_a_model_that_exports_nothing():
     [
         ("absent", {}, "expected the folder of a run, .* and there is nothing at 'absent'"),
         (".", {}, "expected a saved backbone, found no backbone.json and no backbone.safetensors"),
-        ("notes.txt", {}, "notes.txt' cannot be read: "),
+        ("notes.txt", {}, "notes.txt' cannot be read: it is no file of weights"),
         ("other.pt", {}, "other.pt does not describe an encoder"),
         ("timm:resnet1", {}, "timm has no model 'resnet1'; did you mean 'resnet18'"),
         (

@@ -54,6 +54,10 @@ def read_file(path: Path | str) -> Any:
         # torch's advice on its own arguments comes before what was wrong, or after the first sentence.
         text = text.rpartition("WeightsUnpickler error: ")[2].strip()
         reason = (text.splitlines() or [""])[0].split(". ")[0] or type(error).__name__
+        if (
+            isinstance(error, (LookupError, EOFError)) or "Unsupported operand" in text
+        ):  # Of a text, say, whose letters torch takes for commands.
+            reason = "it is no file of weights"
         raise UserError(f"{str(path)!r} cannot be read: {reason}") from None
 
 
