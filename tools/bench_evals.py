@@ -25,7 +25,7 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 import ssl_ib
 from ssl_ib import random
 from ssl_ib.embed.features import embed_to_file
-from ssl_ib.evals.heads import Heads, Training, fit
+from ssl_ib.evals.heads import Heads, Training
 
 
 def main() -> None:
@@ -89,11 +89,10 @@ def _rates(options: argparse.Namespace) -> None:
             heads = Heads(options.width, options.classes, rates, training, 0, torch.device("cpu"))
             steps = max(options.rows // 1024, 1)
 
-            def batches(epoch: int):
+            for epoch in range(options.epochs):
                 order = random.shuffled(0, epoch, options.rows)
-                return ((features[rows], labels[rows]) for rows in order.tensor_split(steps))
-
-            fit(heads, batches, steps, range(options.epochs))
+                for number, rows in enumerate(order.tensor_split(steps)):
+                    heads.step(features[rows], labels[rows], epoch + number / steps)
 
         return run
 
