@@ -19,8 +19,8 @@ MARKERS = "osD^vPX*"
 def draw(found: Sequence[Trajectory], sigmas: Sequence[float], file: Path) -> None:
     """Draws the runs' paths from the untrained encoder, an open mark, to the last, a large one.
 
-    Of three widths or more there is a panel of the last encoders over the widths: features that are spread wider keep
-    more at the same width, and only that panel compares what encoders say of Y at the same I(X;Z).
+    Of three widths or more there is a panel of the first and last encoders over the widths: features that are spread
+    wider keep more at the same width, and only that panel compares what encoders say of Y at the same I(X;Z).
     """
     panels = len(sigmas) + (len(sigmas) >= 3)
     columns = min(panels, 3)
@@ -35,7 +35,7 @@ def draw(found: Sequence[Trajectory], sigmas: Sequence[float], file: Path) -> No
         panel = figure.add_subplot(lines, columns, panels)
         for number, path in enumerate(found):
             _over_widths(panel, path, number)
-        _limits(panel, found, sigmas, f"the last encoders, sigma {min(sigmas):g} to {max(sigmas):g}")
+        _limits(panel, found, sigmas, f"first (dashed) and last, sigma {min(sigmas):g} to {max(sigmas):g}")
     between = " " if columns > 1 else "\n"
     title = f"Information kept of {found[0].images:,} held-out images and of their labels,{between}"
     title += "from the untrained encoder (open) to the last (large)"
@@ -47,13 +47,17 @@ def draw(found: Sequence[Trajectory], sigmas: Sequence[float], file: Path) -> No
 
 
 def _over_widths(panel: Axes, path: Trajectory, number: int) -> None:
-    """The last encoder with noise of each width, the widest at the lower left."""
-    last = [point for point in path.points if point.state == path.points[-1].state]
-    last.sort(key=lambda point: point.kept)
+    """The first encoder, dashed, and the last with noise of each width, the widest at the lower left."""
     color, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    x, y = [point.kept for point in last], [point.label.nats for point in last]
-    errors = [point.label.error for point in last]
-    panel.errorbar(x, y, yerr=errors, color=color, marker=marker, markersize=4, linewidth=1.2, elinewidth=0.8)
+    for end in (0, -1):
+        points = [point for point in path.points if point.state == path.points[end].state]
+        points.sort(key=lambda point: point.kept)
+        x, y = [point.kept for point in points], [point.label.nats for point in points]
+        if end:
+            errors = [point.label.error for point in points]
+            panel.errorbar(x, y, yerr=errors, color=color, marker=marker, markersize=4, linewidth=1.2, elinewidth=0.8)
+        else:
+            panel.plot(x, y, color=color, linewidth=1, linestyle=(0, (4, 2)), alpha=0.6)
 
 
 def _path(panel: Axes, path: Trajectory, sigma: float, number: int) -> None:
@@ -73,13 +77,18 @@ def _limits(panel: Axes, found: Sequence[Trajectory], sigmas: Sequence[float], t
     most, label = found[0].most, found[0].points[0].label.ceiling
     low = min([0.0, *(point.label.nats for path in found for sigma in sigmas for point in path.of(sigma))])
     panel.set_xlim(-0.03 * most, 1.06 * most)
-    panel.set_ylim(low - 0.05 * label, 1.1 * label)
+    high = max(point.label.nats for path in found for sigma in sigmas for point in path.of(sigma))
+    # Encoders that say little of Y would all lie in a strip at the bottom: then H(Y) is named above the panel's top.
+    near = high > label / 2
+    top = 1.1 * label if near else 1.3 * max(high, 0.05 * label)
+    panel.set_ylim(low - 0.05 * (top - low), top)
     dashed = {"color": MUTED, "linewidth": 1, "linestyle": (0, (5, 3)), "zorder": 1}
     panel.axhline(label, **dashed)
     panel.axvline(most, **dashed)
     panel.plot([0, label], [0, label], color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
-    panel.text(0, label, f"H(Y) = {label:.2f}", va="bottom", fontsize=8, color=MUTED)
-    panel.text(most, 0, f"log n = {most:.2f} ", va="bottom", ha="right", rotation=90, fontsize=8, color=MUTED)
+    said = f"H(Y) = {label:.2f}" if near else f"H(Y) = {label:.2f}, far above"
+    panel.text(0.02 * most, label if near else top, said, va="bottom" if near else "top", fontsize=8, color=MUTED)
+    panel.text(most, top, f"log n = {most:.2f} ", va="top", ha="right", rotation=90, fontsize=8, color=MUTED)
     tidy(panel, title, "I(X;Z), estimate (nats)")
     panel.set_ylabel("I(Z;Y), lower bound (nats)", fontsize=9, color=MUTED)
     panel.xaxis.get_major_locator().set_params(integer=False, min_n_ticks=3)
