@@ -127,7 +127,7 @@ def test_what_is_finished_is_not_computed_again(run, monkeypatch):
 @pytest.mark.parametrize(
     "protocol, more",
     [
-        ("finetune", ("warmup_epochs=0", "workers=0", "lr=0.01")),
+        ("finetune", ("warmup_epochs=0", "workers=0", "lr=0.01", "keep=true")),
         ("linear", ("augment=true", "form=mae", "warmup_epochs=0", "lr=[1.0,100.0]")),
     ],
 )
@@ -148,8 +148,12 @@ def test_a_training_goes_on_after_a_kill(run, monkeypatch, protocol, more):
     assert len(list((run / "parts" / "evals").glob(f"{protocol}_*.pt"))) == 1
     parts = silent(protocol, run, *overrides, out=run / "parts")
     assert [line["value"] for line in parts] == [line["value"] for line in whole]
-    assert len({line["value"] for line in whole}) > (protocol == "linear")
-    assert not (run / "parts" / "evals").exists()
+    if protocol == "linear":
+        assert len({line["value"] for line in whole}) > 1 and not (run / "parts" / "evals").exists()
+        return
+    assert [path.name for path in (run / "parts" / "evals").iterdir()] == ["finetuned.pt"]
+    one, other = (torch.load(run / name / "evals" / "finetuned.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_finetuning_learns(run):
