@@ -293,6 +293,8 @@ def test_an_image_that_cannot_be_read_is_said(run, tmp_path):
         (["linear", "RUN", "form=dino"], "blocks=4: RUN has 1 blocks"),
         (["linear", "RUN", "shape=step"], "milestones: the epochs at which shape=step"),
         (["linear", "RUN", "form=[mae]"], "form: expected 'mae'"),
+        (["segmentation", "RUN", "path=.", "form=[infomin]"], "form: expected 'upernet'"),
+        (["detection", "RUN", "path=.", "form=[infomin]"], "form: expected 'vitdet'"),
         (["linear", "RUN", "seeds=[1,1]"], "seeds: expected values that differ, one at least, got [1, 1]"),
         (["finetune", "RUN", "epochs=5"], "warmup_epochs: expected fewer than epochs=5, got 5"),
         (["lowshot", "RUN", "shots=1", "fraction=0.1"], "expected one of fraction, shots and lists"),

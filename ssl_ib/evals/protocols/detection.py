@@ -142,7 +142,7 @@ class DetectionSettings(CommonSettings):
     @classmethod
     def fill(cls, given: dict[str, Any]) -> dict[str, Any]:
         """The values of the form, with the rate for the batch that is given."""
-        data = dict(FORMS.get(given.get("form", "vitdet"), {}))
+        data = dict(FORMS.get(str(given.get("form", "vitdet")), {}))
         batch = given.get("batch_size")
         if data and type(batch) is int:
             data["lr"] *= batch / data["batch_size"]

@@ -106,8 +106,7 @@ class LinearSettings(Settings):
     @classmethod
     def fill(cls, given: dict[str, Any]) -> dict[str, Any]:
         """The values of the form."""
-        form = given.get("form", "mrcl")
-        return FORMS[form] if form in tuple(FORMS) else {}
+        return FORMS.get(str(given.get("form", "mrcl")), {})
 
     def check(self) -> None:
         check_training(self)

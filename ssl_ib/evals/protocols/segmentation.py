@@ -109,7 +109,7 @@ class SegmentationSettings(CommonSettings):
     @classmethod
     def fill(cls, given: dict[str, Any]) -> dict[str, Any]:
         """The values of the form."""
-        return FORMS.get(given.get("form", "upernet"), {})
+        return FORMS.get(str(given.get("form", "upernet")), {})
 
     def open(self, dry: bool, say: Callable[[str], None]) -> tuple[MaskedImages, MaskedImages]:
         if self.decoder == "upernet" and find_spec("segmentation_models_pytorch") is None:
