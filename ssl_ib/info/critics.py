@@ -16,15 +16,24 @@ from torch import Tensor, nn
 
 from .club import FLOOR
 
+#: Share of a critic's hidden units left out of each training step: without it, few pairs are soon learnt by heart.
+DROPOUT = 0.3
+
+
+def _bend(dropout: float) -> tuple[nn.Module, nn.Module]:
+    return nn.ReLU(), nn.Dropout(dropout)
+
 
 class Perceptron(nn.Module):
     """Two hidden layers with ReLU, and a linear map beside them: [n, width_in] -> [n, width_out]."""
 
-    def __init__(self, width_in: int, hidden: int, width_out: int):
+    def __init__(self, width_in: int, hidden: int, width_out: int, dropout: float = DROPOUT):
         super().__init__()
         self.straight = nn.Linear(width_in, width_out)
         self.bent = nn.Sequential(
-            nn.Linear(width_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width_out)
+            *(nn.Linear(width_in, hidden), *_bend(dropout)),
+            *(nn.Linear(hidden, hidden), *_bend(dropout)),
+            nn.Linear(hidden, width_out),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,8 +49,8 @@ class Perceptron(nn.Module):
 class Separable(nn.Module):
     """score(x, y) = g(x) . h(y) / sqrt(width): a network for each side. All pairs cost one matrix product."""
 
-    #: Pairs a training step compares with each other.
-    batch = 256
+    #: Pairs that a training step, and a look at the stopping part, compare with each other.
+    batch, block = 256, 2048
 
     def __init__(self, dx: int, dy: int, hidden: int = 128, width: int = 128):
         super().__init__()
@@ -57,9 +66,12 @@ class Separable(nn.Module):
 
 
 class Joint(nn.Module):
-    """score(x, y) = a network of both together, evaluated for each pair: more expressive, and n m times as costly."""
+    """score(x, y) = a network of both together, evaluated for each pair: more expressive, and n m times as costly.
 
-    batch = 64
+    It finds a few coordinates that matter among many sooner than `Separable` does, and all of many later.
+    """
+
+    batch, block = 16, 64
     #: Rows of the scores that are computed at a time.
     rows = 64
 
@@ -67,7 +79,7 @@ class Joint(nn.Module):
         super().__init__()
         # The first layer of [x, y] is the sum of one of x and one of y, which no pair needs to repeat.
         self.of_x, self.of_y = nn.Linear(dx, hidden), nn.Linear(dy, hidden)
-        self.rest = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.rest = nn.Sequential(*_bend(DROPOUT), nn.Linear(hidden, hidden), *_bend(DROPOUT), nn.Linear(hidden, 1))
         nn.init.zeros_(self.rest[-1].weight)
         nn.init.zeros_(self.rest[-1].bias)
 
@@ -84,11 +96,12 @@ class Conditional(nn.Module):
     negative means hard to reach.
     """
 
-    batch = 256
+    batch, block = 256, 2048
 
     def __init__(self, dx: int, dy: int, hidden: int = 128):
         super().__init__()
-        self.mean, self.variance = Perceptron(dx, hidden, dy), Perceptron(dx, hidden, dy)
+        # Dropout would blur the mean, which the variance takes for noise.
+        self.mean, self.variance = (Perceptron(dx, hidden, dy, dropout=0.0) for _ in range(2))
         self.mean.begin_at_zero()
         self.variance.begin_at_zero()
 

@@ -46,7 +46,7 @@ class Training:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     every: int = 10
-    patience: int = 16
+    patience: int = 12
     shares: tuple[float, float] = (0.6, 0.2)
 
 
@@ -195,11 +195,11 @@ def learn(
     train, stop, read = _parts(len(x), training.shares, generator)
     # By the training part alone: what is read must not have been seen.
     x, y = (_drawn_in(standardised(side, side[train])) for side in (x, y))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed)
         learner = LEARNERS[name](x.shape[1], y.shape[1], critic)
-    learner.network.to(x.device)
-    learnt = _train(learner, x[train], y[train], x[stop], y[stop], training, generator)
+        learner.network.to(x.device)
+        learnt = _train(learner, x[train], y[train], x[stop], y[stop], training, generator)
     block = min(len(read), BLOCK)
     nats, spread, n = _read(learner, x[read], y[read], block)
     trained, _, _ = _read(learner, x[train], y[train], block, spread=False)
@@ -238,6 +238,7 @@ def _train(learner: Learner, x, y, x_stop, y_stop, training: Training, generator
             whole = len(x) // batch * batch
             order = iter(torch.randperm(len(x), generator=generator)[:whole].split(batch))
             index = next(order)
+        network.train()
         loss = -learner.objective(x[index], y[index])
         optimiser.zero_grad()
         loss.backward()
@@ -250,12 +251,17 @@ def _train(learner: Learner, x, y, x_stop, y_stop, training: Training, generator
         if since >= training.patience:
             break
     network.load_state_dict(state)
+    network.eval()
     return learnt
 
 
 @torch.no_grad()
 def _quality(learner: Learner, x: Tensor, y: Tensor) -> float:
-    return learner.quality(x[:BLOCK], y[:BLOCK]).item()
+    """On the stopping part, in blocks of as many pairs as the network compares with each other at a time."""
+    network = learner.network.eval()
+    size = min(network.block, len(x))
+    values = [learner.quality(x[b : b + size], y[b : b + size]) for b in range(0, len(x) - size + 1, size)]
+    return sum(value.item() for value in values) / len(values)
 
 
 @torch.no_grad()

@@ -11,7 +11,12 @@ import argparse
 import csv
 import io
 import math
-from collections.abc import Callable
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -41,6 +46,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="draws of each (default: 3)")
     parser.add_argument("--estimators", nargs="+", metavar="NAME", help="which (default: all)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes to measure in (default: one a core)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.csv and calibration.png")
 
 
@@ -89,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
     from ..info.estimators import ESTIMATORS
 
     names = list(dict.fromkeys(options.estimators or ESTIMATORS.names()))
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers}: expected at least 1")
     check(options.dim, options.samples, options.mi, options.seeds, names, ESTIMATORS)
     if options.out is not None:
         try:
@@ -97,7 +107,8 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"--out {options.out}: expected a folder, got a file") from None
     dims, truths = list(dict.fromkeys(options.dim)), list(dict.fromkeys(options.mi))
     work = jobs(dims, options.samples, truths, options.seeds, names)
-    rows = [job() for job in track(work, len(work), "calibrate")]
+    with side_by_side(min(options.workers, len(work))) as each:
+        rows = list(track(each(measure, work), len(work), "calibrate"))
     print(table(rows))
     if options.out is not None:
         from ..record.files import replace
@@ -135,18 +146,12 @@ def check(
             raise UserError(f"--mi {truth:g}: expected 0 to {most:g} nats, which --dim {min(dims)} can share")
 
 
-def jobs(dims: list[int], samples: int, truths: list[float], seeds: int, names: list[str]) -> list[Callable[[], Row]]:
-    """What is to be measured: functions that answer a row each, in the order of the table."""
-    from ..info.estimators import ESTIMATORS
+def jobs(dims: list[int], samples: int, truths: list[float], seeds: int, names: list[str]) -> list[tuple]:
+    """What `measure` is to be called with, in the order of the table."""
     from ..info.known import KNOWN
 
-    def measure(dim: int, task: str, truth: float, name: str) -> Row:
-        draws = (KNOWN[task](samples, dim, truth, seed) for seed in range(seeds))
-        readings = tuple(ESTIMATORS[name](x, y, seed=seed) for seed, (x, y) in enumerate(draws))
-        return Row(dim, samples, task, truth, name, readings)
-
     return [
-        lambda given=(dim, task, truth, name): measure(*given)
+        (dim, samples, task, truth, name, seeds)
         for dim in dims
         for task in KNOWN
         # Of one or two coordinates all share anyway.
@@ -154,6 +159,38 @@ def jobs(dims: list[int], samples: int, truths: list[float], seeds: int, names: 
         for truth in truths
         for name in names
     ]
+
+
+def measure(job: tuple[int, int, str, float, str, int]) -> Row:
+    """What an estimator reads on so many draws: (dim, samples, task, truth, estimator, seeds) -> a row."""
+    from ..info.estimators import ESTIMATORS
+    from ..info.known import KNOWN
+
+    dim, samples, task, truth, name, seeds = job
+    draws = (KNOWN[task](samples, dim, truth, seed) for seed in range(seeds))
+    readings = tuple(ESTIMATORS[name](x, y, seed=seed) for seed, (x, y) in enumerate(draws))
+    return Row(dim, samples, task, truth, name, readings)
+
+
+@contextmanager
+def side_by_side(workers: int) -> Iterator[Callable]:
+    """A `map` that works in so many processes of one thread each, or in this process for a single one."""
+    if workers == 1:
+        yield map
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin_worker)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    import torch
+
+    # Ctrl-C is for the process that the user started.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 def table(rows: list[Row]) -> str:

@@ -11,7 +11,7 @@ from ssl_ib.instruments.calibrate import Row, table, verdict
 
 
 def calibrate(*arguments: str) -> int:
-    return main(["calibrate", *arguments])
+    return main(["calibrate", "--workers", "1", *arguments])
 
 
 def row(task: str, truth: float, estimator: str, *nats: float, trained: float | None = None, remark: str = "") -> Row:
@@ -65,6 +65,7 @@ def test_the_advice_is_the_smallest_worst_error():
         ("--dim 2 --samples 1", "--samples 1: expected at least 50"),
         ("--dim 2 128 --samples 200", "--samples 200: fewer than the 2 x 128 dimensions of a pair"),
         ("--dim 0 --samples 200", "expected --dim and --seeds of at least 1, got --dim 0"),
+        ("--dim 2 --samples 200 --workers 0", "--workers 0: expected at least 1"),
         ("--dim 2 --samples 200 --seeds 0", "and --seeds 0"),
         ("--dim 1 4 --samples 200 --mi 1 11", "--mi 11: expected 0 to 10 nats, which --dim 1 can share"),
         ("--dim 4 --samples 200 --mi -1", "--mi -1: expected 0 to 20 nats"),
