@@ -98,7 +98,8 @@ def main() -> None:
     from ssl_ib.info.known import KNOWN
     from ssl_ib.info.learning import _parts
 
-    print(f"{options.samples:,} samples, {options.mi:g} nats, {options.seeds} seeds; ours and tor    columns = "mean | error | spread | seconds"
+    print(f"{options.samples:,} samples, {options.mi:g} nats, {options.seeds} seeds; ours and torch-mist's")
+    columns = "mean | error | spread | seconds"
     print(f"| dim | pairs | estimator | to read | ours: {columns} | torch-mist: {columns} |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for dim in options.dim:
