@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -188,9 +189,15 @@ def side_by_side(workers: int) -> Iterator[Callable]:
 def _begin_worker() -> None:
     import torch
 
-    # Ctrl-C is for the process that the user started.
+    # Ctrl-C is for the process that the user started, and none may go on when that is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def table(rows: list[Row]) -> str:
