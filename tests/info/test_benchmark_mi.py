@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from ssl_ib.info.gaussian import gaussian, gaussian_of_samples
 from ssl_ib.info.ksg import ksg
-from ssl_ib.info.learning import Training, learn
+from ssl_ib.info.learning import learn
 
 REFERENCE = json.loads((Path(__file__).parent / "benchmark_mi.json").read_text())
 #: What a task's name begins with, and what it does to samples [n, d] of one side; `side` is 0 for x and 1 for y.
@@ -106,5 +106,5 @@ def test_what_needs_no_training_reads_of_them(name):
 def test_a_critic_sees_what_correlation_does_not(name):
     """A lower bound: below the truth but for its error, and most of it."""
     task = REFERENCE["tasks"][name]
-    reading = learn("i_nce", *draw(name, task["dim_x"], 1000), training=Training(steps=300))
-    assert 0.4 * task["nats"] < reading.nats < task["nats"] + 2 * reading.spread
+    reading = learn("i_nce", *draw(name, task["dim_x"], 1000))
+    assert 0.5 * task["nats"] < reading.nats < task["nats"] + 2 * reading.spread
