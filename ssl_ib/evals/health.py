@@ -3,7 +3,7 @@
 Everything is computed in float64 (a collapse shows in the last digits) and stays finite on collapsed features. Features
 that are not finite give nan.
 
-Shapes: n rows, D feature dimensions.
+Shapes: n rows, D feature dimensions, q views of an image.
 """
 
 from __future__ import annotations
@@ -68,3 +68,33 @@ def uniformity(x: Tensor, t: float = 2.0, chunk: int = 1024) -> float:
         energies.diagonal(start).zero_()
         potential += energies.sum()
     return (potential / (n * (n - 1))).log().item()
+
+
+@torch.no_grad()
+def lidar(views: Tensor, delta: float = 1e-4) -> float:
+    """Effective rank of what tells images apart, against what tells views of one image apart: in [1, D].
+
+    views: features [q, n, D] of q >= 2 views of each of n images. Thilak et al., "LiDAR: sensing linear probing
+    performance in joint embedding SSL architectures", ICLR 2024, eq. 1 to 4: with the covariance B of the images'
+    means and W within an image, exp of the entropy of the eigenvalues of (W + delta I)^-1/2 B (W + delta I)^-1/2,
+    normalised to sum to 1. Directions that only the augmentation moves do not count, which in `rankme` they do.
+
+    The paper draws 50 views. With fewer the means hold W / q of the views' chance, which would count as a signal in
+    every direction; it is taken off B here, and eigenvalues that fall below 0 count as 0. W needs n (q - 1) well above
+    D. Costs n D^2 + D^3.
+    """
+    if not views.isfinite().all():
+        return float("nan")
+    views = views.double()
+    q, n, d = views.shape
+    means = views.mean(dim=0)
+    within = (views - means).flatten(0, 1)
+    within = within.T @ within / (n * (q - 1))
+    between = means.T.cov().view(d, d) - within / q
+    root = torch.linalg.cholesky(within + delta * torch.eye(d, dtype=views.dtype, device=views.device))
+    half = torch.linalg.solve_triangular(root, between, upper=False)
+    spectrum = torch.linalg.eigvalsh(torch.linalg.solve_triangular(root, half.T, upper=False)).clamp_min(0)
+    total = spectrum.sum()
+    if total == 0:
+        return 1.0
+    return torch.special.entr(spectrum / total).sum().exp().item()

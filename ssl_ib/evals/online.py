@@ -32,7 +32,7 @@ from .features import num_classes
 from .knn import knn_top1
 from .linear import linear_distance, linear_logits, linear_top1
 
-#: Images from which rank, spread, alignment and uniformity are estimated.
+#: Images from which rank, spread, alignment, uniformity and LiDAR are estimated.
 HEALTH_IMAGES = 2048
 #: Held-out images whose loss is taken, in batches of the run's size; one whole batch at least.
 HELD_OUT_IMAGES = 512
@@ -290,7 +290,7 @@ class Online:
         return {**self.config.linear.model_dump(exclude={"enabled"}), "seed": self.run.config.seed}
 
     def _health(self, progress: Progress) -> dict[str, float]:
-        """Rank and spread of the plain features; alignment and uniformity of two views that are like the plain one."""
+        """Rank and spread of plain features; of two views like them alignment, uniformity and LiDAR."""
         held_out = self.run.source.val()
         images = self.run.source.train() if held_out is None or not len(held_out) else held_out
         index = stratified(images.labels, min(filter(None, (self.limit, HEALTH_IMAGES))))
@@ -311,6 +311,9 @@ class Online:
             first, second = both.chunk(2, dim=1)
             metrics["health/alignment"] = health.alignment(first, second)
             metrics["health/uniformity"] = health.uniformity(first)
+            # What varies within an image is not known in more directions than there are images.
+            if len(first) > first.shape[1]:
+                metrics["health/lidar"] = health.lidar(torch.stack([first, second]))
         return metrics
 
 

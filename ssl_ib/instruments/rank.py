@@ -178,8 +178,7 @@ def report(ranking: Ranking) -> str:
         "rho: Spearman's, +1 = the number ranks the runs as kNN does, -1 = the other way round. The interval (95 %) "
         f"draws points again with all their seeds; with fewer than {ENOUGH} points it is too narrow (marked *).",
         "?: which way is better is not known, and rho counts higher as better. Held-out numbers of different "
-        "criterions may be on different scales. LiDAR is not among the numbers: it needs features of many views of "
-        "each image, which runs do not log.",
+        "criterions may be on different scales.",
     ]
     return "\n".join([*lines, *ranking.remarks]) + "\n"
 

@@ -20,6 +20,7 @@ HIGHER, LOWER = "higher", "lower"
 #: The label-free numbers of a run, as patterns of their names; the first that fits says which way is better.
 BETTER = {
     "health/rankme": HIGHER,
+    "health/lidar": HIGHER,
     "health/std": HIGHER,
     "health/alignment": LOWER,  # a mean squared distance of positive pairs
     "health/uniformity": LOWER,  # a log of a mean potential

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from harness import trainer
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from ssl_ib import UserError
 from ssl_ib.data.sources.base import InMemory
 from ssl_ib.evals.features import extract, raw_pixels
-from ssl_ib.evals.health import alignment, dimension_std, rankme, uniformity
+from ssl_ib.evals.health import alignment, dimension_std, lidar, rankme, uniformity
 from ssl_ib.evals.knn import knn_top1, neighbours
 from ssl_ib.evals.linear import linear_top1
 
@@ -183,12 +184,44 @@ def test_health_of_collapsed_features(row, dtype):
     assert dimension_std(collapsed) == pytest.approx(0, abs=1e-7)
     assert alignment(collapsed, collapsed) == 0
     assert uniformity(collapsed) == pytest.approx(0, abs=1e-9)
+    assert lidar(torch.stack([collapsed, collapsed])) == pytest.approx(1, abs=1e-9)
 
 
 def test_health_of_diverged_features_is_nan():
     diverged = torch.full((4, 3), float("nan"))
     assert all(math.isnan(measure(diverged)) for measure in (rankme, dimension_std, uniformity))
     assert math.isnan(alignment(diverged, diverged))
+    assert math.isnan(lidar(torch.stack([diverged, diverged])))
+
+
+@pytest.mark.parametrize("q, n", [(2, 40_000), (5, 20_000)])
+def test_lidar_counts_what_tells_images_apart_and_not_views(q, n):
+    """Images differ in three directions by 9, 3 and 1 times what views differ, and views in a fourth by far the most.
+
+    The eigenvalues are 9, 3, 1 and 0 however many views are drawn and however the directions are mixed and scaled.
+    """
+    generator = torch.Generator().manual_seed(0)
+    views_by = torch.tensor([1.0, 0.5, 2.0, 30.0], dtype=torch.float64)
+    images_by = torch.tensor([9.0, 3.0, 1.0, 0.0], dtype=torch.float64).sqrt() * views_by
+    images, views = (torch.randn(*shape, 4, generator=generator, dtype=torch.float64) for shape in ((n,), (q, n)))
+    mixed = (images * images_by + views * views_by) @ torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    shares = torch.tensor([9.0, 3.0, 1.0]) / 13
+    assert lidar(mixed, delta=0.0) == pytest.approx(torch.special.entr(shares).sum().exp().item(), rel=0.02)
+
+
+def test_lidar_is_the_formula_written_out():
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(1, 30, 3, generator=generator, dtype=torch.float64) + 0.5 * torch.randn(
+        50, 30, 3, generator=generator, dtype=torch.float64
+    )
+    means = [views[:, i].mean(dim=0) for i in range(30)]
+    mean = sum(means) / 30
+    between = sum(torch.outer(m - mean, m - mean) for m in means) / 29
+    within = sum(torch.outer(v - means[i], v - means[i]) for i in range(30) for v in views[:, i]) / (30 * 49)
+    between = between - within / 50
+    values = torch.linalg.eigvals(torch.linalg.inv(within + 1e-4 * torch.eye(3)) @ between).real
+    shares = values / values.sum()
+    assert lidar(views) == pytest.approx((-(shares * shares.log()).sum()).exp().item(), rel=1e-9)
 
 
 def test_dimension_std_of_an_isotropic_set_is_one():
@@ -271,3 +304,11 @@ def test_extract_follows_the_autocast_around_it():
 def test_an_empty_set_is_a_mistake():
     with pytest.raises(UserError, match="at least one image"):
         raw_pixels(IMAGES, ALL[:0], 2, center)
+
+
+@pytest.mark.parametrize("width, has", [(24, True), (512, False)])
+def test_lidar_is_read_where_images_are_more_than_dimensions(width, has):
+    instance = trainer(f"model.backbone_args.embed_dim={width}", "model.backbone_args.num_heads=4")
+    found = instance.online._health(instance.progress())
+    assert ("health/lidar" in found) == has and "health/alignment" in found
+    assert not has or 1 <= found["health/lidar"] <= width

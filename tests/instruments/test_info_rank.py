@@ -44,7 +44,7 @@ def test_by_method_and_over_methods(tmp_path, capsys):
     assert 0 < over["health/rankme"] < 1 and over["held_out/loss"] > -1 and "held_out/mi_ceiling" not in over
     assert rank(sweep, "--out", tmp_path / "out") == 0
     output = capsys.readouterr().out
-    assert "10 runs, 10 points, 2 methods" in output and "+1.00 [+1.00, +1.00]*" in output and "LiDAR" in output
+    assert "10 runs, 10 points, 2 methods" in output and "+1.00 [+1.00, +1.00]*" in output
     rows = list(csv.DictReader((tmp_path / "out" / "rank.csv").open()))
     chosen = next(row for row in rows if row["method"] == "siamese + byol" and row["number"] == "held_out/loss")
     assert (chosen["better"], chosen["n"], chosen["points"]) == ("lower", "5", "5") and float(chosen["rho"]) < -0.99
