@@ -6,17 +6,23 @@
 """
 
 import os
+import re
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+#: Read, not imported: nothing that the package needs is there yet.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "ssl_ib" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 
 def cuda_extension() -> dict:
     """What `setup` needs to build the CUDA kernels: torch and the package itself are imported for it alone."""
     if os.environ.get("SSL_IB_BUILD_CSRC") != "1":
         return {}
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    sys.path.insert(0, str(ROOT))
     from ssl_ib.ops import extension
 
     if (nvcc := extension.find_nvcc()) is None:
@@ -36,8 +42,27 @@ def cuda_extension() -> dict:
 
 setup(
     name="ssl-ib",
-    version="0.1.0",
+    version=VERSION,
     description="Self-supervised vision pretraining seen through the information bottleneck",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="ssl_ib contributors",
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords="self-supervised learning, information bottleneck, mutual information, computer vision, pytorch",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["ssl_ib", "ssl_ib.*"]) + ["ssl_ib.recipes", "ssl_ib.csrc", "ssl_ib_kernels"],
     package_dir={
@@ -46,7 +71,7 @@ setup(
         "ssl_ib.csrc": "csrc",
         "ssl_ib_kernels": "kernels/ssl_ib_kernels",
     },
-    package_data={"ssl_ib.recipes": ["*.yaml"], "ssl_ib.csrc": ["*/*.h", "*/*.cpp", "*/*.cu"]},
+    package_data={"ssl_ib": ["py.typed"], "ssl_ib.recipes": ["*.yaml"], "ssl_ib.csrc": ["*/*.h", "*/*.cpp", "*/*.cu"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",
@@ -69,7 +94,14 @@ setup(
         "pillow",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "scikit-image", "segmentation-models-pytorch>=0.5", "faster-coco-eval"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "mypy",
+            "scikit-image",
+            "segmentation-models-pytorch>=0.5",
+            "faster-coco-eval",
+        ],
         "wandb": ["wandb"],
         "embed": ["pyarrow"],
         "dense": ["segmentation-models-pytorch>=0.5", "faster-coco-eval"],

@@ -27,6 +27,8 @@ from .run import build_run
 from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
+#: Type checkers do not know its switch.
+_deterministic: Any = torch.utils.deterministic
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _say_labels(trainer: Trainer) -> None:
 def _callers_state() -> Iterator[None]:
     """Puts back, at the end, what a run changes of the process."""
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = _deterministic.fill_uninitialized_memory
     # The seed reaches every GPU that is in use.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices), ops.use_backend("auto"):
@@ -120,7 +122,7 @@ def _callers_state() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            _deterministic.fill_uninitialized_memory = filled
 
 
 def pretrain(
@@ -149,7 +151,7 @@ def pretrain(
         # Deterministic matrix products need this before the first of them (cuBLAS, "Results reproducibility").
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        _deterministic.fill_uninitialized_memory = False
     distributed.initialise(device)
     # Every process finds its arguments right and looks at the folder before one of them changes it.
     with distributed.together():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -228,7 +228,7 @@ class Model(Part):
         """The encoders that a run leaves behind, by the names of their files; by default `backbone`, where `export`
         describes it."""
         found = self.export()
-        return {} if found is None else {"backbone": Export(self.backbone, *found)}
+        return {} if found is None else {"backbone": Export(cast(nn.Module, self.backbone), *found)}
 
     def trained_encoders(self) -> list[nn.Module]:
         """The modules whose training makes the encoders that the run leaves behind: those themselves, as a rule."""

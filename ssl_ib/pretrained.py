@@ -79,7 +79,8 @@ class Backbone(nn.Module):
             return self(images)
         if which not in TOKENS:
             raise UserError(f"tokens: expected one of these, got {which!r}{nearest(which, TOKENS)}")
-        found, name = self.model.forward_features(images), type(self.model).__name__
+        model: Any = self.model
+        found, name = model.forward_features(images), type(model).__name__
         if found.ndim not in (3, 4):
             raise UserError(f"tokens={which}: {name} has no patches, its features are {list(found.shape)}")
         if found.ndim == 4:
@@ -314,7 +315,7 @@ def of_timm(name: str, pretrained: bool) -> nn.Module:
 
 
 def _of_timm(name: str, pretrained: bool) -> Backbone:
-    model = of_timm(name, pretrained)
+    model: Any = of_timm(name, pretrained)
     how = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**how)
     preprocessing, (_, height, width) = None, how["input_size"]

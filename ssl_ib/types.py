@@ -135,5 +135,5 @@ class Loss:
     @classmethod
     def weighted(cls, **terms: tuple[Tensor, float | Tensor]) -> Loss:
         """Sum of weight x term: `Loss.weighted(rec=(rec, 1.0), contrastive=(nce, 0.5))`."""
-        total = sum(weight * value for value, weight in terms.values())
+        total: Tensor = sum(weight * value for value, weight in terms.values())  # type: ignore[assignment]
         return cls(total, {k: v for k, (v, _) in terms.items()}, {k: w for k, (_, w) in terms.items()})

@@ -83,7 +83,7 @@ class Registry(Generic[T]):
 
     def listed(self) -> list[str]:
         """The same without the time that importing takes: built-in names are read from the decorators in the source."""
-        folder = Path(importlib.util.find_spec(self.package).origin).parent
+        folder = Path(importlib.util.find_spec(self.package).origin).parent  # type: ignore[union-attr, arg-type]
         decorator = re.compile(rf'^@register_{self.kind}\("(\w+)"\)', re.MULTILINE)
         built_in = (decorator.findall(file.read_text(encoding="utf-8")) for file in folder.glob("*.py"))
         return sorted({*self._entries, *chain.from_iterable(built_in)})
@@ -159,11 +159,11 @@ def part_kind(hint: Any) -> str | None:
 
 
 @cache
-def _checker(kind: str, name: str):
+def _checker(kind: str, name: str) -> Any:
     """A pydantic model of the part's plain arguments (nested parts are checked on their own)."""
     import pydantic
 
-    fields = {}
+    fields: dict[str, Any] = {}
     for key, parameter in REGISTRIES[kind].schema(name).items():
         hint = Any if part_kind(parameter.annotation) else parameter.annotation
         fields[key] = (hint, ... if parameter.default is parameter.empty else parameter.default)
@@ -221,7 +221,7 @@ def part_keys(kind: str, spec: Any, path: str) -> list[str]:
     What is no part has none.
     """
     spec = {"name": spec} if isinstance(spec, str) else spec
-    if not isinstance(spec, dict) or spec.get("name") not in REGISTRIES[kind]:
+    if not isinstance(spec, dict) or str(spec.get("name")) not in REGISTRIES[kind]:
         return []
     keys, below = [], []
     for key, parameter in REGISTRIES[kind].schema(spec["name"]).items():
@@ -252,7 +252,9 @@ def check_part(kind: str, spec: Any, path: str, problems: list[str], elsewhere: 
         problems.append(f"{path}: {error}")
         return dict(spec)
     given = {key: value for key, value in spec.items() if key != "name"}
-    plain, done, schedules = {}, {}, {}
+    plain: dict[str, Any] = {}
+    done: dict[str, Any] = {}
+    schedules: dict[str, Schedule | None] = {}
     for key, value in given.items():
         hint = schema[key].annotation if key in schema else None
         nested = part_kind(hint)
@@ -302,7 +304,9 @@ def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **suppl
     """
     registry, name, path = REGISTRIES[kind], spec["name"], path or kind
     schema = registry.schema(name)
-    schedules, numbers, inner, plain = [], {}, {}, {}
+    schedules: list[tuple[Any, str, Schedule]] = []
+    numbers: dict[str, Schedule] = {}
+    inner, plain = {}, {}
     for key, value in spec.items():
         if key == "name":
             continue
@@ -313,14 +317,15 @@ def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **suppl
             inner[key], plain[key] = built.part, None
             schedules += built.schedules
         elif is_schedule(value):
-            numbers[key] = Schedule.parse(value, key, [])
-            plain[key] = numbers[key].largest
+            # `check_part` has found nothing wrong with it.
+            numbers[key] = schedule = typing.cast(Schedule, Schedule.parse(value, key, []))
+            plain[key] = schedule.largest
     checked = _validate(kind, name, plain)
     arguments = {key: inner.get(key, getattr(checked, key)) for key in schema}
     arguments |= {key: supplied[key] for key in registry.takes(name) if key in supplied}
     maker = registry[name]
     if inspect.isabstract(maker):
-        lacking = ", ".join(sorted(maker.__abstractmethods__))
+        lacking = ", ".join(sorted(getattr(maker, "__abstractmethods__", ())))
         raise UserError(f"{kind} {name!r} ({place(maker)}) does not say what these methods do: {lacking}")
     try:
         part = maker(**arguments)

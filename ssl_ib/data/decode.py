@@ -84,7 +84,7 @@ class Unreadable:
     reason: str
 
 
-def decode_file(read: Callable[[str], bytes], name: str, max_side: int) -> Tensor | Unreadable:
+def decode_file(read: Callable[[str], bytes], name: str, max_side: int | None) -> Tensor | Unreadable:
     """Reads and decodes one file: uint8 [3, H, W], or what was wrong with it."""
     try:
         return decode(read(name), max_side)

@@ -56,11 +56,12 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
     model = timm.create_model(name, **arguments)
     if stem is None:
         return model
-    if stem != "cifar" or not isinstance(getattr(model, "conv1", None), nn.Conv2d) or not hasattr(model, "maxpool"):
+    first = getattr(model, "conv1", None)
+    if stem != "cifar" or not isinstance(first, nn.Conv2d) or not hasattr(model, "maxpool"):
         raise ValueError(f"stem={stem!r}: expected 'cifar', on a ResNet with a convolution and pooling as its stem")
-    model.conv1 = nn.Conv2d(model.conv1.in_channels, model.conv1.out_channels, 3, padding=1, bias=False)
+    model.conv1 = conv = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return model
 
 

@@ -147,6 +147,7 @@ class Streamed(ImageSet):
     """
 
     in_memory = False
+    names: Sequence[str]
 
     def __init__(
         self,
@@ -178,10 +179,11 @@ class Streamed(ImageSet):
         else:
             found = [self._nearest_readable(number) for number in numbers]
         unreadable = [file for _, _, skipped in found for file in skipped]
-        if any(image is None for _, image, _ in found):
+        images = [image for _, image, _ in found if image is not None]
+        if len(images) < len(found):
             return None, unreadable
         index = torch.tensor([number for number, _, _ in found], dtype=torch.int64)
-        return self.sample(*pack(image for _, image, _ in found), index), unreadable
+        return self.sample(*pack(images), index), unreadable
 
     def _nearest_readable(self, number: int) -> tuple[int, Tensor | None, list[Unreadable]]:
         """The first readable image from `number` on, its number, and the unreadable files before it."""

@@ -156,7 +156,7 @@ class Augment:
         return _on_rows(view, drawn.solarise, colour.solarise)
 
     def _rand_augment(self, view: Tensor, drawn: Parameters) -> Tensor:
-        return view if drawn.ops is None else self.rand_augment.apply(view, drawn.ops)
+        return view if drawn.ops is None or self.rand_augment is None else self.rand_augment.apply(view, drawn.ops)
 
     def __call__(self, images: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
         """One view an image: uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1].

@@ -30,6 +30,8 @@ class Views(nn.Module, ABC):
 
     registry_kind: ClassVar[str] = "views"
     num_global: int | None = None
+    _mean: Tensor
+    _std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
