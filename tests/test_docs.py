@@ -16,7 +16,7 @@ from ssl_ib.run import build_run
 from ssl_ib.sweep import points
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 #: Commands whose arguments are checked, and nothing else of them.
@@ -136,3 +136,26 @@ def test_what_a_documented_command_trains_can_be_built(words):
 def test_every_point_of_a_documented_command_can_be_built(words):
     for config in resolved(words):
         build_run(config, dry=True)
+
+
+def anchors(page: Path) -> set[str]:
+    """What can be linked to in a page: its headings, as they are spelled in addresses."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (page.parent / file).resolve() if file else page
+        assert found.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(found), f"{page.name} links to {target}: no such heading"
+
+
+def test_every_page_can_be_found():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = {Path(target.partition("#")[0]).name for target in re.findall(r"\]\(([^)\s]+)\)", index)}
+    assert {page.name for page in PAGES} - {"index.md"} <= linked

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ssl_ib
+from tools.draw_rooms import PAGE, imports, mermaid
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"timm", "torchvision", "pydantic", "yaml", "sklearn", "matplotlib", "tensorboard", "safetensors", "PIL"}
@@ -82,30 +84,6 @@ ROOMS = (
 ).split()
 
 
-def imports() -> dict[str, set[str]]:
-    """Which modules of the package each module imports anywhere in it, also lazily and for type checkers alone."""
-    package = Path(ssl_ib.__file__).parent
-    files = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
-    files = {name.removesuffix("__init__").removesuffix("."): path for name, path in files.items()}
-    del files[""]  # It shows names of every room, and needs none of them.
-    found = {}
-    for name, path in files.items():
-        inside = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
-        found[name] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = inside[: len(inside) + 1 - node.level] + (node.module or "").split(".")
-                base = ".".join(filter(None, base))
-                for alias in node.names:
-                    target = f"{base}.{alias.name}".lstrip(".")
-                    found[name].add(target if target in files else base)
-            elif isinstance(node, ast.Import | ast.ImportFrom):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-                assert not any(n.split(".")[0] == "ssl_ib" for n in names), f"{path}: imports within are relative"
-        found[name] -= {"", name}
-    return found
-
-
 def test_rooms_import_downwards():
     graph = imports()
     assert {name.split(".")[0] for name in graph} == set(ROOMS)
@@ -124,3 +102,9 @@ def test_no_import_circle():
     while ready := [name for name, targets in graph.items() if name not in done and targets <= done]:
         done.update(ready)
     assert not {name: targets - done for name, targets in graph.items() if name not in done}
+
+
+def test_the_drawing_of_the_rooms_is_of_these_imports():
+    assert f"```mermaid\n{mermaid()}```\n" in PAGE.read_text(encoding="utf-8"), "python tools/draw_rooms.py --write"
+    table = PAGE.read_text(encoding="utf-8").partition("## The house")[2].partition("Beside it:")[0]
+    assert {name.strip("/") for name in re.findall(r"`(\w+/?)`", table)} >= set(ROOMS)
