@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,21 @@ def read_voc(path: Path, split: str) -> Read:
     if not file.is_file():
         choices = sorted(found.stem for found in lists.glob("*.txt") if "_" not in found.stem)
         raise UserError(f"there is no split {split} in {lists}: expected one of {', '.join(choices) or 'some .txt'}")
-    ids = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        ids = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
     if not ids:
         raise UserError(f"{file} names no image")
     _refuse_twins(ids, file)
     images, notes = root / "JPEGImages", root / "Annotations"
-    pictures = {Path(found).with_suffix("").as_posix(): images / found for found in image_files(images)}
+    pictures: dict[str, Path] = {}
+    wanted = set(ids)
+    for found in sorted(image_files(images)):
+        name = Path(found).with_suffix("").as_posix()
+        if name in pictures and name in wanted:
+            raise UserError(f"{images} has both {pictures[name].name} and {Path(found).name}: which one counts?")
+        pictures[name] = images / found
     for missing, what in (
         ([i for i in ids if i not in pictures], f"image in {images}"),
         ([i for i in ids if not (notes / f"{i}.xml").is_file()], f"file in {notes}"),
@@ -131,7 +141,9 @@ def _is_shape(shape: Any) -> bool:
     """Whether something is a mask in one of COCO's notations: polygons of three corners at least, or run lengths."""
     if isinstance(shape, list):
         return bool(shape) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in shape)
-    return isinstance(shape, dict) and "counts" in shape and "size" in shape
+    if not (isinstance(shape, dict) and "counts" in shape and isinstance(shape.get("size"), list)):
+        return False
+    return len(shape["size"]) == 2
 
 
 def find_coco(path: Path, split: str) -> Path:
@@ -160,13 +172,15 @@ def read_coco(file: Path, folders: Iterable[Path]) -> Read:
         images, annotations, categories = (data[key] for key in ("images", "annotations", "categories"))
         names = {one["id"]: one["name"] for one in sorted(categories, key=lambda one: one["id"])}
         pictures = {one["id"]: one for one in images}
-        files = [one["file_name"] for one in pictures.values()]
+        files = [os.fspath(one["file_name"]) for one in pictures.values()]
+        sizes = [_said(one) for one in pictures.values()]
+        known = [(one.get("image_id") in pictures, one.get("category_id") in names) for one in annotations]
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         raise UserError(
-            f"{file} is no file of COCO's for detection: expected images (id, file_name), annotations and categories "
-            "(id, name)"
+            f"{file} is no file of COCO's for detection: expected lists of images (id, file_name), annotations "
+            "(image_id, category_id, bbox) and categories (id, name)"
         ) from None
     for what, given, kept in (("images", images, pictures), ("categories", categories, names)):
         if len(kept) < len(given):
@@ -178,10 +192,10 @@ def read_coco(file: Path, folders: Iterable[Path]) -> Read:
     _refuse_twins(files, file)
     objects: dict[Any, list[Found]] = {i: [] for i in pictures}
     strange: dict[str, list[Any]] = {"image_id": [], "category_id": [], "bbox": []}
-    for one in annotations:
-        if one.get("image_id") not in pictures:
+    for one, (has_image, has_category) in zip(annotations, known, strict=True):
+        if not has_image:
             strange["image_id"].append(one.get("image_id"))
-        elif one.get("category_id") not in names:
+        elif not has_category:
             strange["category_id"].append(one.get("category_id"))
         elif (box := _coco_box(one.get("bbox"))) is None:
             strange["bbox"].append(one.get("bbox"))
@@ -200,8 +214,8 @@ def read_coco(file: Path, folders: Iterable[Path]) -> Read:
         tried = ", ".join(map(str, folders))
         raise UserError(f"{file}: its first image, {files[0]}, is in none of {tried}: say where, with images=FOLDER")
     entries = [
-        Entry(name, folder / name, _said(one), objects[i])
-        for name, (i, one) in zip(files, pictures.items(), strict=True)
+        Entry(name, folder / name, size, objects[i])
+        for name, i, size in zip(files, pictures, sizes, strict=True)
     ]
     return Read(entries, list(names.values()))
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from ..data.decode import num_threads
+from ..data.decode import decode, num_threads
 from ..errors import UserError
 from .box_files import Entry, Found, Read, find_coco, folders_of, is_voc, read_coco, read_voc
 from .boxes import BoxImages, Objects
@@ -45,6 +45,9 @@ def open_sets(
     for key, given in (("annotations", annotations), ("images", folders)):
         if len(given) not in (0, 2) and not (key == "images" and len(given) == 1):
             raise UserError(f"{key}: expected two, for training and for what is held out, got {len(given)}")
+    for key, names in zip(("train", "val"), splits, strict=True):
+        if not names or any(not name or Path(name).is_absolute() for name in names):
+            raise UserError(f"{key}: expected the name of a split in {path}, or several, got {list(names)}")
     read = []
     for part, names in enumerate(splits):
         file = path / annotations[part] if annotations else None
@@ -67,17 +70,23 @@ def open_sets(
 
 def _read(path: Path, split: str, file: Path | None, folders: list[Path]) -> Read:
     if file is None and is_voc((path / split).parent):
+        if folders:
+            raise UserError(f"images: only for COCO's layout; {path} has Pascal VOC's, whose images are in JPEGImages")
         return read_voc(path, split)
     file = find_coco(path, split) if file is None else file
     return read_coco(file, folders or folders_of(path, file, split))
 
 
 def _joined(parts: list[Read]) -> Read:
-    """Several splits as one; classes in the order of their first file."""
+    """Several splits as one; the classes of one in its own order, else by name. Raises UserError where they overlap."""
     classes = list(dict.fromkeys(name for part in parts for name in part.classes))
     if len(parts) > 1:
         classes = sorted(classes)
-    return Read([entry for part in parts for entry in part.entries], classes)
+    entries = [entry for part in parts for entry in part.entries]
+    twice = [file for file, count in Counter(entry.file for entry in entries).items() if count > 1]
+    if twice:
+        raise UserError(f"{len(twice):,} images are in several of the splits that are put together, such as {twice[0]}")
+    return Read(entries, classes)
 
 
 def _spread(entries: list[Entry], limit: int | None) -> list[Entry]:
@@ -205,6 +214,9 @@ def _size(file: Path) -> tuple[int, int] | str:
     try:
         with Image.open(file) as image:
             width, height = image.size
+            if image.format == "TIFF":
+                # Whether the size of an open TIFF is already that of the upright image depends on Pillow.
+                return tuple(decode(file.read_bytes(), None).shape[1:])
             sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
     except FileNotFoundError:
         return "there is no such file"

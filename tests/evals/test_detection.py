@@ -16,6 +16,7 @@ from ssl_ib.evals.box_sets import open_sets
 from ssl_ib.evals.box_training import Course, Views
 from ssl_ib.evals.detector import Design, build, groups
 from ssl_ib.evals.evaluate import evaluate
+from ssl_ib.evals.protocols import detection
 from ssl_ib.evals.subject import Subject, origin
 
 pytest.importorskip("faster_coco_eval")
@@ -164,6 +165,16 @@ BAD = {
         remove("annotations", "instances_val2017.json"),
         "instances_val.json: it has annotations/instances_t",
     ),
+    "a list in another encoding": (
+        voc,
+        lambda root: (root / "ImageSets/Main/val.txt").write_bytes(b"val_\xe9\n"),
+        "val.txt cannot be read",
+    ),
+    "two pictures": (
+        voc,
+        lambda root: draw(root / "JPEGImages/val_1.bmp", []),
+        "JPEGImages has both val_1.bmp and val_1.png: which one counts",
+    ),
     "lost": (coco, remove("val2017", "val_2.png"), "1 of 4 images of the split val cannot be read.*no such file"),
     "moved": (coco, lambda root: (root / "val2017").rename(root / "elsewhere"), "val_0.png, is in none of"),
 }
@@ -197,6 +208,59 @@ def change_first(key, value):
 def test_annotations_that_belong_to_nothing_are_refused(tmp_path, key, value):
     with pytest.raises(UserError, match=f"the {key} of 1 annotations is not"):
         opened(coco(tmp_path, change_first(key, value)))
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("annotations", None, "no file of COCO's for detection: expected lists of images"),
+        ("annotations", [[1]], "no file of COCO's for detection"),
+        ("annotations", [{"image_id": [1], "category_id": 7}], "no file of COCO's for detection"),
+        ("images", [{"id": 1, "file_name": 5}], "no file of COCO's for detection"),
+        ("images", [{"id": 1, "file_name": "a.png", "height": "tall", "width": 3}], "instances_val2017.json cannot be"),
+    ],
+)
+def test_files_that_are_not_cocos_are_refused(tmp_path, key, value, message):
+    with pytest.raises(UserError, match=message):
+        opened(coco(tmp_path, lambda split, data: data.update({key: value} if split == "val" else {})))
+
+
+@pytest.mark.parametrize("shape", [{"counts": [9], "size": [48]}, {"counts": [9], "size": None}, [[1, 2, 3, 4]], 5])
+def test_a_shape_that_is_no_mask_is_none(tmp_path, shape):
+    train, _, said = opened(coco(tmp_path, change_first("segmentation", shape)))
+    assert not train.masks and "1 of 5 boxes of the split train" in said[0]
+
+
+@pytest.mark.parametrize(
+    "splits, more, message",
+    [
+        ((("train",), ("",)), {}, r"val: expected the name of a split in .*, got \[''\]"),
+        (((), ("val",)), {}, "train: expected the name of a split"),
+        ((("train",), ("/val.json",)), {}, "val: expected the name of a split"),
+        ((("train", "more"), ("val",)), {}, "4 images are in several of the splits .* such as .*train_0.png"),
+        ((("train",), ("val",)), {"folders": ("pictures",)}, "images: only for COCO's layout"),
+    ],
+)
+def test_splits_that_are_not_there_or_overlap_are_refused(tmp_path, splits, more, message):
+    lists = voc(tmp_path) / "ImageSets" / "Main"
+    (lists / "more.txt").write_text((lists / "train.txt").read_text())
+    with pytest.raises(UserError, match=message):
+        open_sets(tmp_path, splits, **more)
+
+
+def test_an_image_that_lies_on_its_side_is_measured_upright(tmp_path):
+    """Also where Pillow turns the size of an open file itself, as it does of a TIFF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # It is to be turned clockwise by a quarter.
+    for number, ending in enumerate((".tif", ".jpg", ".png")):
+        file = voc(tmp_path, size="") / "JPEGImages" / f"train_{number}.png"
+        with Image.open(file) as image:
+            image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"turned{ending}", exif=exif)
+        file.unlink()
+        (tmp_path / f"turned{ending}").rename(file.with_suffix(ending))
+        train, _, said = opened(tmp_path)
+        assert train.sizes == [(48, 64)] * 4 == [tuple(train.image(row).shape[1:]) for row in range(4)] and not said
+        file.with_suffix(ending).unlink()
 
 
 def test_masks_that_are_wanted_must_be_there(tmp_path):
@@ -271,6 +335,7 @@ def test_mask_rcnn_learns_a_few_images(tmp_path):
 def test_a_killed_training_goes_on(tmp_path, monkeypatch):
     voc(tmp_path)
     more = ("batch_size=2", "epochs=2", "lr=1e-3", "warmup_steps=1", "figures=false", "jitter=[0.6,1.6]", "keep=true")
+    more += ("norm=batch", "precise_bn=2")
     whole = silent("timm:test_resnet", tmp_path, *more, out=tmp_path / "whole")
     kept = unfinished.save
 
@@ -285,6 +350,12 @@ def test_a_killed_training_goes_on(tmp_path, monkeypatch):
             silent("timm:test_resnet", tmp_path, *more, out=tmp_path / "parts")
     (saved,) = (tmp_path / "parts" / "evals").glob("detection_*.pt")
     assert torch.load(saved, weights_only=True)["epoch"] == 1
+    # And again, when it is trained and not yet scored.
+    with monkeypatch.context() as patch:
+        patch.setattr(detection, "find", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            silent("timm:test_resnet", tmp_path, *more, out=tmp_path / "parts")
+    assert torch.load(saved, weights_only=True)["epoch"] == 2
     parts = silent("timm:test_resnet", tmp_path, *more, out=tmp_path / "parts")
     assert [line["value"] for line in parts] == [line["value"] for line in whole] and not saved.exists()
     one, other = (
