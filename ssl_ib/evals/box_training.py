@@ -195,6 +195,8 @@ def detector(
         course.clip,
     )
     if course.precise_bn and not job.dry:
+        # The same batches where the training was finished before, and the scoring was stopped.
+        loader.batch_sampler.epoch = course.epochs - 1
         _measure_norms(job, model, loader, course.precise_bn, seed)
     # Where the scoring is stopped, nothing is trained again.
     unfinished.save(saved, {"epoch": course.epochs, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
