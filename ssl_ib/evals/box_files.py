@@ -214,8 +214,7 @@ def read_coco(file: Path, folders: Iterable[Path]) -> Read:
         tried = ", ".join(map(str, folders))
         raise UserError(f"{file}: its first image, {files[0]}, is in none of {tried}: say where, with images=FOLDER")
     entries = [
-        Entry(name, folder / name, size, objects[i])
-        for name, i, size in zip(files, pictures, sizes, strict=True)
+        Entry(name, folder / name, size, objects[i]) for name, i, size in zip(files, pictures, sizes, strict=True)
     ]
     return Read(entries, list(names.values()))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..data.decode import decode, image_files, num_threads
@@ -30,6 +30,8 @@ _IMAGES = ("images", "image", "imgs", "img")
 _MASKS = ("labels", "label", "masks", "mask", "annotations", "annotation")
 #: The value that is void by custom, and one more than the largest value.
 _VOID, _VALUES = 255, 1 << 16
+#: The largest number of classes that a mask of int16 holds.
+_MOST = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,8 @@ def _values(data: bytes) -> np.ndarray:
             raise UserError(
                 f"has colours ({image.mode}): expected the number of a class in each pixel, grey or with a palette"
             )
-        values = np.asarray(image).astype(np.int64)
+        # As its image is: a mask that was drawn on a turned photograph may say that it is turned too.
+        values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
     if values.min() < 0 or values.max() >= _VALUES:
         raise UserError(
             f"has values from {values.min()} to {values.max()}: expected numbers of classes below {_VALUES}"
@@ -288,6 +291,9 @@ def _classes(
             names = [line.strip() for line in Path(classes).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"classes: cannot read {classes}: {error}") from None
+        twice = [name for name, times in Counter(names).items() if times > 1]
+        if twice:
+            raise UserError(f"classes: {classes} names {twice[0]} twice: expected another name for each class")
         count = len(names)
     elif classes is not None:
         count = classes
@@ -296,6 +302,9 @@ def _classes(
         if max(values, default=0) <= _VOID:
             values.discard(_VOID)
         count = max(values, default=first - 1) + 1 - first
+    if count > _MOST:
+        said = "the training masks say" if classes is None else f"classes={classes} says"
+        raise UserError(f"{said} {count:,} classes, and there can be {_MOST:,}: are these masks of another kind?")
     if first + count <= _VOID:
         void.add(_VOID)
     kept = [value for value in range(first, first + count) if value not in void]

@@ -215,6 +215,18 @@ def test_a_palette_is_numbers_and_values_can_be_void(images):
     assert opened(images)[1].fingerprint == opened(images)[1].fingerprint != without.fingerprint
 
 
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_a_mask_that_is_turned_like_its_image(images, ending):
+    """Both lie on their side in their files, which say so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # It is to be turned clockwise by a quarter.
+    for kind, upright in (("images", COLOURS[mask(1)]), ("labels", mask(1))):
+        (images / "val" / kind / "1.png").unlink()
+        Image.fromarray(np.rot90(upright).copy()).save(images / "val" / kind / f"1{ending}", exif=exif)
+    val = opened(images)[1]
+    assert val.mask(1).tolist() == mask(1).tolist() and np.array_equal(val.image(1), COLOURS[mask(1)])
+
+
 def test_ade20ks_folders_begin_at_one(tmp_path, images):
     for kind, name in (("images", "images"), ("labels", "annotations")):
         for split, word in (("train", "training"), ("val", "validation")):
@@ -236,6 +248,13 @@ def test_what_is_left_out_is_counted(images):
     assert said[2].startswith("1 images of the split val are left out, which cannot be read:")
     few = opened(images, limits=(2, 1))
     assert (len(few[0]), len(few[1])) == (2, 1)
+
+
+def test_classes_of_one_name_are_refused(images):
+    """Their IoU are told apart by name."""
+    (images / "names.txt").write_text("sky\nroad\nsky\n")
+    with pytest.raises(UserError, match="names.txt names sky twice"):
+        opened(images, classes=str(images / "names.txt"))
 
 
 def test_a_class_without_pixels_is_said(images):
@@ -270,6 +289,12 @@ def written(image, name="val/labels/1.png"):
         (lambda images: None, ("ignore=[1,2]",), "expected two classes at least, got 1 in the training masks"),
         (lambda images: None, ("classes=1",), "expected two classes at least, got 1 in classes=1"),
         (lambda images: None, ("classes=nowhere.txt",), "classes: cannot read nowhere.txt"),
+        (lambda images: None, ("classes=40000",), "classes=40000 says 40,000 classes, and there can be 32,767"),
+        (
+            written(Image.fromarray(np.full((32, 32), 40000, np.uint16)), "train/labels/1.png"),
+            (),
+            "the training masks say 40,001 classes, and there can be 32,767",
+        ),
         (lambda images: None, ("path=nowhere",), "expected a folder of images and masks, found nothing: nowhere"),
         (lambda images: None, ("train_images=1",), "expected two images a batch at least, .* and 1 training images"),
         (lambda images: None, ("crop=20",), "crop: expected a multiple of the patch, 8, such as 24, got 20"),
