@@ -35,6 +35,8 @@ def check_out(out: Path, overwrite: bool = False) -> None:
         raise UserError(f"--out: expected a file that ends in {', '.join(FORMATS)}, got {out}")
     if not out.parent.is_dir():
         raise UserError(f"--out: there is no folder {out.parent}")
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a folder: expected the name of a file")
     if out.exists() and not overwrite:
         raise UserError(f"--out: {out} is there already: replace it with --overwrite, or choose another name")
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
@@ -190,16 +192,17 @@ def finish(out: Path, parts: list[Part], root: Path, listing: Listing) -> Writte
                 file.write(np.array(some, dtype="<i8").tobytes())
         file.seek(0)
         file.write(HEADERS[out.suffix](rows, first.shape, listing.classes, first.header))
-    if out.suffix == ".parquet":
-        _parquet(first.file, out, rows, first.shape, root, listing, bad)
-    else:
-        _table(out.with_name(f"{out.name}.csv"), root, listing, bad)
-        os.replace(first.file, out)
+    # Before the file has its name: after that, a run that was ended here is finished.
     listed = out.with_name(f"{out.name}.unreadable.txt")
     if bad:
         replace(listed, "".join(f"{name}: {reason}\n" for name, reason in bad.values()))
     else:
         listed.unlink(missing_ok=True)
+    if out.suffix == ".parquet":
+        _parquet(first.file, out, rows, first.shape, root, listing, bad)
+    else:
+        _table(out.with_name(f"{out.name}.csv"), root, listing, bad)
+        os.replace(first.file, out)
     for part in parts:
         part.remove()
     return Written((rows, *first.shape), len(bad), listing)

@@ -15,7 +15,7 @@ from PIL import Image
 import ssl_ib
 from ssl_ib import UserError, distributed
 from ssl_ib.cli.embed import main
-from ssl_ib.embed import features
+from ssl_ib.embed import features, files
 from ssl_ib.embed.features import embed_to_file
 from ssl_ib.embed.listing import look, walk
 
@@ -167,6 +167,22 @@ def test_unreadable_images_are_left_out_and_counted(folder, encoder, tmp_path, c
     assert main([*command, "--overwrite", "--max-unreadable", "0.5"]) == 0
 
 
+def test_what_is_finished_has_its_list_of_unreadable_images(folder, encoder, tmp_path, monkeypatch):
+    """Ended at any time: where the file has its name, the command is not given again."""
+    (folder / "cats/aa.png").write_bytes(b"no image")
+    out, moved = tmp_path / "f.npy", files.os.replace
+
+    def ended(place, to):
+        moved(place, to)
+        if to == out:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", ended)
+    with pytest.raises(KeyboardInterrupt):
+        embed_to_file(encoder, folder, out)
+    assert len(np.load(out)) == 5 and "cats/aa.png" in (tmp_path / "f.npy.unreadable.txt").read_text()
+
+
 @pytest.mark.parametrize("ending", [".npy", ".safetensors"])
 def test_several_processes_share_the_images(folder, encoder, tmp_path, monkeypatch, ending):
     alone, shared = tmp_path / f"alone{ending}", tmp_path / f"shared{ending}"
@@ -218,6 +234,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     [
         (["--out", "f.txt"], "expected a file that ends in .npy, .safetensors, .parquet, got f.txt"),
         (["--out", "absent/f.npy"], "there is no folder absent"),
+        (["--out", "folder.npy", "--overwrite"], "folder.npy is a folder: expected the name of a file"),
         (["--out", "taken.npy"], "taken.npy is there already: replace it with --overwrite"),
         (["--out", "f.npy", "--batch-size", "0"], "--batch-size: expected a number above 0, got 0"),
         (["--out", "f.npy", "--max-unreadable", "2"], "--max-unreadable: expected a share from 0 to 1"),
@@ -226,6 +243,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
 def test_mistakes(folder, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.npy").touch()
+    (tmp_path / "folder.npy").mkdir()
     assert main([str(finished()), str(folder), *arguments]) == 2
     assert message in capsys.readouterr().err
 
