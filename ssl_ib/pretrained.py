@@ -5,6 +5,7 @@ Shapes: B images a batch, n images in all, H x W pixels, h x w of the view that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import partial
@@ -320,8 +321,10 @@ def _of_timm(name: str, pretrained: bool) -> Backbone:
     transform = timm.data.create_transform(**how)
     preprocessing, (_, height, width) = None, how["input_size"]
     if how["crop_mode"] == "center" and height == width and how["interpolation"] in get_args(Interpolation):
-        preprocessing = {"size": width, "crop_ratio": how["crop_pct"], "interpolation": how["interpolation"]}
-        preprocessing["max_side"] = None
+        resized, ratio = math.floor(width / how["crop_pct"]), how["crop_pct"]
+        # timm rounds down where the views round to the nearest.
+        ratio = ratio if round(width / ratio) == resized else width / resized
+        preprocessing = {"size": width, "crop_ratio": ratio, "interpolation": how["interpolation"], "max_side": None}
     arguments = {"num_classes": 0, **({"img_size": width} if model.pretrained_cfg.get("fixed_input_size") else {})}
     description = record.describe(name, arguments, (how["mean"], how["std"]), preprocessing)
     return Backbone(model, partial(_by_transform, transform), description=description)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from harness import checkpoint, finished, trainer
 from PIL import Image
@@ -149,6 +150,31 @@ def test_timm_by_name():
     assert found.shape == (3, encoder.model.num_features) and found.dtype == torch.float32
     full = encoder.float().embed(images)
     assert 0 < (found - full).abs().max() < 0.1 * full.abs().max()
+
+
+def test_timms_crops_are_described_as_timm_makes_them():
+    """timm rounds the size before the crop down: 224 / 0.9 = 248.9 is 248."""
+    how = ssl_ib.load("timm:vit_tiny_patch16_224").description["preprocessing"]
+    assert how["size"] == 224 and round(how["size"] / how["crop_ratio"]) == 248
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("backbone.safetensors", b"junk", "backbone.safetensors' cannot be read"),
+        ("backbone.json", b"{", "backbone.json cannot be read"),
+        ("backbone.json", b"{}", "backbone.json describes no encoder: expected model, arguments, mean and std"),
+        ("backbone.safetensors", None, "expected the weights of timm's 'vit_tiny_patch16_224' .* Missing key"),
+    ],
+)
+def test_a_folder_that_is_damaged(tmp_path, file, content, message):
+    """Or whose weights are another architecture's."""
+    shutil.copytree(finished(), tmp_path / "run")
+    if content is None:
+        content = safetensors.torch.save({"conv1.weight": torch.ones(2)})
+    (tmp_path / "run" / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        ssl_ib.load(tmp_path / "run")
 
 
 def test_a_model_that_exports_nothing():

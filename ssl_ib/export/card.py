@@ -22,15 +22,26 @@ _EVALUATIONS = {
     "initial": "encoder at the start",
     "trained": "this encoder",
 }
+#: What every card says, and no other README.
+_SIGNED = "Exported by ssl_ib"
 
 
-def card(backbone: Backbone, title: str, usage: str, run: Path | None, library: str | None) -> str:
+def is_export(folder: Path) -> bool:
+    """Whether a folder has a model card of ours."""
+    readme = folder / "README.md"
+    return readme.is_file() and _SIGNED in readme.read_text(encoding="utf-8", errors="replace")
+
+
+def card(
+    backbone: Backbone, title: str, usage: str, run: Path | None, library: str | None, step: int | None = None
+) -> str:
     """A README.md in the form that model hubs read.
 
     title:   of the encoder.
     usage:   lines of Python.
     run:     the folder of the run that it comes from; None where it comes from elsewhere.
     library: the hub's name of the library that loads it, if there is one.
+    step:    how long the run had trained when the encoder was saved; None: to its end.
     """
     head = {"library_name": library} if library else {}
     head |= {"pipeline_tag": "image-feature-extraction", "tags": ["self-supervised", "ssl_ib"]}
@@ -40,11 +51,11 @@ def card(backbone: Backbone, title: str, usage: str, run: Path | None, library: 
         f"# {title}",
         f"An image encoder without a classifier: timm's `{found['model']}`, "
         f"{sum(p.numel() for p in backbone.model.parameters()):,} parameters, features of "
-        f"{backbone.model.num_features} dimensions. Exported by ssl_ib {found['ssl_ib']}.",
+        f"{backbone.model.num_features} dimensions. {_SIGNED} {found['ssl_ib']}.",
         f"## Use\n\n```python\n{usage.strip()}\n```",
         f"## Preprocessing\n\n{_preprocessing(found)}",
         f"## Data and recipe\n\n{_origin(found, run)}",
-        f"## Evaluations\n\n{_evaluations(backbone, run)}",
+        f"## Evaluations\n\n{_evaluations(backbone, run, step)}",
         "## Licence\n\nNone is stated here, neither for the weights nor for the data that they were trained on. "
         "Whoever passes this folder on has to find out both, and write them here.",
     ]
@@ -101,11 +112,11 @@ def _yaml(content: dict[str, Any]) -> str:
     return yaml.dump(content, Dumper=YamlDumper, sort_keys=False)
 
 
-def _evaluations(backbone: Backbone, run: Path | None) -> str:
-    """Those of the run itself, and those of these very weights in `evals.jsonl`."""
+def _evaluations(backbone: Backbone, run: Path | None, step: int | None) -> str:
+    """Those of the run itself, where they are of this step, and those of these very weights in `evals.jsonl`."""
     sections, results = [], run / "results.json" if run is not None else None
-    if results is not None and results.is_file():
-        content = json.loads(results.read_text(encoding="utf-8"))
+    content = json.loads(results.read_text(encoding="utf-8")) if results is not None and results.is_file() else None
+    if content is not None and step in (None, content["step"]):
         names = [name for name in _EVALUATIONS if content.get(name)]
         metrics = [key for key in content["trained"] if not key.startswith(("held_out/", "information/", "ledger/"))]
         rows = [["metric", *(_EVALUATIONS[name] for name in names)]]

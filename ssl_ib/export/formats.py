@@ -6,6 +6,7 @@ Each format carries the weights and the preprocessing: size in pixels, crop rati
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -100,12 +101,15 @@ def _write_hub(backbone: Backbone, folder: Path) -> None:
     _refuse_stem(found, "timm")
     how, arguments = found["preprocessing"], dict(found["arguments"])
     arguments.pop("num_classes", None)
-    cfg = model.pretrained_cfg
+    cfg, crop_pct, resized = model.pretrained_cfg, how["crop_ratio"], round(how["size"] / how["crop_ratio"])
+    if math.floor(how["size"] / crop_pct) != resized:
+        # timm rounds down where the views round to the nearest; the little more is for the rounding of the division.
+        crop_pct = how["size"] / (resized + 1e-3)
     pretrained_cfg = {
         "input_size": [arguments.get("in_chans", 3), how["size"], how["size"]],
         "fixed_input_size": bool(cfg.get("fixed_input_size")),
         "interpolation": how["interpolation"],
-        "crop_pct": how["crop_ratio"],
+        "crop_pct": crop_pct,
         "crop_mode": "center",
         "mean": found["mean"],
         "std": found["std"],

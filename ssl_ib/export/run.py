@@ -10,10 +10,11 @@ import torch
 
 from .. import pretrained
 from ..errors import UserError, nearest
+from ..evals.subject import origin
 from ..models import official
 from ..pretrained import TIMM, Backbone
 from ..record.backbone import describe
-from .card import card
+from .card import card, is_export
 from .formats import FORMATS, Format, missing
 
 #: By how much a feature may change, as a share of the largest one: libraries add up in other orders.
@@ -59,7 +60,9 @@ def export(
     if dry:
         return out, [f"dry run: {source} would be written to {out} as {to}; nothing is written"]
     title = source.removeprefix(TIMM) if source.startswith(TIMM) else (run or Path(source)).name
-    line = _written(backbone, to, form, out, title if name is None else f"{title}, {name}", run)
+    # A checkpoint may be an earlier encoder than the one that the run's results are of.
+    step = None if Path(source).is_dir() else origin(source).step
+    line = _written(backbone, to, form, out, title if name is None else f"{title}, {name}", run, step)
     return out, [f"{source} -> {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", line]
 
 
@@ -71,16 +74,20 @@ def _run_folder(source: str) -> Path | None:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
+    if out.name in ("", ".."):
+        raise UserError(f"--out: expected a folder with a name of its own, got {out}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; an export needs a folder")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise UserError(f"--out: {out} is not empty: replace it with --overwrite, or choose another folder")
-        if not (out / "README.md").is_file() or any(path.is_dir() for path in out.iterdir()):
+        if not is_export(out) or any(path.is_dir() for path in out.iterdir()):
             raise UserError(f"--out: {out} holds no export, so --overwrite leaves it alone: choose another folder")
 
 
-def _written(backbone: Backbone, to: str, form: Format, out: Path, title: str, run: Path | None) -> str:
+def _written(
+    backbone: Backbone, to: str, form: Format, out: Path, title: str, run: Path | None, step: int | None = None
+) -> str:
     """Writes everything beside `out` first, so that `out` is never half an export. Returns what the check found."""
     fresh = out.with_name(f"{out.name}.tmp") / out.name
     shutil.rmtree(fresh.parent, ignore_errors=True)
@@ -88,7 +95,8 @@ def _written(backbone: Backbone, to: str, form: Format, out: Path, title: str, r
     try:
         form.write(backbone, fresh)
         line = _checked(backbone, to, form, fresh)
-        text = card(backbone, title, form.usage(fresh), run, {"timm": "timm", "hf": "transformers"}.get(to))
+        library = {"timm": "timm", "hf": "transformers"}.get(to)
+        text = card(backbone, title, form.usage(fresh), run, library, step)
         (fresh / "README.md").write_text(text, encoding="utf-8")
         if out.is_dir():
             shutil.rmtree(out)

@@ -30,6 +30,7 @@ from .. import __version__
 from ..errors import UserError
 from ..run import Run
 from .files import replace
+from .weights import read_file
 
 #: The name of the encoder of a model that has one.
 MAIN = "backbone"
@@ -176,13 +177,18 @@ def pooling(vit: nn.Module) -> dict[str, Any]:
 def rebuild(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """The backbone of a description and a state_dict, in evaluation mode, on the CPU.
 
-    torch's generator is left as it was.
+    torch's generator is left as it was. Raises UserError where the weights are not those of what is described.
     """
     stem = {"stem": description["stem"]} if "stem" in description else {}
-    with torch.random.fork_rng(devices=[]):
-        # Those of earlier versions may name the file that the run began with.
-        model = create(description["model"], {**without_origins(description["arguments"]), **stem})
-    model.load_state_dict(state)
+    # Those of earlier versions may name the file that the run began with.
+    arguments = {**without_origins(description["arguments"]), **stem}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = create(description["model"], arguments)
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"expected the weights of timm's {description['model']!r} with {arguments}: {reason}") from None
     return model.eval()
 
 
@@ -213,11 +219,20 @@ def from_checkpoint(saved: dict[str, Any]) -> dict[str, tuple[dict[str, Any], di
 
 
 def read(folder: Path | str, name: str = MAIN) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the state_dict saved in `folder` under a name. Raises UserError where there is none."""
-    description, weights = files(folder, name)
-    if not (description.is_file() and weights.is_file()):
+    """The description and the state_dict saved in `folder` under a name.
+
+    Raises UserError where there is none, or where the files cannot be read.
+    """
+    file, weights = files(folder, name)
+    if not (file.is_file() and weights.is_file()):
         raise _nothing(folder, name)
-    return json.loads(description.read_text()), safetensors.torch.load_file(weights)
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not (isinstance(description, dict) and {"model", "arguments", "mean", "std"} <= description.keys()):
+        raise UserError(f"{file} describes no encoder: expected model, arguments, mean and std")
+    return description, read_file(weights)
 
 
 def _nothing(folder: Path | str, name: str) -> UserError:

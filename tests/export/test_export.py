@@ -82,11 +82,15 @@ def _of_timm(cfg):
     return {"size": cfg["input_size"][1], "crop_ratio": cfg["crop_pct"], **cfg}
 
 
-def test_timm_prepares_images_as_it_should(tmp_path):
-    source = saved(tmp_path, *VIT[:1], **VIT[1])
+@pytest.mark.parametrize("size, ratio", [(16, 0.8), (32, 0.875), (96, 0.875), (224, 0.9)])
+def test_timm_prepares_images_as_it_should(tmp_path, size, ratio):
+    """Also where timm rounds the size before the crop to another number."""
+    how = {**HOW, "size": size, "crop_ratio": ratio}
+    source = saved(tmp_path, VIT[0], how, **VIT[1] | {"img_size": size})
     assert main([source, "--to", "timm", "--out", str(tmp_path / "out")]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert transform.transforms[0].size in (round(size / ratio), (round(size / ratio),) * 2)
     # Pillow rounds to whole brightnesses where ssl_ib does not.
     torch.testing.assert_close(transform(IMAGE), ssl_ib.load(source).transform(IMAGE), atol=0.03, rtol=0)
 
@@ -159,9 +163,22 @@ def test_where_it_goes(tmp_path, capsys):
     ]
     assert main([str(run), "--to", "timm"]) == 2
     assert "is not empty: replace it with --overwrite" in capsys.readouterr().err
+    card_file = run / "export" / "timm" / "README.md"
+    assert "On the run's own images, after" in card_file.read_text()
+    # The results of a run that went on are not those of the checkpoint.
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"step": results["step"] + 1}))
+    assert main([last, "--to", "timm", "--overwrite"]) == 0 and "## Evaluations\n\nNone." in card_file.read_text()
     assert main([str(run), "--to", "timm", "--overwrite"]) == 0
     assert main([str(run), "--to", "timm", "--overwrite", "--out", str(run)]) == 2
     assert "holds no export, so --overwrite leaves it alone" in capsys.readouterr().err
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("My own.")
+    assert main([str(run), "--to", "timm", "--overwrite", "--out", str(project)]) == 2
+    assert "holds no export" in capsys.readouterr().err and (project / "README.md").read_text() == "My own."
+    assert main([str(run), "--to", "timm", "--out", "."]) == 2
+    assert "--out: expected a folder with a name of its own, got ." in capsys.readouterr().err
     assert main([str(run), "--to", "timm", "--to", "onnx"]) == 2
     assert "--to: expected one format, got timm, onnx" in capsys.readouterr().err
     assert main(["timm:test_vit", "--to", "timm"]) == 2
