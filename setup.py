@@ -71,7 +71,12 @@ setup(
         "ssl_ib.csrc": "csrc",
         "ssl_ib_kernels": "kernels/ssl_ib_kernels",
     },
-    package_data={"ssl_ib": ["py.typed"], "ssl_ib.recipes": ["*.yaml"], "ssl_ib.csrc": ["*/*.h", "*/*.cpp", "*/*.cu"]},
+    package_data={
+        "ssl_ib": ["py.typed"],
+        "ssl_ib.recipes": ["*.yaml"],
+        "ssl_ib.csrc": ["*/*.h", "*/*.cpp", "*/*.cu"],
+        "ssl_ib.report": ["templates/*", "static/*", "vendor/*"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision",
@@ -86,6 +91,8 @@ setup(
         "matplotlib",
         "scikit-learn",
         "scipy",
+        "jinja2",
+        "markupsafe",
         "npeet-plus",
         "safetensors",
         "torchmetrics",
@@ -116,6 +123,7 @@ setup(
             "ssl-ib-export = ssl_ib.cli.export:main",
             "ssl-ib-eval = ssl_ib.cli.eval:main",
             "ssl-ib-info = ssl_ib.cli.info:main",
+            "ssl-ib-report = ssl_ib.cli.report:main",
         ]
     },
     **cuda_extension(),

@@ -21,8 +21,10 @@ from .errors import UserError
 from .initialise import initialise
 from .pretrained import Backbone
 from .record import artifacts, folder
+from .record.about import peak_memory, write_about
 from .record.signals import Stopped
 from .record.terminal import say
+from .report.write import report_of_run
 from .run import build_run
 from .trainer import Trainer
 
@@ -173,6 +175,7 @@ def pretrain(
         bad = trainer.bad_images
         if main and out:
             artifacts.write_environment(out, device)
+            write_about(out, trainer.run, trainer.example)
             artifacts.record_bad_images(out, bad)
         trainer.fit()
         bad = trainer.bad_images
@@ -180,4 +183,7 @@ def pretrain(
             return trainer, []
         artifacts.record_bad_images(out, bad)
         rows, results = trainer.log.rows(), trainer.record()
-        return trainer, artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)
+        write_about(out, trainer.run, trainer.example, peak_memory(device))
+        lines = artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)
+        report_of_run(out)
+        return trainer, lines

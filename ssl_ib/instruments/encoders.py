@@ -9,7 +9,7 @@ Shapes: n images, B a batch, D feature dimensions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,18 +185,6 @@ def of_state(encoders: Encoders, state: State) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{encoders.folder}, {state.name}: {error}") from None
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """What runs are called: the ends of their folders' paths, as short as tells them apart."""
-    paths = [folder.resolve().parts for folder in folders]
-    # The folder of a lone seed says nothing of the run.
-    while len({path[-1] for path in paths}) == 1 and (len(set(paths)) > 1 or paths[0][-1].startswith("seed_")):
-        paths = [path[:-1] for path in paths]
-    length = 1
-    while len({path[-length:] for path in paths}) < len(set(paths)):
-        length += 1
-    return ["/".join(path[-length:]).removeprefix("case_") for path in paths]
 
 
 def distinct(features: Tensor) -> None:

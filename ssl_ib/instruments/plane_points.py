@@ -19,7 +19,8 @@ from torch.nn.functional import normalize
 from ..errors import UserError
 from ..info.decoding import Decoded, decode
 from ..info.mixture import mixture_information
-from .encoders import Encoders, State, distinct, names_of, of_state, remark
+from ..record.folder import names_of
+from .encoders import Encoders, State, distinct, of_state, remark
 
 #: Of the noise, for each image.
 DRAWS = 3

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..errors import UserError
 from ..evals.protocol import Split
 from ..info.decoding import Decoded, decode
+from ..record.folder import names_of
 from ..types import Sample
-from .encoders import Encoders, State, distinct, names_of, of_state, remark
+from .encoders import Encoders, State, distinct, of_state, remark
 from .factors import AUGMENTATION, at_levels, chosen, drawn, known
 
 #: How many errors of their difference two readings must be apart to count as different.

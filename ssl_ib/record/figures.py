@@ -29,6 +29,13 @@ _DPI = 120
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 BLUE, TEAL = "#2a5f9e", "#3b8686"
 _GREY = 0.55  # of a hidden patch, in [0, 1]
+#: What an accuracy is compared with, by its name in `results.json`, in words.
+REFERENCES = {
+    "raw_pixels": "raw pixels",
+    "untrained": "untrained encoder",
+    "initial": "initial encoder",
+    "chance": "chance",
+}
 _LEFT = 148  # pixels beside a sheet of images, for the rows' names
 
 
@@ -86,7 +93,7 @@ def knn_curve(
     axes = figure.add_subplot()
     axes.plot(x, accuracy, color=BLUE, linewidth=2, marker="o", markersize=4.5, zorder=3)
     if images:
-        error = np.sqrt(accuracy * (100 - accuracy) / images)
+        error = 100 * standard_error(accuracy / 100, images)
         label = f"± 1 standard error of {images:,} test images"
         axes.fill_between(x, accuracy - error, accuracy + error, color=BLUE, alpha=0.18, linewidth=0, label=label)
         # A run evaluated once has no curve to put a band around.
@@ -94,12 +101,9 @@ def knn_curve(
         axes.legend(loc="best", fontsize=8, frameon=False, labelcolor=MUTED)
     lines = [("this run", accuracy[-1], BLUE)]
     dashed, dotted = (0, (5, 3)), (0, (1, 2))
-    for name, value, style in (
-        ("raw pixels", raw_pixels, dashed),
-        ("untrained encoder", untrained, dashed),
-        ("initial encoder", initial, dashed),
-        ("chance", chance, dotted),
-    ):
+    known = {"raw_pixels": raw_pixels, "untrained": untrained, "initial": initial, "chance": chance}
+    for key, name in REFERENCES.items():
+        value, style = known[key], dotted if key == "chance" else dashed
         if value is not None:
             axes.axhline(100 * value, color=MUTED, linewidth=1, linestyle=style)
             lines.append((name, 100 * value, MUTED))
@@ -265,15 +269,25 @@ def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
         axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=3)
         return
     axes.plot(x, y, color=color, linewidth=0.8, alpha=0.25)
-    axes.plot(x, _smooth(y, width=max(len(y) // 40, 3)), color=color, linewidth=1.6)
+    axes.plot(x, smooth(y, width=smoothing(len(y))), color=color, linewidth=1.6)
 
 
-def _smooth(y: np.ndarray, width: int) -> np.ndarray:
+def smooth(y: np.ndarray, width: int) -> np.ndarray:
     """Mean over a centred window of `width` (made odd) points, fewer at the ends; nan counts for nothing, and stays."""
     window, finite = np.ones(2 * (width // 2) + 1), np.isfinite(y)
     count = np.convolve(finite, window, mode="same")
     mean = np.convolve(np.where(finite, y, 0), window, mode="same") / np.maximum(count, 1)
     return np.where(finite, mean, np.nan)
+
+
+def smoothing(points: int) -> int:
+    """The width of the window that a curve of so many points is smoothed with."""
+    return max(points // 40, 3)
+
+
+def standard_error(accuracy: np.ndarray, images: int) -> np.ndarray:
+    """One binomial standard error sqrt(p (1 - p) / n) of accuracies p in [0, 1], each measured on n images."""
+    return np.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def tidy(axes: Axes, title: str, unit: str, small: bool = False) -> None:

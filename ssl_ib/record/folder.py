@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .checkpoint import load
 WRITTEN = (
     "config.yaml environment.json metrics.jsonl tensorboard wandb figures checkpoints "
     "backbone.safetensors backbone.json results.json bad_images.txt bad_batch.txt "
-    "evals.jsonl evals export info"
+    "evals.jsonl evals export info about.json report.html"
 ).split()
 #: Keys that may change when a run resumes: they move no loss.
 MOVABLE = ("device", "workers", "log_every", "logger", "checkpoint")
@@ -87,3 +88,15 @@ def claim(out: Path, config: Config) -> None:
             path.unlink(missing_ok=True)
     # The first file: it is what tells a run's folder from any other.
     (out / "config.yaml").write_text(config.yaml(), encoding="utf-8")
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """What runs are called: the ends of their folders' paths, as short as tells them apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    # The folder of a lone seed says nothing of the run.
+    while len({path[-1] for path in paths}) == 1 and (len(set(paths)) > 1 or paths[0][-1].startswith("seed_")):
+        paths = [path[:-1] for path in paths]
+    length = 1
+    while len({path[-length:] for path in paths}) < len(set(paths)):
+        length += 1
+    return ["/".join(path[-length:]).removeprefix("case_") for path in paths]

@@ -21,7 +21,7 @@ _WORDS = {"lower bound": "at least", "upper bound": "at most", "estimate": "abou
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Reading:
     """A number over the run.
 
     nats, error, ceiling: over the rows, in nats; the error and the ceiling are nan where there is none.
@@ -82,7 +82,7 @@ def draw(rows: Sequence[dict[str, Any]], nats: Mapping[str, Nats], path: Path | 
     rows: as in `metrics.jsonl`. nats: of the criterion. Without any such number, nothing is drawn.
     """
     rows = [row for row in rows if "information/labels" in row or any(f"held_out/{name}" in row for name in nats)]
-    panels = _panels(rows, nats)
+    panels = readings(rows, nats)
     if not panels:
         return
     x, unit = clock(rows)
@@ -97,25 +97,26 @@ def draw(rows: Sequence[dict[str, Any]], nats: Mapping[str, Nats], path: Path | 
     figure.savefig(path)
 
 
-def _panels(rows: Sequence[dict[str, Any]], nats: Mapping[str, Nats]) -> list[_Panel]:
+def readings(rows: Sequence[dict[str, Any]], nats: Mapping[str, Nats]) -> list[Reading]:
+    """What evaluations say of information, each with its ceiling. rows and nats: as in `draw`."""
     panels, last, nothing = [], rows[-1] if rows else {}, np.full(len(rows), np.nan)
     if "information/labels" in last:
         kept, error, ceiling = (column(rows, f"information/labels{end}") for end in ("", "_error", "_ceiling"))
         probe = last.get("information/labels_linear")
         linear = {} if probe is None else {"linear probe": probe}
-        panels.append(_Panel("Kept of the classes", "I(Z; Y), by kNN", "lower bound", kept, error, ceiling, linear))
+        panels.append(Reading("Kept of the classes", "I(Z; Y), by kNN", "lower bound", kept, error, ceiling, linear))
         left = {name: ceiling[-1] - value for name, value in linear.items()}
         dropped = ceiling - kept
-        panels.append(_Panel("Dropped of the classes", "H(Y|Z), by kNN", "upper bound", dropped, error, ceiling, left))
+        panels.append(Reading("Dropped of the classes", "H(Y|Z), by kNN", "upper bound", dropped, error, ceiling, left))
     for name, told in nats.items():
         if f"held_out/{name}" in last:
             title, ceiling = told.of[0].upper() + told.of[1:], np.array([_ceiling(told, row) for row in rows])
             values = column(rows, f"held_out/{name}")
-            panels.append(_Panel(title, f"{name}, held out", told.kind, values, nothing, ceiling, {}))
+            panels.append(Reading(title, f"{name}, held out", told.kind, values, nothing, ceiling, {}))
     return panels
 
 
-def _draw(axes: Axes, x: np.ndarray, panel: _Panel) -> None:
+def _draw(axes: Axes, x: np.ndarray, panel: Reading) -> None:
     y = panel.nats
     axes.axhline(0, color=MUTED, linewidth=1)
     if panel.kind == "lower bound":

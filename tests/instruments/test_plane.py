@@ -14,9 +14,10 @@ from torch.nn.functional import normalize
 from ssl_ib.cli.info import main
 from ssl_ib.errors import UserError
 from ssl_ib.evals import health
-from ssl_ib.instruments.encoders import Encoders, distinct, names_of, remark
+from ssl_ib.instruments.encoders import Encoders, distinct, remark
 from ssl_ib.instruments.output import folder_of
 from ssl_ib.instruments.plane_points import at
+from ssl_ib.record.folder import names_of
 
 KEPT = "checkpoint.keep=1", "eval.linear.enabled=false"
 

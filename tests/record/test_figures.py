@@ -49,11 +49,11 @@ def test_loss_curves_show_the_losses(tmp_path):
 def test_smoothing_keeps_constants_and_ignores_gaps():
     y = np.full(50, 3.0)
     y[[0, 20, 49]] = np.nan
-    smooth = figures._smooth(y, width=7)
+    smooth = figures.smooth(y, width=7)
     assert np.array_equal(np.isnan(smooth), np.isnan(y))
     np.testing.assert_allclose(smooth[~np.isnan(y)], 3.0)
     line = np.arange(30.0)
-    np.testing.assert_allclose(figures._smooth(line, width=5)[2:-2], line[2:-2])
+    np.testing.assert_allclose(figures.smooth(line, width=5)[2:-2], line[2:-2])
 
 
 def test_the_axis_is_epochs_only_where_they_tell_the_rows_apart():
