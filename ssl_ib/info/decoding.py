@@ -24,6 +24,15 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ITERATIONS = 200
 
 
+#: How many errors of their difference two readings must be apart to count as different.
+ERRORS = 2
+
+
+def verdict(change: float, error: float) -> str:
+    """`gained`, `dropped`, or `as before` where a change, in nats, is within two of its errors."""
+    return "as before" if abs(change) <= ERRORS * error else "gained" if change > 0 else "dropped"
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What a classifier read of a factor.

@@ -14,14 +14,11 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..evals.protocol import Split
-from ..info.decoding import Decoded, decode
+from ..info.decoding import Decoded, decode, verdict
 from ..record.folder import names_of
 from ..types import Sample
 from .encoders import Encoders, State, distinct, of_state, remark
 from .factors import AUGMENTATION, at_levels, chosen, drawn, known
-
-#: How many errors of their difference two readings must be apart to count as different.
-ERRORS = 2
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,7 @@ class Probed:
     def verdict(self, factor: str) -> str:
         """`gained`, `dropped`, or `as before` where the change is within two of its errors."""
         change = self.change(factor)
-        if change is None:
-            return ""
-        return "as before" if abs(change[0]) <= ERRORS * change[1] else "gained" if change[0] > 0 else "dropped"
+        return "" if change is None else verdict(*change)
 
 
 def probe(

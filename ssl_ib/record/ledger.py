@@ -110,13 +110,13 @@ def _cosines(
     axes.axhline(0, color=MUTED, linewidth=1)
     for key in pairs:
         y = column(rows, key)
-        for term, dashes in zip(_pair(key, style), ("-", (0, (3, 3))), strict=True):
+        for term, dashes in zip(pair(key, style), ("-", (0, (3, 3))), strict=True):
             axes.plot(x, y, color=style[term]["color"], linewidth=2, linestyle=dashes)
     axes.set_ylim(-1.05, 1.05)
     tidy(axes, "Cosine of two terms: below 0 they fight", unit)
 
 
-def _pair(key: str, terms: Iterable[str]) -> tuple[str, str]:
+def pair(key: str, terms: Iterable[str]) -> tuple[str, str]:
     """The two terms of `ledger/cosine/<a>/<b>`."""
     rest = key.removeprefix("ledger/cosine/")
     return next((a, rest[len(a) + 1 :]) for a in terms if rest.startswith(f"{a}/") and rest[len(a) + 1 :] in terms)

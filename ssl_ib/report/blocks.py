@@ -5,6 +5,7 @@ Texts are texts everywhere: the templates escape them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ class Line:
     """A curve: x and y [n], finite; error [n] or none.
 
     color: the number of its colour, -1 for grey. faint: drawn thin, and not read out. marks: with its points.
-    joined: whether the points are joined.
+    joined: whether the points are joined. listed: whether the legend has it.
     """
 
     name: str
@@ -37,11 +38,12 @@ class Line:
     marks: bool = False
     dashed: bool = False
     joined: bool = True
+    listed: bool = True
 
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line that curves are compared with."""
+    """A horizontal line that curves are compared with; one without a name is only drawn."""
 
     name: str
     y: float
@@ -103,6 +105,12 @@ class Chart:
         return [line for line in self.lines if not line.faint]
 
     @property
+    def legend(self) -> list[tuple[int, Line]]:
+        """The lines that the legend has, each with its number; none where a single line needs no name."""
+        found = [(number, line) for number, line in enumerate(self.lines) if line.listed and not line.faint]
+        return [] if [line.name for _, line in found] in (["training"], ["this run"]) and not self.levels else found
+
+    @property
     def table(self) -> Table:
         """The numbers for those who cannot see the curves: at a few places, or of many lines the ends and extremes."""
         lines = self.read
@@ -125,17 +133,30 @@ def _before(line: Line, x: float) -> str:
     return "" if place < 0 else number(line.y[place])
 
 
+@dataclass(frozen=True)
+class Link:
+    """A cell of a table that leads to a file beside the page."""
+
+    text: str
+    href: str
+
+
 @dataclass
 class Table:
-    """Texts in rows; the first column names the row. marked: the numbers of rows that stand out."""
+    """Texts or links in rows; the first column names the row. folded: shown on demand."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Any]]
     title: str = ""
     text: str = ""
-    plain: bool = True
     folded: bool = False
     kind: str = "table"
+
+    @property
+    def right(self) -> list[bool]:
+        """Of each column, whether it has numbers, which stand at the right."""
+        numeric = re.compile(r"[-+−–]?[\d.,]*( ?%|e[-+]?\d+)?( ±.*)?")
+        return [n > 0 and all(numeric.fullmatch(str(row[n])) for row in self.rows) for n in range(len(self.head))]
 
 
 @dataclass(frozen=True)
@@ -165,6 +186,7 @@ class Bars:
     rows: Sequence[Bar]
     text: str = ""
     legend: Sequence[tuple[str, int]] = ()
+    wide: bool = False
     kind: str = "bars"
 
 
@@ -206,10 +228,10 @@ class Tiles:
 
 @dataclass
 class Note:
-    """A sentence that stands out."""
+    """A sentence of its own, which stands out unless it is `plain`."""
 
     text: str
-    title: str = ""
+    plain: bool = False
     kind: str = "note"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .blocks import Bar, Bars, Chart, Line, Part, curve, number, points_for
 from .page import Page
 
@@ -9,7 +11,7 @@ from .page import Page
 def charts(
     page: Page, key: str, held_out: str | None, title: str, unit: str = "", text: str = "", wide=False, raw=True
 ) -> list[Chart | Bars]:
-    """A number of the training steps, and beside it its held-out values: one chart of a run, two of several.
+    """A number of the training steps, and with it its held-out values, which are dashed where there are several runs.
 
     raw: whether a run's single values are drawn behind the smoothed course.
     """
@@ -20,18 +22,20 @@ def charts(
             name = "training" if alone else run.name
             lines += curve(name, page.x(run), run.columns[key], page.color(run), most, raw and alone)
     held = _held_out(page, held_out) if held_out else []
-    if alone and lines:
-        held = [line for line in held if len(line.x) > 1 or len(lines[-1].x) > 1]
-        return _drawn([Chart(title, [*lines, *held], unit, text, page.x_name, wide=wide)])
-    found = [Chart(title, lines, unit, text, page.x_name)] if lines else []
-    named = f"{title}, held out" if lines else title
-    return _drawn([*found, *([Chart(named, held, unit, text, page.x_name)] if held else [])])
+    if not alone:
+        known = {line.name for line in lines}
+        held = [
+            replace(line, name=f"{line.name}, held out", dashed=True, listed=line.name not in known) for line in held
+        ]
+    if not lines and not held:
+        return []
+    return drawn([Chart(title, [*lines, *held], unit, text, page.x_name, wide=wide)])
 
 
 def evaluated(page: Page, key: str, title: str, unit: str = "", text: str = "") -> list[Chart | Bars]:
     """A number of the evaluations."""
     lines = _held_out(page, key, "this run")
-    return _drawn([Chart(title, lines, unit, text, page.x_name)]) if lines else []
+    return drawn([Chart(title, lines, unit, text, page.x_name)]) if lines else []
 
 
 def _held_out(page: Page, key: str, alone: str = "held out") -> list[Line]:
@@ -47,7 +51,7 @@ def _held_out(page: Page, key: str, alone: str = "held out") -> list[Line]:
     return lines
 
 
-def _drawn(found: list[Chart]) -> list[Chart | Bars]:
+def drawn(found: list[Chart]) -> list[Chart | Bars]:
     """Charts, but where no line has two points: there bars say the numbers, as one point is no curve."""
     return [chart if any(len(line.x) > 1 for line in chart.lines) else bars_of(chart) for chart in found]
 

@@ -14,6 +14,11 @@ _WORDS = {
     "std": "deviation",
     "rankme": "RankMe",
     "knn": "kNN",
+    "dino": "DINO",
+    "mae": "MAE",
+    "swav": "SwAV",
+    "svib": "SVIB",
+    "byol": "BYOL",
 }
 #: Whole names that words alone would not explain.
 _NAMES = {"info_nce": "InfoNCE", "max": "kept of the image (max)", "min": "shared with the input (min)"}

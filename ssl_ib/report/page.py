@@ -17,10 +17,11 @@ from .sweeps import SweepData
 
 @dataclass(frozen=True)
 class Page:
-    """The runs of a page, and the sweep that they are of, where they are of one."""
+    """The runs of a page, the sweep that they are of, where they are of one, and the file that the page goes to."""
 
     runs: Sequence[RunData]
     sweep: SweepData | None = None
+    out: Path | None = None
 
     @cached_property
     def configs(self) -> list[dict[str, Any]]:
@@ -61,6 +62,11 @@ class Page:
                     term = key.removeprefix("loss/")
                     found[term] = found.get(term, False) or f"weighted/{term}" in run.columns
         return [term for term, weighted in found.items() if weighted is trained]
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether some run assigns its features to prototypes."""
+        return any("loss/dead_prototypes" in run.columns for run in self.runs)
 
     def figures(self, run: RunData) -> list[Path]:
         """The pictures in a run's folder."""

@@ -7,13 +7,14 @@ import hashlib
 import io
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import jinja2
 from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from .blocks import Chart, number
+from .blocks import Note, Panel, number
 from .page import Page
 from .panels import modules
 
@@ -28,7 +29,7 @@ COLORS = 8
 
 def render(page: Page, title: str) -> str:
     """The page as HTML, with the panels that have something to show."""
-    panels = [(name, panel) for name, module in modules() if (panel := module.build(page)) is not None]
+    panels = [(name, panel) for name, module in modules() if (panel := _built(name, module, page)) is not None]
     album = Album()
     scripts = [Markup(_read("vendor/uPlot.iife.min.js")), Markup(_read("static/report.js"))]
     return (
@@ -43,9 +44,16 @@ def render(page: Page, title: str) -> str:
             scripts=scripts,
             # Nothing but these two scripts runs, whatever a name from outside may hold, and nothing is fetched.
             hashes=[_hash(script) for script in scripts],
-            has_charts=True,
         )
     )
+
+
+def _built(name: str, module: ModuleType, page: Page) -> Panel | None:
+    """A panel. What it cannot read costs the page this panel alone, and its place says so."""
+    try:
+        return module.build(page)
+    except Exception as error:
+        return Panel(name.capitalize(), "", [Note(f"This panel could not be made: {type(error).__name__}: {error}")])
 
 
 class Album:
@@ -103,6 +111,3 @@ def _templates() -> jinja2.Environment:
     templates.filters["number"] = number
     templates.globals["colors"] = COLORS
     return templates
-
-
-__all__ = ["MARK", "Chart", "render"]

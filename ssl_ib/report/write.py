@@ -12,6 +12,7 @@ from ..record.folder import names_of
 from .page import Page
 from .reading import read_run
 from .render import MARK, render
+from .sweeps import is_sweep, read_sweep
 
 _logger = logging.getLogger(__name__)
 
@@ -25,9 +26,17 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
             raise UserError(f"{folder}: there is no such folder; expected the folder of a run or of a sweep")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("expected each run once")
-    runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    page = Page(runs)
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    sweeps = [folder for folder in folders if is_sweep(folder)]
+    if sweeps and len(folders) > 1:
+        raise UserError(f"{sweeps[0]} is a sweep: give one sweep alone, or runs")
+    if sweeps:
+        sweep = read_sweep(folders[0])
+        page = Page([run.run for run in sweep.runs if run.run is not None], sweep, out)
+        title = f"Sweep {folders[0].resolve().name}"
+    else:
+        runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+        page = Page(runs, None, out)
+        title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     replace(out, render(page, title))
 
 

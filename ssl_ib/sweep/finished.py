@@ -76,15 +76,15 @@ def read(path: Path) -> list[Finished]:
     file = path / RESULTS if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{path}: no run has ended there (no {RESULTS})")
-    axes, rows = _table(file)
+    axes, rows = table(file)
     found = _of_folder(path, axes, rows) if path.is_dir() else _of_table(path, axes, rows)
     if not found:
         raise UserError(f"{path}: none of its {len(rows)} runs is done")
     return found
 
 
-def _table(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The names of the axes, which stand before `seed`, and the rows."""
+def table(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The names of the axes, which stand before `seed`, and the rows. Raises UserError for another table."""
     try:
         with file.open(newline="", encoding="utf-8") as opened:
             reader = csv.DictReader(opened)

@@ -66,7 +66,9 @@ def run(tmp_path_factory):
 def test_the_folder(run):
     out, _ = run
     assert {path.name for path in out.iterdir()} == {
+        "about.json",
         "backbone.json",
+        "report.html",
         "results.json",
         "backbone.safetensors",
         "checkpoints",

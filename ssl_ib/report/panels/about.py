@@ -14,9 +14,13 @@ MOST_CLASSES = 20
 
 def build(page: Page) -> Panel | None:
     notes = [Note(f"{run.name}: {problem}") for run in page.runs for problem in run.problems]
+    if page.sweep is not None:
+        return Panel("What could not be read", "", notes) if notes else None
     if len(page.runs) > 1:
         head = ["run", "method", "images", "kNN top-1", "linear top-1", "minutes", "status"]
-        table = Table(head, [_row(run) for run in page.runs])
+        rows = [_row(run) for run in page.runs]
+        known = [n for n in range(len(head)) if any(row[n] for row in rows)]
+        table = Table([head[n] for n in known], [[row[n] for n in known] for row in rows])
         text = "The runs of this page, with the accuracy of each one's trained encoder on its own held-out images."
         return Panel("The runs", text, [*notes, table])
     if not page.runs:

@@ -22,10 +22,10 @@ def build(page: Page) -> Panel | None:
         "themselves where it is above raw pixels. Whiskers are one standard error for this number of test images: "
         "differences within them say nothing."
     )
-    blocks = [Bars("Now, and what it has to beat", _bars(page, runs))]
+    blocks = [Bars("Now, and what it has to beat", _bars(page, runs), wide=len(page.runs) > 1)]
     lines = [line for run in runs for line in _line(page, run)]
     if any(len(line.x) > 1 for line in lines):
-        levels = [Level(name, 100 * value) for name, value in _references(runs).items()]
+        levels = [Level(name, 100 * value) for name, value in references(runs).items()]
         blocks.append(Chart("kNN top-1 over training", lines, "%", x_name=page.x_name, levels=levels, wide=True))
     return Panel("kNN accuracy", text, blocks)
 
@@ -41,7 +41,7 @@ def _line(page: Page, run: RunData) -> list[Line]:
     return [Line(run.name if len(page.runs) > 1 else "this run", x, 100 * value, page.color(run), error, marks=True)]
 
 
-def _references(runs: list[RunData]) -> dict[str, float]:
+def references(runs: list[RunData]) -> dict[str, float]:
     """What all runs are compared with, in words; of several runs, only what they agree on."""
     found = {}
     for key, name in REFERENCES.items():
@@ -58,4 +58,4 @@ def _bars(page: Page, runs: list[RunData]) -> list[Bar]:
         error = float(standard_error(np.float64(value), images)) if images else 0.0
         said = percent(value) + (f" ± {100 * error:.1f}" if images else "")
         rows.append(Bar(run.name if len(page.runs) > 1 else "this run", [Part(value, said, page.color(run), error)]))
-    return rows + [Bar(name, [Part(value, percent(value), -1)]) for name, value in _references(runs).items()]
+    return rows + [Bar(name, [Part(value, percent(value), -1)]) for name, value in references(runs).items()]

@@ -19,4 +19,6 @@ def build(page: Page) -> Panel | None:
         weight = next((run.about["terms"][term] for run in page.runs if run.about.get("terms", {}).get(term)), None)
         said = "" if weight is None else f"Weight in the loss: {weight:g}."
         blocks += charts(page, f"loss/{term}", f"held_out/{term}", title(words(term)), unit(term), said)
+    if len(page.runs) > 1:
+        text += " Solid curves are training, dashed ones with points are held out."
     return Panel("Loss by term", text, blocks) if blocks else None

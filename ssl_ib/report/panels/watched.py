@@ -6,11 +6,14 @@ from ..blocks import Group, Panel
 from ..curves import charts
 from ..names import title, unit, words
 from ..page import Page
+from .prototypes import TERMS
 
 
 def build(page: Page) -> Panel | None:
     blocks = []
     for term in page.terms(trained=False):
+        if page.has_prototypes and term in TERMS:
+            continue
         blocks += charts(page, f"loss/{term}", f"held_out/{term}", title(words(term)), unit(term))
     if not blocks:
         return None

@@ -74,7 +74,7 @@
         ctx.lineTo(left + width, y);
         ctx.stroke();
         last = Math.min(y, last - 15 * ratio);
-        if (named(u.width)) ctx.fillText(`${level.name} ${say(level.y)}${told.unit ? ` ${told.unit}` : ""}`, left + width + 8 * ratio, last);
+        if (level.name && named(u.width)) ctx.fillText(`${level.name} ${say(level.y)}${told.unit ? ` ${told.unit}` : ""}`, left + width + 8 * ratio, last);
       }
       ctx.restore();
     };
@@ -96,7 +96,7 @@
       });
       ctx.restore();
     };
-    const named = (width) => told.levels.length > 0 && width > 620;
+    const named = (width) => width > 620 && told.levels.some((level) => level.name);
     const size = () => (figure.classList.toggle("direct", named(box.clientWidth)), { width: box.clientWidth, height: figure.classList.contains("wide") ? 280 : 190 });
     const axis = (more) => ({
       stroke: () => css("--muted"),
@@ -125,7 +125,7 @@
         axis({
           size: (u, values) => 14 + 7 * Math.max(1, ...(values || []).map((v) => (v || "").length)),
           gap: 4,
-          grid: { stroke: () => css("--rule"), width: 1 },
+          grid: { stroke: () => css("--rule"), width: 1, filter: (u, ticks) => (told.log ? ticks.map((v) => (Math.log10(v) % 1 ? null : v)) : ticks) },
           values: (u, ticks) => ticks.map((v) => (v == null ? "" : say(v))),
           space: 34,
         }),
