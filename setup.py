@@ -108,6 +108,8 @@ setup(
             "scikit-image",
             "segmentation-models-pytorch>=0.5",
             "faster-coco-eval",
+            "selenium",
+            "axe-core-python",
         ],
         "wandb": ["wandb"],
         "embed": ["pyarrow"],

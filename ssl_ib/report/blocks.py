@@ -189,6 +189,11 @@ class Bars:
     wide: bool = False
     kind: str = "bars"
 
+    @property
+    def letters(self) -> int:
+        """Of the longest value: all tracks end where it begins, so that bars can be compared."""
+        return max(len(part.text) for bar in self.rows for part in bar.parts)
+
 
 @dataclass(frozen=True)
 class Picture:

@@ -40,6 +40,11 @@ class Dots:
     text: str = ""
     kind: str = "dots"
 
+    @property
+    def letters(self) -> int:
+        """Of the longest value."""
+        return max(len(row.text) for row in self.rows)
+
 
 def build(page: Page) -> Panel | None:
     sweep = page.sweep
