@@ -19,6 +19,8 @@ from ..record.figures import smooth, smoothing
 MOST_POINTS, LEAST_POINTS = 1000, 120
 #: Rows of the table below a chart, and lines from which on it has a row a line instead.
 TABLE_ROWS, TABLE_LINES = 16, 5
+#: Names of lines that say nothing where there is no other line.
+ALONE = ("training", "this run", "each run", "mean")
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,9 @@ class Chart:
     @property
     def legend(self) -> list[tuple[int, Line]]:
         """The lines that the legend has, each with its number; none where a single line needs no name."""
-        found = [(number, line) for number, line in enumerate(self.lines) if line.listed and not line.faint]
-        return [] if [line.name for _, line in found] in (["training"], ["this run"]) and not self.levels else found
+        found = [(place, line) for place, line in enumerate(self.lines) if line.listed and not line.faint]
+        lone = len(found) == 1 and found[0][1].name in ALONE and not self.levels
+        return [] if lone else found
 
     @property
     def table(self) -> Table:

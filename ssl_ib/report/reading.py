@@ -165,10 +165,10 @@ def _metrics(run: RunData) -> None:
             run.evaluations.append(_numbers(row))
             continue
         for key, value in row.items():
-            if value.__class__ is str:
-                value = NON_FINITE.get(value)
-            if not is_number(value):
-                continue
+            kind = value.__class__
+            if kind is not float and kind is not int:
+                if (value := NON_FINITE.get(value) if kind is str else None) is None:
+                    continue
             if (column := columns.get(key)) is None:
                 column = columns[key] = array("d")
             if len(column) < count:

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 #: What tells a page of ours from any other file, in its first bytes.
 MARK = b'<meta name="generator" content="ssl-ib-report'
 #: Of pictures: the widest, in pixels; the bytes up to which one is taken as it is; and those of a page's together.
-WIDEST, SMALL, MOST_BYTES = 1400, 120_000, 3_000_000
+WIDEST, SMALL, MOST_BYTES = 1400, 120_000, 2_500_000
 #: Colours that curves are told apart by; more curves are dashed.
 COLORS = 8
 

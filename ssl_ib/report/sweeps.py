@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,14 @@ class SweepData:
     def metrics(self) -> list[str]:
         """Every metric that some run has."""
         return list(dict.fromkeys(key for run in self.runs for key in run.numbers))
+
+    @property
+    def wanted(self) -> list[str]:
+        """The metrics that the command asked for (`--metric`); none where it left them open."""
+        words = shlex.split(str(self.record.get("command") or ""))
+        if "--metric" not in words:
+            return []
+        return list(takewhile(lambda word: not word.startswith("--"), words[words.index("--metric") + 1 :]))
 
     def values(self, labels: tuple[str, ...], metric: str) -> dict[str, float]:
         """A metric of the runs of a point that have it, by seed."""

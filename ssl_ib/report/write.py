@@ -46,7 +46,11 @@ def report_of_run(out: Path) -> None:
     try:
         write_report([out], out / REPORT)
     except Exception as error:
-        _logger.warning("the run is done, but its page could not be written: %s: %s", type(error).__name__, error)
+        _logger.warning(
+            "the run is done, but its page could not be written: %s: %s",
+            type(error).__name__,
+            " ".join(str(error).split()),
+        )
 
 
 def check_out(out: Path, overwrite: bool) -> None:

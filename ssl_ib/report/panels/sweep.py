@@ -50,7 +50,7 @@ def build(page: Page) -> Panel | None:
     sweep = page.sweep
     if sweep is None:
         return None
-    main = [metric for metric in DEFAULT_METRICS if metric in sweep.metrics]
+    main = [metric for metric in sweep.wanted or DEFAULT_METRICS if metric in sweep.metrics]
     others = [metric for metric in sweep.metrics if metric not in (*main, "seconds")]
     figures = [_figure(page, sweep, metric) for metric in main]
     further = [_figure(page, sweep, metric) for metric in others if any(sweep.values(p, metric) for p in sweep.points)]
