@@ -55,7 +55,7 @@ class Level:
 class Chart:
     """Curves over one axis, with a sentence that says how to read them.
 
-    unit: of y. x_name: what x is. log: whether y has powers of ten. wide: whether it takes the whole width.
+    unit: of y. x_name: what x is. log, log_x: whether an axis has powers of ten. span: columns of three that it takes.
     """
 
     title: str
@@ -65,8 +65,8 @@ class Chart:
     x_name: str = "epoch"
     levels: Sequence[Level] = ()
     log: bool = False
-    wide: bool = False
     log_x: bool = False
+    span: int = 1
     kind: str = "chart"
 
     @property
@@ -189,7 +189,7 @@ class Bars:
     rows: Sequence[Bar]
     text: str = ""
     legend: Sequence[tuple[str, int]] = ()
-    wide: bool = False
+    span: int = 1
     kind: str = "bars"
 
     @property
@@ -221,7 +221,7 @@ class Facts:
     """Names with their values, as a list of terms."""
 
     rows: Sequence[tuple[str, str]]
-    title: str = ""
+    span: int = 3
     kind: str = "facts"
 
 
@@ -230,7 +230,6 @@ class Tiles:
     """Numbers that matter most, large: name, value, and what it is compared with."""
 
     rows: Sequence[tuple[str, str, str]]
-    title: str = ""
     kind: str = "tiles"
 
 
@@ -283,7 +282,7 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _short(values: np.ndarray, digits: int = 5) -> list[float]:

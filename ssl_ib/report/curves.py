@@ -9,7 +9,7 @@ from .page import Page
 
 
 def charts(
-    page: Page, key: str, held_out: str | None, title: str, unit: str = "", text: str = "", wide=False, raw=True
+    page: Page, key: str, held_out: str | None, title: str, unit: str = "", text: str = "", span=1, raw=True
 ) -> list[Chart | Bars]:
     """A number of the training steps, and with it its held-out values, which are dashed where there are several runs.
 
@@ -29,7 +29,7 @@ def charts(
         ]
     if not lines and not held:
         return []
-    return drawn([Chart(title, [*lines, *held], unit, text, page.x_name, wide=wide)])
+    return drawn([Chart(title, [*lines, *held], unit, text, page.x_name, span=span)])
 
 
 def evaluated(page: Page, key: str, title: str, unit: str = "", text: str = "") -> list[Chart | Bars]:

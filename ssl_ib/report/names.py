@@ -41,4 +41,4 @@ def unit(key: str) -> str:
 
 def title(text: str) -> str:
     """A name at the head of a figure."""
-    return text[:1].upper() + text[1:]
+    return text if text.startswith(_WORDS["knn"]) else text[:1].upper() + text[1:]

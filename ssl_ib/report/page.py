@@ -73,5 +73,8 @@ class Page:
         return sorted((run.path / "figures").glob("*.png"))
 
     def is_evaluation(self, name: str) -> bool:
-        """Whether a picture of this name was drawn by an evaluation, whose protocol its name begins with."""
-        return any(name.startswith(f"{line['protocol']}_") for run in self.runs for line in run.evals)
+        """Whether a picture of this name was drawn by an evaluation, whose protocol its name begins with: all but the
+        run's own kNN curve."""
+        return name != "knn_curve" and any(
+            name.startswith(f"{line['protocol']}_") for run in self.runs for line in run.evals
+        )

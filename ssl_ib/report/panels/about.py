@@ -27,7 +27,8 @@ def build(page: Page) -> Panel | None:
         return None
     run = page.runs[0]
     text = f"What was trained on what, and what came of it. {run.status}"
-    blocks = [*notes, Tiles(_tiles(run)), Facts(_facts(run)), *_classes(run)]
+    classes = _classes(run)
+    blocks = [*notes, Tiles(_tiles(run)), Facts(_facts(run), span=2 if classes else 3), *classes]
     return Panel("The run", text, [block for block in blocks if getattr(block, "rows", True)])
 
 
@@ -128,12 +129,10 @@ def _classes(run: RunData) -> list[Any]:
     if len(classes) > MOST_CLASSES:
         rows = [[label, *(f"{counts[name][k]:,}" for name in names)] for k, label in enumerate(classes)]
         return [Table(["class", *(words[name] for name in names)], rows, title=title, folded=True)]
-    most = max(max(counts[name]) for name in names)
+    most = max(counts["train"])
+    held = counts.get("held_out")
     rows = [
-        Bar(
-            str(label),
-            [Part(counts[name][k] / most, f"{counts[name][k]:,}", color) for color, name in enumerate(names)],
-        )
-        for k, label in enumerate(classes)
+        Bar(str(label), [Part(count / most, f"{count:,}" + (f" + {held[k]:,}" if held else ""))])
+        for k, (label, count) in enumerate(zip(classes, counts["train"], strict=True))
     ]
-    return [Bars(title, rows, legend=[(words[name], color) for color, name in enumerate(names)])]
+    return [Bars(title, rows, text="Trained on, as a bar, and held out, behind the plus." if held else "Trained on.")]

@@ -6,14 +6,14 @@ from typing import Any
 
 from ...sweep.finished import flat
 from ..blocks import Panel, Picture, Pictures, Table, number
-from ..names import title
+from ..names import title, words
 from ..page import Page
 from ..reading import RunData
 
 #: What the pictures of evaluations show, by the end of their name.
 _SHOWN = {
     "confusion": "How the images of each class are named, in per cent of them; the diagonal is right.",
-    "nearest": "Held-out images and the training images that are nearest to them.",
+    "neighbours": "Held-out images and the training images that are nearest to them.",
     "map": "The features in two dimensions (t-SNE); near points are alike, and distances between groups mean little.",
 }
 
@@ -28,7 +28,7 @@ def build(page: Page) -> Panel | None:
         blocks.append(_table(page, protocol, lines))
         names = dict.fromkeys(path.stem for run in page.runs for path in page.figures(run))
         for name in names:
-            if name.startswith(f"{protocol}_"):
+            if name.startswith(f"{protocol}_") and page.is_evaluation(name):
                 shown = [
                     Picture(path, f"{run.name}: {name}")
                     for run in page.runs
@@ -36,7 +36,7 @@ def build(page: Page) -> Panel | None:
                     if path.stem == name
                 ]
                 said = next((text for end, text in _SHOWN.items() if end in name), "")
-                blocks.append(Pictures(shown, title(name.replace("_", " ")), said))
+                blocks.append(Pictures(shown, title(words(name)), said))
     text = (
         "What the encoder is worth by each protocol of ssl-ib-eval. The spread says how far a value moves by chance; "
         "chance is what guessing gets. Only settings that differ between a protocol's results are shown."
@@ -56,7 +56,7 @@ def _table(page: Page, protocol: str, lines: list[tuple[RunData, dict[str, Any]]
         cells += ["" if one.get(key) is None else str(one[key]) for key in varied]
         value, chance = (number(v) if _is_number(v) else str(v or "") for v in (line.get("value"), line.get("chance")))
         rows.append([*cells, str(line.get("metric", "")), value, spread, chance])
-    return Table(head, rows, title=title(protocol))
+    return Table(head, rows, title=title(words(protocol)))
 
 
 def _is_number(value: Any) -> bool:

@@ -31,10 +31,10 @@ def _bars(page: Page, run: RunData) -> Bars:
                     nats, error, ceiling = (float(row[key]) for key in ("nats", "error", "ceiling"))
                     read.append((nats, error))
                     tone = page.color(run) if color == len(states) - 1 else -1
-                    said = f"{nats:.2f} ± {error:.2f} of {ceiling:.2f}"
+                    said = f"{round(nats, 2) + 0:.2f} ± {error:.2f} of {ceiling:.2f}"
                     parts.append(Part(nats / ceiling if ceiling else 0.0, said, tone))
         note = "" if len(read) < 2 else verdict(read[-1][0] - read[0][0], (read[0][1] ** 2 + read[-1][1] ** 2) ** 0.5)
         rows.append(Bar(factor.replace("_", " "), parts, note))
     legend = [(state, page.color(run) if state == states[-1] else -1) for state in states]
     title = "Nats of each factor" if len(page.runs) == 1 else f"{run.name}, nats of each factor"
-    return Bars(title, rows, legend=legend, wide=len(page.runs) == 1)
+    return Bars(title, rows, legend=legend, span=3 if len(page.runs) == 1 else 1)

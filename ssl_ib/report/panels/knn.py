@@ -22,11 +22,11 @@ def build(page: Page) -> Panel | None:
         "themselves where it is above raw pixels. Whiskers are one standard error for this number of test images: "
         "differences within them say nothing."
     )
-    blocks = [Bars("Now, and what it has to beat", _bars(page, runs), wide=len(page.runs) > 1)]
+    blocks = [Bars("Now, and what it has to beat", _bars(page, runs))]
     lines = [line for run in runs for line in _line(page, run)]
     if any(len(line.x) > 1 for line in lines):
         levels = [Level(name, 100 * value) for name, value in references(runs).items()]
-        blocks.append(Chart("kNN top-1 over training", lines, "%", x_name=page.x_name, levels=levels, wide=True))
+        blocks.append(Chart("kNN top-1 over training", lines, "%", x_name=page.x_name, levels=levels, span=2))
     return Panel("kNN accuracy", text, blocks)
 
 

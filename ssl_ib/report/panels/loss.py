@@ -14,7 +14,7 @@ def build(page: Page) -> Panel | None:
         "smoothed course, faint each logged value. A held-out value that rises while training falls shows that the "
         "encoder learns its images by heart."
     )
-    blocks: list[Chart] = charts(page, "loss", "held_out/loss", "Loss", "", wide=True)
+    blocks: list[Chart] = charts(page, "loss", "held_out/loss", "Loss", "", span=3)
     for term in page.terms(trained=True):
         weight = next((run.about["terms"][term] for run in page.runs if run.about.get("terms", {}).get(term)), None)
         said = "" if weight is None else f"Weight in the loss: {weight:g}."

@@ -40,7 +40,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     facts = [
         ("Command", shlex.join(["ssl-ib-train", *map(str, command[1:])]) if command else ""),
         ("Started", found.get("started")),
-        ("Device", f"{found.get('device')}, {found.get('threads')} threads"),
+        ("Device", f"{found.get('device')}, threads: {found.get('threads')}"),
         ("Platform", f"{found.get('platform')}, Python {found.get('python')}"),
         ("ssl_ib", found.get("ssl_ib")),
         ("Commit", f"{commit}{', with uncommitted changes' if git.get('uncommitted_changes') else ''}"),

@@ -12,7 +12,7 @@ from ...sweep.plot import is_log_spaced
 from ...sweep.points import CASE
 from ...sweep.report import DEFAULT_METRICS, Cell, digits
 from ..blocks import Chart, Facts, Group, Level, Line, Link, Panel, Table
-from ..names import unit, words
+from ..names import title, unit, words
 from ..page import Page
 from ..sweeps import SweepData
 from .knn import KEY, references
@@ -166,7 +166,7 @@ def _title(metric: str) -> str:
     room, _, name = metric.rpartition("/")
     rooms = {"held_out": "held out: ", "knn": "kNN ", "linear": "linear probe ", "untrained": "untrained: "}
     said = rooms.get(room, "") + words(name).replace("top1", "top-1")
-    return said[:1].upper() + said[1:] if not said.startswith("kNN") else said
+    return title(said)
 
 
 def _float(text: str) -> float | None:

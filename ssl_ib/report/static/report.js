@@ -74,7 +74,7 @@
         ctx.lineTo(left + width, y);
         ctx.stroke();
         last = Math.min(y, last - 15 * ratio);
-        if (level.name && named(u.width)) ctx.fillText(`${level.name} ${say(level.y)}${told.unit ? ` ${told.unit}` : ""}`, left + width + 8 * ratio, last);
+        if (level.name && named(u.width)) ctx.fillText(text(level), left + width + 8 * ratio, last);
       }
       ctx.restore();
     };
@@ -96,8 +96,12 @@
       });
       ctx.restore();
     };
-    const named = (width) => width > 620 && told.levels.some((level) => level.name);
-    const size = () => (figure.classList.toggle("direct", named(box.clientWidth)), { width: box.clientWidth, height: figure.classList.contains("wide") ? 280 : 190 });
+    const text = (level) => `${level.name} ${say(level.y)}${told.unit ? ` ${told.unit}` : ""}`;
+    const pen = document.createElement("canvas").getContext("2d");
+    pen.font = "12px system-ui, sans-serif";
+    const nameRoom = 14 + Math.max(0, ...told.levels.map((level) => pen.measureText(text(level)).width));
+    const named = (width) => width > 560 && told.levels.some((level) => level.name);
+    const size = () => (figure.classList.toggle("direct", named(box.clientWidth)), { width: box.clientWidth, height: figure.classList.contains("span1") ? 190 : 280 });
     const axis = (more) => ({
       stroke: () => css("--muted"),
       font: "12px system-ui, sans-serif",
@@ -111,7 +115,7 @@
     const plot = new uPlot({
       ...size(),
       series,
-      padding: [10, (u) => (named(u.width) ? 170 : 12), 0, 0],
+      padding: [10, (u) => (named(u.width) ? nameRoom : 12), 0, 0],
       legend: { show: false },
       cursor: { y: false, drag: { x: true, y: false }, points: { size: 7 } },
       scales: {
