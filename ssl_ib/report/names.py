@@ -14,6 +14,7 @@ _WORDS = {
     "std": "deviation",
     "rankme": "RankMe",
     "knn": "kNN",
+    "lidar": "LiDAR",
     "dino": "DINO",
     "mae": "MAE",
     "swav": "SwAV",
@@ -21,7 +22,7 @@ _WORDS = {
     "byol": "BYOL",
 }
 #: Whole names that words alone would not explain.
-_NAMES = {"info_nce": "InfoNCE", "max": "kept of the image (max)", "min": "shared with the input (min)"}
+_NAMES = {"info_nce": "InfoNCE", "max": "shared by the latents of an image (max)", "min": "held of the input (min)"}
 #: What is an entropy, or a difference of entropies, by natural logarithms.
 _NATS = re.compile(r"(^|_)(nats|info_nce|entropy|kl|log_likelihood|ceiling)(_|$)")
 

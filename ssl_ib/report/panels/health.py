@@ -13,6 +13,12 @@ SIGNS = {
         "dimensions",
         "How many dimensions the features use in effect. 1 is a collapse, and the features' width is the most.",
     ),
+    "health/lidar": (
+        "LiDAR",
+        "dimensions",
+        "In how many dimensions images differ more than views of one image do. What the augmentation alone moves does "
+        "not count, which in RankMe it does.",
+    ),
     "health/std": ("Spread", "", "0 where all features point one way, 1 where every dimension varies alike."),
     "health/alignment": (
         "Alignment",
