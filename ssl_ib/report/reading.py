@@ -74,10 +74,10 @@ class RunData:
         return f"Not finished: its last logged step is {self.last_step:,}. It is at work, was stopped, or has crashed."
 
     def number(self, evaluation: str, key: str) -> float | None:
-        """A number of `results.json`, such as ("trained", "knn/top1"); None where there is none."""
+        """A finite number of `results.json`, such as ("trained", "knn/top1"); None where there is none."""
         found = self.results.get(evaluation)
         value = found.get(key) if isinstance(found, dict) else None
-        return value if is_number(value) else None
+        return value if is_number(value) and math.isfinite(value) else None
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Steps, epochs and finite values of a number that evaluations log."""

@@ -78,6 +78,10 @@ def test_the_folder(run):
         "metrics.jsonl",
         "tensorboard",
     }
+    about = json.loads((out / "about.json").read_text())
+    assert about["images"] == {"train": 1438, "held_out": 359} and sum(about["class_counts"]["train"]) == 1438
+    assert about["terms"]["info_nce"] == 1.0 and about["terms"]["mi_nats"] is None and about["nats"]["mi_nats"]["kind"]
+    assert about["classes"][3] == "3" and about["peak_memory"] > 2**20
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"last.pt", "previous.pt"}
     for name in ("loss_curves", "knn_curve", "reconstructions"):
         assert picture(out / "figures" / f"{name}.png").std() > 5

@@ -94,10 +94,13 @@ def test_a_run_that_has_not_begun_or_is_damaged_has_a_page(tmp_path):
     assert "Nothing is logged yet" in (run / "report.html").read_text()
     (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2, "loss/a": 1}\n{"step"\n')
     (run / "bad_batch.txt").write_text("1\n")
+    assert main([str(run)]) == 0
+    assert "Ended at step 1: its loss or its gradient was no longer finite" in (run / "report.html").read_text()
     (run / "about.json").write_text('{"nats": 3, "classes": 4}')
+    (run / "results.json").write_text('{"trained": {"knn/top1": "NaN"}, "raw_pixels": {"knn/top1": "NaN"}}')
     assert main([str(run)]) == 0
     text = (run / "report.html").read_text()
-    assert "no longer finite" in text and "1 line of metrics.jsonl could not be read" in text
+    assert "could not be made" in text and "1 line of metrics.jsonl could not be read" in text
 
 
 def test_pictures_have_a_limit(tmp_path, monkeypatch):

@@ -50,8 +50,9 @@ def _chart(page: Page, title: str, text: str, shown: list[tuple[RunData, np.ndar
         if finite.any():
             lines.append(Line(name, x[finite], reading.nats[finite], color, error, marks=True))
         for other, value in reading.more.items():
-            place = x[-1:]
-            lines.append(Line(f"{name}, {other}", place, np.array([value]), color + alone, marks=True, joined=False))
+            if not np.isfinite(value):
+                continue
+            lines.append(Line(f"{name}, {other}", x[-1:], np.array([value]), color + alone, marks=True, joined=False))
         known = reading.ceiling[np.isfinite(reading.ceiling)]
         ceilings |= {round(float(value), 6) for value in (known.min(), known.max())} if len(known) else set()
     levels = [Level("ceiling", ceiling) for ceiling in sorted(ceilings)] if len(ceilings) == 1 else []

@@ -54,7 +54,11 @@ def build(page: Page) -> Panel | None:
                 most[quantity] = max(most[quantity], ceiling, value)
                 low = min(low, value if quantity == "I(Z;Y)" else 0)
         for sigma, states in found.items():
-            points = [(at["I(X;Z)"], at["I(Z;Y)"], state) for state, at in states.items() if len(at) == 2]
+            points = [
+                (at["I(X;Z)"], at["I(Z;Y)"], state)
+                for state, at in states.items()
+                if len(at) == 2 and all(map(math.isfinite, at.values()))
+            ]
             if points:
                 planes.setdefault(sigma, []).append(Path(run.name, points, page.color(run)))
     blocks = [
