@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
+from .config.outside import user_path
 from .errors import UserError
 from .pretrained import TIMM, of_timm
 from .record import backbone as record
@@ -57,9 +57,9 @@ class _Weights:
 
 def _weights(source: str) -> dict[str, _Weights]:
     """The encoders that are meant, by name."""
-    path = Path(source)
     if source.startswith(TIMM):
         return {record.MAIN: _of_module(of_timm(source.removeprefix(TIMM), pretrained=True))}
+    path = user_path(source, "init")
     if path.is_dir():
         return {name: _described(*record.read(path, name)) for name in record.names(path)}
     if not path.is_file():

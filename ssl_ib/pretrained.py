@@ -20,6 +20,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
+from .config.outside import user_path
 from .config.plugins import load_plugins
 from .config.recipe import read_recipe
 from .config.registry import build_part
@@ -196,10 +197,10 @@ def load(
         found = _of_timm(source.removeprefix(TIMM), pretrained)
     elif pretrained:
         raise UserError(f"pretrained is for timm's models, such as timm:resnet18, and {source!r} is none")
-    elif Path(source).is_dir():
-        found = _of_folder(Path(source), name)
-    elif Path(source).is_file():
-        found = _of_checkpoint(Path(source), name)
+    elif (path := user_path(source, "encoder")).is_dir():
+        found = _of_folder(path, name)
+    elif path.is_file():
+        found = _of_checkpoint(path, name)
     else:
         raise UserError(
             f"expected the folder of a run, a checkpoint of one, or timm:NAME, and there is nothing at {source!r}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import yaml
 
-from ..config.recipe import YamlDumper, base_of, find_recipe, leading_comment, read_recipe, recipe_names
+from ..config.outside import YamlDumper, user_path
+from ..config.recipe import base_of, find_recipe, leading_comment, read_recipe, recipe_names
 from ..config.registry import REGISTRIES, describe
 from ..errors import UserError, nearest
 
@@ -58,7 +57,7 @@ def _recipe(name: str) -> str:
         bases, base = [*bases, base.stem], base_of(base)
     source = data.get("source")
     images = source.get("path") if isinstance(source, dict) else None
-    here = images is None or Path(str(images)).expanduser().exists()
+    here = images is None or user_path(images, "source.path").exists()
     needs = [] if images is None else [f"images at {images}{'' if here else ', which is not here: give source.path'}"]
     plugins = data.get("plugins") or []
     needs += [f"plugin {plugin}" for plugin in ([plugins] if isinstance(plugins, str) else plugins)]

@@ -28,10 +28,11 @@ from pydantic import (
     field_validator,
 )
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 from .hints import Count, NonNegative, Positive, PositiveInt, show
+from .outside import DEEPEST, NotYaml, YamlDumper, parse_yaml, short, user_path
 from .plugins import load_plugins
-from .recipe import PARTS, Dropped, YamlDumper, YamlLoader, find_recipe, merge, named, read_recipe, without_dropped
+from .recipe import PARTS, Dropped, find_recipe, merge, named, read_recipe, without_dropped
 from .registry import REGISTRIES, check_part, is_schedule, part_keys, problems_of
 from .schedule import Schedule
 
@@ -160,7 +161,7 @@ class Config(Section):
     checkpoint of one, a file of weights under timm's names, or timm:NAME for timm's own, which are downloaded;
     heads are dropped and positions resampled. batch_size counts the images of an optimiser step over all processes;
     `accumulate` cuts it into so many forward passes of each. device is auto, cpu, cuda or cuda:N. workers decode
-    streamed images; log_every counts the steps from one row of `metrics.jsonl` to the next (a short run logs 20
+    streamed images, and one that gives no batch for `worker_timeout` seconds ends the run; log_every counts the steps from one row of `metrics.jsonl` to the next (a short run logs 20
     rows at least), and logger says who gets a copy of the rows. deterministic takes, on CUDA, slower operations
     that give the same numbers every time. parallel=ddp is for processes that torchrun starts. plugins are imported
     before the parts are looked up.
@@ -182,7 +183,8 @@ class Config(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     deterministic: bool = True
-    workers: Count = 2
+    workers: Annotated[int, Interval(ge=0, le=1024)] = 2
+    worker_timeout: Positive = 600.0
     log_every: PositiveInt = 1
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     optim: OptimConfig = OptimConfig()
@@ -198,6 +200,14 @@ class Config(Section):
         if not isinstance(logger, list | tuple):
             raise ValueError("a list of tensorboard and wandb, such as [tensorboard] or []")
         return tuple(logger)
+
+    @field_validator("recipe")
+    @classmethod
+    def _names_a_folder(cls, recipe: str) -> str:
+        path = user_path(recipe, "recipe")
+        if not recipe.strip() or path.is_absolute() or ".." in path.parts:
+            raise ValueError("a name for the run's folder below runs/")
+        return recipe
 
     def plain(self) -> dict[str, Any]:
         """The configuration as plain data, fit for YAML."""
@@ -248,12 +258,15 @@ def parse_overrides(overrides: Iterable[str], problems: list[str]) -> list[tuple
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key):
-            problems.append(f"expected KEY=VALUE, such as optim.lr=1e-3, got {text!r}")
+            problems.append(f"expected KEY=VALUE, such as optim.lr=1e-3, got {short(text)}")
+            continue
+        if key.count(".") >= DEEPEST:
+            problems.append(f"{short(key)}: a key of more than {DEEPEST} steps")
             continue
         try:
-            parsed.append((key, yaml.load(value, YamlLoader)))
-        except yaml.YAMLError:
-            problems.append(f"{key}: expected a YAML value, got {value!r}")
+            parsed.append((key, parse_yaml(value)))
+        except NotYaml as error:
+            problems.append(f"{key}: expected a YAML value, got {short(value)}: {error.problem}")
     # A part is swapped before its keys are set, whatever the order on the command line.
     return sorted(parsed, key=lambda pair: len(_path(pair[0])))
 
@@ -271,6 +284,8 @@ def configure(
     """
     remembered = read_recipe(find_recipe(recipe)).get("plugins") or []
     remembered = [remembered] if isinstance(remembered, str) else remembered
+    if not isinstance(remembered, list) or not all(isinstance(name, str) for name in remembered):
+        raise UserError(f"plugins: expected a list of modules and paths, got {short(str(remembered))}")
     return resolve(recipe, overrides, load_plugins(list(dict.fromkeys([*remembered, *plugins]))), say)
 
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
 from ..errors import UserError
+from .outside import user_path
 
 GROUP = "ssl_ib.plugins"
+#: How long the import of one plugin may take.
+SECONDS = 300.0
 
 
 def load_plugins(names: list[str]) -> list[str]:
@@ -26,7 +33,7 @@ def load_plugins(names: list[str]) -> list[str]:
 
 
 def _load(name: str) -> str:
-    path = Path(name).expanduser()
+    path = user_path(name, "plugin")
     if path.exists():
         path = path.resolve()
         module_name = f"ssl_ib_plugin_{path.stem}"
@@ -37,7 +44,7 @@ def _load(name: str) -> str:
             _guarded(lambda: _import_file(module_name, file), name)
         return str(path)
     root = name.partition(".")[0]
-    if not root.isidentifier() or importlib.util.find_spec(root) is None:
+    if not root.isidentifier() or (root not in sys.modules and importlib.util.find_spec(root) is None):
         raise UserError(f"plugin {name!r} is neither a path nor an importable module")
     _guarded(lambda: importlib.import_module(name), name)
     return name
@@ -57,14 +64,49 @@ def _import_file(name: str, file: Path) -> ModuleType:
     return module
 
 
-def _guarded(load, name: str) -> None:
+class _TooLong(BaseException):
+    """Raised in a plugin that is still being imported after `SECONDS`; not an Exception, so that it is not swallowed."""
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Bounds the seconds that its body may take, in the main thread of a process with such signals."""
+
+    def over(signum: int, frame: object) -> None:
+        raise _TooLong(f"its import has not ended after {SECONDS:g} seconds")
+
+    # Where somebody else has set an alarm, it stays.
+    free = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not free or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        load()
-    except UserError:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _guarded(load: Callable[[], object], name: str) -> None:
+    """Imports, and says in one line what a plugin did instead: raise, end the process, or not come back."""
+    try:
+        with _in_time():
+            load()
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         if isinstance(error, SyntaxError):
             message, file, line = error.msg, error.filename, error.lineno
         else:
             message, (file, line, *_) = error, traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, SystemExit):
+            raise UserError(
+                f"plugin {name!r} ends the process when it is imported: sys.exit({error}) ({file}:{line})"
+            ) from error
+        if isinstance(error, _TooLong):
+            # The last line of all is the alarm's own.
+            file, line, *_ = traceback.extract_tb(error.__traceback__)[-2]
+            raise UserError(f"plugin {name!r}: {error} ({file}:{line})") from error
         raise UserError(f"plugin {name!r} failed: {type(error).__name__}: {message} ({file}:{line})") from error

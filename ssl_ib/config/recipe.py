@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -11,8 +10,11 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, nearest
+from .outside import LONGEST_NAME, NotYaml, YamlDumper, kind_of, read_yaml, short, user_path
 from .registry import is_schedule
 
+#: How many recipes may be laid over one another.
+MOST_BASES = 32
 #: The sections of a recipe that name a registered part, in the order in which they are shown.
 PARTS = ("task", "model", "criterion", "masker", "source", "views")
 #: Arguments of a part that were chosen for the value of another one: where that changes, they are dropped.
@@ -22,31 +24,6 @@ BELONGING = {"backbone": ("backbone_args", "positions")}
 def named(value: Any) -> Any:
     """A part that is given by its name alone, as a mapping."""
     return {"name": value} if isinstance(value, str) else value
-
-
-class YamlLoader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a repeated key is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        repeated = {str(key) for key in keys if keys.count(key) > 1}
-        if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"repeated key {', '.join(sorted(repeated))}", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-class YamlDumper(yaml.SafeDumper):
-    """Writes what `YamlLoader` reads: a text such as 1e-3 gets quotes."""
-
-
-for _side in (YamlLoader, YamlDumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
 
 
 def recipes_folder() -> Path:
@@ -62,16 +39,20 @@ def recipe_names() -> list[str]:
 
 def find_recipe(name: str) -> Path:
     """A shipped recipe's file by name, a path, or the `config.yaml` in a run's folder. Raises UserError otherwise."""
-    shipped = recipes_folder() / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
-    if Path(name).is_file():
-        return Path(name)
-    if Path(name).is_dir():
-        if (Path(name) / "config.yaml").is_file():
-            return Path(name) / "config.yaml"
+    path = user_path(name, "recipe")
+    shipped = {file.stem: file for file in recipes_folder().glob("*.yaml")}
+    if name in shipped:
+        return shipped[name]
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / "config.yaml").is_file():
+            return path / "config.yaml"
         raise UserError(f"expected a recipe or the folder of a run, and {name!r} is a folder without a config.yaml")
     if Path(name).suffix in (".yaml", ".yml") or "/" in name:
+        found = kind_of(path)
+        if found != "nothing":
+            raise UserError(f"expected a recipe, a file of YAML, and {name!r} is {found}")
         raise UserError(f"there is no recipe file {name!r}")
     raise UserError(f"unknown recipe {name!r}{nearest(name, recipe_names())}")
 
@@ -84,11 +65,9 @@ def leading_comment(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        place = getattr(error, "problem_mark", None)
-        where = f" (line {place.line + 1})" if place else ""
-        raise UserError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from None
+        data = read_yaml(path)
+    except NotYaml as error:
+        raise UserError(f"{path} is {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
     return data
@@ -99,8 +78,13 @@ def base_of(path: Path, data: dict[str, Any] | None = None) -> Path | None:
     base = (_read(path) if data is None else data).get("base")
     if base is None:
         return None
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: expected the name or path of a recipe, got {short(str(base))}")
+    user_path(base, f"{path}: base")
+    if len(base) > LONGEST_NAME - len(".yaml"):
+        return find_recipe(base)
     below = path.parent / f"{base}.yaml"
-    return below if below.is_file() and below.resolve() != path.resolve() else find_recipe(str(base))
+    return below if below.is_file() and below.resolve() != path.resolve() else find_recipe(base)
 
 
 def read_recipe(path: Path, above: tuple[Path, ...] = (), dropped: list[Dropped] | None = None) -> dict[str, Any]:
@@ -115,6 +99,10 @@ def read_recipe(path: Path, above: tuple[Path, ...] = (), dropped: list[Dropped]
     base = data.pop("base", None)
     if below is None:
         return data
+    if len(above) > MOST_BASES:
+        raise UserError(
+            f"{above[0]}: more than {MOST_BASES} recipes, each the base of the one before; the last is {path}"
+        )
     if below.resolve() in above:
         raise UserError(f"{path}: base {base!r} leads back to {below}: a recipe cannot be its own base")
     below = read_recipe(below, above, dropped)

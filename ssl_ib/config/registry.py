@@ -107,7 +107,7 @@ class Registry(Generic[T]):
         target = self._signed(name)
         try:
             hints = typing.get_type_hints(target, include_extras=True)
-        except NameError as error:
+        except Exception as error:  # A hint in quotes is an expression, which may raise anything.
             raise UserError(
                 f"the type hints of {self.kind} {name!r} ({place(target)}) cannot be read: {error}"
             ) from None
@@ -170,12 +170,25 @@ def _checker(kind: str, name: str) -> Any:
     config = pydantic.ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=()
     )
-    return pydantic.create_model(f"{kind}:{name}", __config__=config, **fields)
+    try:
+        return pydantic.create_model(f"{kind}:{name}", __config__=config, **fields)
+    except Exception as error:
+        raise _unusable(kind, name, error) from None
+
+
+def _unusable(kind: str, name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    where = place(REGISTRIES[kind][name])
+    return UserError(f"the type hints of {kind} {name!r} ({where}) cannot be used to check its arguments: {reason}")
 
 
 def _validate(kind: str, name: str, plain: dict[str, Any]) -> Any:
     # JSON mode, because strict JSON lets a list be a tuple and nothing else be what it is not.
-    return _checker(kind, name).model_validate_json(json.dumps(plain, default=str))
+    checker = _checker(kind, name)
+    try:
+        return checker.model_validate_json(json.dumps(plain, default=str))
+    except TypeError as error:
+        raise _unusable(kind, name, error) from None
 
 
 def problems_of(
@@ -281,6 +294,8 @@ def check_part(kind: str, spec: Any, path: str, problems: list[str], elsewhere: 
         except pydantic.ValidationError as error:
             hints = {key: parameter.annotation for key, parameter in schema.items()}
             found += problems_of(error, path, lambda place: () if place else schema, hints, elsewhere)
+        except UserError as error:
+            found.append(f"{path}: {error}")
     # What is wrong within a schedule has been said.
     wrong = tuple(f"{path}.{key}: expected" for key, schedule in schedules.items() if schedule is None)
     problems.extend(line for line in dict.fromkeys(found) if not line.startswith(wrong))
@@ -331,6 +346,10 @@ def build_part(kind: str, spec: dict[str, Any], path: str | None = None, **suppl
         part = maker(**arguments)
     except ConfigError:
         raise
+    except SystemExit as error:
+        raise UserError(
+            f"{kind} {name!r} ({place(maker)}) ends the process when it is built: sys.exit({error})"
+        ) from error
     except UserError as error:
         own = rf"(?<![\w.])(?=(?:{'|'.join(schema) or '$'})(?:\.\w|=))"
         raise UserError(re.sub(own, f"{path}.", str(error))) from error

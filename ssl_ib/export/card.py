@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from ..config.recipe import PARTS, YamlDumper, read_recipe
+from ..config.outside import YamlDumper
+from ..config.recipe import PARTS, read_recipe
 from ..evals.results import FINGERPRINTS, Results, fingerprint_of_weights
 from ..pretrained import Backbone
 

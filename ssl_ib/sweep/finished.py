@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..config.recipe import YamlLoader
+from ..config.outside import read_yaml
 from ..errors import UserError
 from .folder import RECORD
 from .points import CASE, folder_name
@@ -125,8 +123,8 @@ def _of_folder(path: Path, axes: Sequence[str], rows: Sequence[dict[str, str]]) 
         for place in sorted(seeds, key=lambda place: (len(place.name), place.name)):
             try:
                 numbers, _ = read_metrics(place)
-                config = yaml.load((place / "config.yaml").read_text(encoding="utf-8"), YamlLoader)
-            except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+                config = read_yaml(place / "config.yaml")
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
                 raise UserError(f"{place}: its results.json or config.yaml cannot be read: {error!r}") from None
             numbers = {key: float(value) for key, value in numbers.items() if isinstance(value, (int, float))}
             seed = place.name.removeprefix("seed_")

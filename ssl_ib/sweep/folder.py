@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from ..config.config import differences
-from ..config.recipe import YamlDumper, YamlLoader, read_recipe
+from ..config.outside import YamlDumper, parse_yaml
+from ..config.recipe import read_recipe
 from ..errors import UserError
 from ..record.files import replace
 from ..record.folder import changes
@@ -23,7 +24,7 @@ RECORD, LOCK = "sweep.yaml", "sweep.lock"
 def base_of(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What all points start from: the recipe's name, and the overrides that are not varied."""
     pairs = (text.partition("=") for text in overrides)
-    return {"recipe": name, "overrides": {key: yaml.load(value, YamlLoader) for key, _, value in pairs}}
+    return {"recipe": name, "overrides": {key: parse_yaml(value) for key, _, value in pairs}}
 
 
 def examine(out: Path, base: dict[str, Any], runs: Sequence[Run]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..config.recipe import YamlDumper, YamlLoader
+from ..config.outside import NotYaml, YamlDumper, parse_yaml, short
 from ..errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -118,9 +118,9 @@ def parse_vary(text: str, problems: list[str]) -> Axis:
             problems.append(f'--vary {key}: an empty value in {values!r}; write null or "" where that is meant')
             continue
         try:
-            data = yaml.load(value, YamlLoader)
-        except yaml.YAMLError:
-            problems.append(f"--vary {key}: expected YAML values, got {value!r}")
+            data = parse_yaml(value)
+        except NotYaml as error:
+            problems.append(f"--vary {key}: expected YAML values, got {short(value)}: {error.problem}")
             continue
         label = shown(data)
         if label in choices:

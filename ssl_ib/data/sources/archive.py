@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...config.outside import user_path
 from ...config.registry import register_source
 from ...errors import UserError
 from ..decode import ENDINGS, is_image
@@ -161,4 +162,4 @@ class Archive(FileSource):
         return self._archive().parent
 
     def _archive(self) -> Path:
-        return Path(self.path).expanduser()
+        return user_path(self.path, "source.path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...config.outside import user_path
 from ...config.registry import register_source
 from ...errors import UserError
 from ..decode import ENDINGS, image_files
@@ -68,4 +69,4 @@ class Folder(FileSource):
         return _FolderFiles(self._folder())
 
     def _folder(self) -> Path:
-        return Path(self.path).expanduser()
+        return user_path(self.path, "source.path")

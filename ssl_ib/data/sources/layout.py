@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...config.outside import user_path
 from ...errors import UserError, nearest
 from .base import ImageSet, stratified
 
@@ -231,7 +232,7 @@ def table_path(labels: str, folder: Path) -> Path | None:
         raise UserError(
             f"source.labels: expected one of these or the path of a .csv file, got {labels!r}{nearest(labels, CHOICES)}"
         )
-    for path in (Path(labels).expanduser(), folder / labels):
+    for path in (user_path(labels, "source.labels"), user_path(folder / labels, "source.labels")):
         if path.is_file():
             return path
     raise UserError(f"source.labels: there is no file {labels}, neither in the working directory nor in {folder}")

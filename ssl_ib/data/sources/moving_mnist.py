@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 
 from ... import random
 from ...config.hints import PositiveInt
+from ...config.outside import user_path
 from ...config.registry import register_source
 from ...errors import UserError
 from ...types import Sample
@@ -223,7 +224,7 @@ class MovingMNIST(Source):
         self.digits, self.backgrounds, self.size = digits, backgrounds, size
         self.sequences, self.pictures = sequences, pictures
         self._files = None if backgrounds is None else _files(backgrounds, pictures)
-        self._arrays = None if digits is None else _read_digits(Path(digits).expanduser())
+        self._arrays = None if digits is None else _read_digits(user_path(digits, "digits"))
 
     def train(self) -> Sequences:
         return self._sets[0]
@@ -283,7 +284,7 @@ class MovingMNIST(Source):
 
 def _files(path: str, limit: int) -> Folder | Archive:
     """The source that reads the backgrounds' files."""
-    found = Path(path).expanduser()
+    found = user_path(path, "backgrounds")
     if not found.exists():
         raise UserError(f"backgrounds={path}: expected a folder or an archive of pictures, and there is nothing")
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ... import random
 from ...config.hints import Count, PositiveInt
+from ...config.outside import user_path
 from ...data.decode import image_files
 from ...data.sources.base import ImageSet, InMemory, Streamed, stratified
 from ...errors import UserError, nearest
@@ -208,7 +209,7 @@ def _sets(job: Job, settings: RobustnessSettings) -> Iterator[tuple[str, list[_S
         for name in settings.corruptions:
             yield name, [_Shifted(job.val, _corrupted(job, settings, name, s)) for s in settings.severities]
         return
-    root = Path(settings.path).expanduser()
+    root = user_path(settings.path, "path")
     if not root.is_dir():
         raise UserError(f"path: expected a folder of corrupted images, and there is none at {root}")
     arrays = (root / "labels.npy").is_file()
