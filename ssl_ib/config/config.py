@@ -161,10 +161,10 @@ class Config(Section):
     checkpoint of one, a file of weights under timm's names, or timm:NAME for timm's own, which are downloaded;
     heads are dropped and positions resampled. batch_size counts the images of an optimiser step over all processes;
     `accumulate` cuts it into so many forward passes of each. device is auto, cpu, cuda or cuda:N. workers decode
-    streamed images, and one that gives no batch for `worker_timeout` seconds ends the run; log_every counts the steps from one row of `metrics.jsonl` to the next (a short run logs 20
-    rows at least), and logger says who gets a copy of the rows. deterministic takes, on CUDA, slower operations
-    that give the same numbers every time. parallel=ddp is for processes that torchrun starts. plugins are imported
-    before the parts are looked up.
+    streamed images, and one that gives nothing for `worker_timeout` seconds ends the run; log_every counts the steps
+    from one row of `metrics.jsonl` to the next (a short run logs 20 rows at least), and logger says who gets a copy of
+    the rows. deterministic takes, on CUDA, slower operations that give the same numbers every time. parallel=ddp is for
+    processes that torchrun starts. plugins are imported before the parts are looked up.
     """
 
     recipe: str

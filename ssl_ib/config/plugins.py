@@ -65,7 +65,7 @@ def _import_file(name: str, file: Path) -> ModuleType:
 
 
 class _TooLong(BaseException):
-    """Raised in a plugin that is still being imported after `SECONDS`; not an Exception, so that it is not swallowed."""
+    """Raised in a plugin that is still imported after `SECONDS`; no Exception, so that the plugin cannot swallow it."""
 
 
 @contextmanager

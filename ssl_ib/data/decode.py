@@ -17,8 +17,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ..errors import UserError
+
 #: Formats that Pillow recognises but cannot decode by itself.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+#: Bytes of an image file, of which Pillow decodes no more than 179 million pixels.
+MOST_BYTES = 1 << 30
 
 #: The endings in words, for messages.
 ENDINGS = ".jpg, .jpeg, .png, .webp, .bmp, .gif, .tif or another format that Pillow reads"
@@ -41,11 +46,49 @@ def is_image(name: str) -> bool:
     return not hidden and os.path.splitext(name)[1].lower() in _endings()
 
 
-def image_files(root: Path) -> Iterator[str]:
-    """The relative paths of the image files below `root`, in no order, through symbolic links too."""
-    for folder, _, names in os.walk(root, followlinks=True):
-        below = Path(folder).relative_to(root)
-        yield from filter(is_image, ((below / name).as_posix() for name in names))
+def image_files(root: Path, left_out: list[str] | None = None) -> Iterator[str]:
+    """The relative paths of the image files below `root`, in no order, through symbolic links too.
+
+    Each real folder is read once, by its own path where it has one below `root`. Links to a folder that is read
+    already, or that `root` lies in, lead to the same images again: they are passed over, and added to `left_out`.
+    Raises UserError where a folder cannot be read: what is in it would be missing without a word.
+    """
+    above = root.resolve()
+    seen = {_identity(folder) for folder in above.parents}
+    folders, links = [""], []
+    while folders or links:
+        # Links last, so that what they lead to has been read by its own path.
+        linked = not folders
+        below = links.pop() if linked else folders.pop()
+        try:
+            identity = _identity(root / below)
+            if identity in seen:
+                if left_out is not None:
+                    left_out.append(below)
+                continue
+            seen.add(identity)
+            with os.scandir(root / below) as entries:
+                found = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise UserError(f"cannot read the folder {root / below}: {error.strerror}") from None
+        for entry in found:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if _is_folder(entry):
+                (links if entry.is_symlink() else folders).append(name)
+            elif is_image(name):
+                yield name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link in a circle.
+        return False
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def decode(data: bytes, max_side: int | None) -> Tensor:

@@ -6,20 +6,20 @@ import bz2
 import gzip
 import io
 import lzma
+import math
 import os
 import posixpath
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ...config.outside import user_path
+from ...config.outside import kind_of, user_path
 from ...config.registry import register_source
 from ...errors import UserError
-from ..decode import ENDINGS, is_image
+from ..decode import ENDINGS, MOST_BYTES, is_image
 from .files import Files, FileSource
 
 #: What opens each compressed tar for reading.
@@ -34,6 +34,8 @@ _COMPRESSED = {
 _KINDS = (".tar", *_COMPRESSED, ".zip")
 #: Bytes decompressed at a time.
 _PIECE = 1 << 24
+#: Members of an archive; each takes memory before one is read.
+MOST_MEMBERS = 20_000_000
 
 
 def _kind(path: Path) -> str | None:
@@ -45,16 +47,56 @@ def _readable(path: Path) -> Iterator[None]:
     """Turns what a damaged archive raises into a UserError."""
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"source.path: cannot read the archive {path}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # Damaged bytes lead Python's readers anywhere.
+        raise UserError(f"source.path: cannot read the archive {path}: {str(error) or type(error).__name__}") from error
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The image files in a tar with their normalised names ("./a/b.png" is "a/b.png")."""
+    """The image files in a tar with their normalised names ("./a/b.png" is "a/b.png").
+
+    Raises ReadError where the tar has no end, so that one that was cut short does not pass for a smaller one.
+    """
+    count = 0
     for member in tar:
+        count += 1
+        if count > MOST_MEMBERS:
+            raise tarfile.ReadError(f"more than {MOST_MEMBERS:,} members")
         name = posixpath.normpath(member.name)
         if member.isfile() and is_image(name):
             yield name, member
+    # tarfile takes whatever it cannot read for the end.
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(
+            f"it has no end after {count} members, at byte {tar.offset:,}: it was cut short or is damaged"
+        )
+
+
+def _bounded(size: int, offset: int = 0, end: float = math.inf) -> None:
+    """Raises OSError, which is about one image, for a member that is too large, or that is not all there."""
+    if not 0 <= size <= MOST_BYTES:
+        raise OSError(None, f"{size:,} bytes, at most {MOST_BYTES:,} are read")
+    if not 0 <= offset <= end - size:
+        raise OSError(None, "it lies outside the archive")
+
+
+class _UpTo:
+    """A decompressed file for tarfile, which may seek anywhere: raises what `refuse` gives beyond `most` bytes."""
+
+    def __init__(self, file: IO[bytes], most: float, refuse: Callable[[], UserError]):
+        self.file, self.most, self.refuse, self.tell = file, most, refuse, file.tell
+
+    def seek(self, place: int) -> int:
+        if place > self.most:
+            raise self.refuse()
+        return self.file.seek(place)
+
+    def read(self, size: int) -> bytes:
+        if self.tell() + size > self.most:
+            raise self.refuse()
+        return self.file.read(size)
 
 
 class _ArchiveFiles(Files):
@@ -73,9 +115,11 @@ class _TarFiles(_ArchiveFiles):
         opened = tarfile.open(path, "r:") if held is None else tarfile.open(fileobj=io.BytesIO(held), mode="r:")
         with opened as tar:
             super().__init__({name: (member.offset_data, member.size) for name, member in _members(tar)})
+        self.bytes = path.stat().st_size if held is None else len(held)
 
     def read(self, name: str) -> bytes:
         offset, size = self.places[name]
+        _bounded(size, offset, self.bytes)
         if self.held is not None:
             return self.held[offset : offset + size]
         with open(self.path, "rb") as file:
@@ -89,7 +133,10 @@ class _ZipFiles(_ArchiveFiles):
     def __init__(self, path: Path):
         self.path = path
         self._opened: tuple[int, zipfile.ZipFile] | None = None
-        listed = ((posixpath.normpath(info.filename), info) for info in self._zip().infolist() if not info.is_dir())
+        members = self._zip().infolist()
+        if len(members) > MOST_MEMBERS:
+            raise zipfile.BadZipFile(f"more than {MOST_MEMBERS:,} members")
+        listed = ((posixpath.normpath(info.filename), info) for info in members if not info.is_dir())
         super().__init__({name: info.filename for name, info in listed if is_image(name)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,7 +148,9 @@ class _ZipFiles(_ArchiveFiles):
         return self._opened[1]
 
     def read(self, name: str) -> bytes:
-        return self._zip().read(self.places[name])
+        info = self._zip().getinfo(self.places[name])
+        _bounded(info.file_size)
+        return self._zip().read(info)
 
 
 @register_source("archive")
@@ -120,7 +169,8 @@ class Archive(FileSource):
     def _check(self) -> None:
         path = self._archive()
         if not path.is_file():
-            found = "a folder (source=folder reads folders)" if path.exists() else "nothing"
+            found = kind_of(path)
+            found = "a folder (source=folder reads folders)" if found == "a folder" else found
             raise UserError(f"source.path: expected an archive of images, found {found} at {path}")
         kind = _kind(path)
         if kind is None:
@@ -130,7 +180,9 @@ class Archive(FileSource):
                 empty = not _ZipFiles(path).names
             else:
                 opener = _COMPRESSED.get(kind, open)
-                with opener(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                most = self.memory_gb * 1e9 if kind in _COMPRESSED else math.inf
+                with opener(path, "rb") as file:
+                    tar = tarfile.open(fileobj=_UpTo(file, most, self._too_large), mode="r:")
                     empty = next(_members(tar), None) is None
         if empty:
             raise UserError(f"source.path: no image in the archive {path}; what counts: {ENDINGS}")
@@ -151,12 +203,15 @@ class Archive(FileSource):
             while piece := file.read(_PIECE):
                 tar.write(piece)
                 if tar.tell() > most:
-                    raise UserError(
-                        f"source.path: {path} takes more than source.memory_gb={self.memory_gb:g} decompressed, and a "
-                        "compressed tar cannot be read at random: unpack it and use source=folder, or decompress it "
-                        "to a plain .tar (which may be of any size), or raise source.memory_gb"
-                    )
+                    raise self._too_large()
         return tar.getvalue()
+
+    def _too_large(self) -> UserError:
+        return UserError(
+            f"source.path: {self._archive()} takes more than source.memory_gb={self.memory_gb:g} decompressed, and a "
+            "compressed tar cannot be read at random: unpack it and use source=folder, or decompress it to a plain "
+            ".tar (which may be of any size), or raise source.memory_gb"
+        )
 
     def _folder(self) -> Path:
         return self._archive().parent

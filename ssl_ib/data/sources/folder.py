@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from ...config.outside import user_path
+from ...config.outside import kind_of, read_bytes, user_path
 from ...config.registry import register_source
 from ...errors import UserError
-from ..decode import ENDINGS, image_files
+from ..decode import ENDINGS, MOST_BYTES, image_files
 from .files import Files, FileSource
+
+log = logging.getLogger(__name__)
 
 
 class _FolderFiles(Files):
     def __init__(self, root: Path):
-        super().__init__(image_files(root))
+        passed_over: list[str] = []
+        super().__init__(image_files(root, passed_over))
         self.root = root
+        if passed_over:
+            log.info(
+                "%s: %d links to folders that are read already are passed over, such as %s",
+                root,
+                len(passed_over),
+                passed_over[0],
+            )
 
     def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+        return read_bytes(self.root / name, MOST_BYTES)
 
 
 @register_source("folder")
@@ -31,6 +42,8 @@ class Folder(FileSource):
     Labels: each class has a folder, and the sorted names of the classes give the label numbers. A folder that holds
     everything is passed through. Images without a label are trained on, and not scored. A run has no accuracies where
     there are fewer than two classes. Its heading shows the classes, or why there are none.
+
+    Symbolic links are followed, and each real folder is read once.
 
     Raises UserError where the folder is missing or holds no image, and for a table that does not fit the images.
 
@@ -60,7 +73,8 @@ class Folder(FileSource):
     def _check(self) -> None:
         root = self._folder()
         if not root.is_dir():
-            found = "a file (source=archive reads archives)" if root.exists() else "nothing"
+            found = kind_of(root)
+            found = "a file (source=archive reads archives)" if found == "a file" else found
             raise UserError(f"source.path: expected a folder of images, found {found} at {root}")
         if next(image_files(root), None) is None:
             raise UserError(f"source.path: no image in {root} or its subfolders; what counts: {ENDINGS}")
