@@ -1,0 +1,154 @@
+"""Folders and archives that are not what they seem: read whole, once, within bounds, or refused in one message."""
+
+import gzip
+import io
+import os
+import tarfile
+import zipfile
+
+import pytest
+from PIL import Image
+
+from ssl_ib.data.sources.archive import Archive
+from ssl_ib.data.sources.folder import Folder
+from ssl_ib.errors import UserError
+
+COUNT = 6
+
+
+def picture() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for i in range(COUNT // 2):
+            (root / name / f"{i}.png").write_bytes(picture())
+    return root
+
+
+def names(source):
+    return [name for images in (source.train(), source.val()) if images is not None for name in images.names]
+
+
+@pytest.mark.parametrize(
+    "link, to", [("a/up", ".."), ("itself", "."), ("0", "b"), ("above", "../.."), ("a/x.png", "x.png")]
+)
+def test_a_link_leads_to_no_image_twice(folder, caplog, link, to):
+    os.symlink(to, folder / link)
+    caplog.set_level("INFO")
+    found = names(Folder(str(folder), val_fraction=0.0, max_unreadable=0.5))
+    assert found == [f"{name}/{i}.png" for name in "ab" for i in range(COUNT // 2)]
+    assert (
+        link.endswith(".png")
+        or f"1 links to folders that are read already are passed over, such as {link}" in caplog.text
+    )
+
+
+def test_two_links_to_one_another_end(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "c.png").write_bytes(picture())
+    os.symlink(folder, tmp_path / "other" / "back")
+    os.symlink(tmp_path / "other", folder / "c")
+    assert len(names(Folder(str(folder), val_fraction=0.0))) == COUNT + 1
+
+
+def test_a_folder_that_cannot_be_read_is_said(folder, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="cannot read the folder .*/b: Permission denied"):
+        Folder(str(folder)).train()
+
+
+def test_a_pipe_and_a_device_are_unreadable_images(folder):
+    os.mkfifo(folder / "a" / "pipe.png")
+    os.symlink("/dev/zero", folder / "a" / "zero.png")
+    with pytest.raises(UserError, match=r"a/pipe.png \(a pipe, not a file\); a/zero.png \(a device, not a file\)"):
+        Folder(str(folder), val_fraction=0.0).train()
+
+
+def tar(count=COUNT) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as file:
+        for i in range(count):
+            member = tarfile.TarInfo(f"{'ab'[i % 2]}/{i}.png")
+            member.size = len(picture())
+            file.addfile(member, io.BytesIO(picture()))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "end", [COUNT * 1024, COUNT * 1024 + 1, 3 * 1024, 3 * 1024 + 100, 3 * 1024 + 512, 3 * 1024 + 600]
+)
+@pytest.mark.parametrize("ending, pack", [(".tar", bytes), (".tar.gz", gzip.compress)])
+def test_a_tar_cut_short_is_no_smaller_tar(tmp_path, end, ending, pack):
+    path = tmp_path / f"images{ending}"
+    path.write_bytes(pack(tar()[:end]))
+    with pytest.raises(UserError, match="cannot read the archive .*(it has no end after|unexpected end of data)"):
+        Archive(str(path)).train()
+    path.write_bytes(pack(tar()))
+    assert len(names(Archive(str(path)))) == COUNT
+
+
+def test_a_tar_damaged_in_the_middle_is_no_smaller_tar(tmp_path):
+    whole = tar()
+    (tmp_path / "images.tar").write_bytes(whole[:2048] + b"x" * 512 + whole[2560:])
+    with pytest.raises(UserError, match="it has no end after 2 members, at byte 2,048"):
+        Archive(str(tmp_path / "images.tar")).train()
+
+
+def test_looking_into_a_compressed_tar_is_bounded(tmp_path):
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb", compresslevel=1) as file:
+        member = tarfile.TarInfo("zeros.bin")
+        member.size = 1 << 25
+        file.write(member.tobuf())
+        file.write(bytes(member.size))
+        file.write(tar())
+    with pytest.raises(UserError, match="takes more than source.memory_gb=0.01 decompressed"):
+        Archive(str(tmp_path / "bomb.tar.gz"), memory_gb=0.01)
+
+
+@pytest.fixture
+def zipped(tmp_path):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        for i in range(COUNT):
+            file.writestr(f"{'ab'[i % 2]}/{i}.png", picture())
+    found = bytearray(data.getvalue())
+    return found, found.index(b"PK\x01\x02"), tmp_path / "images.zip"
+
+
+def test_a_zip_of_another_version_or_with_a_damaged_name(zipped):
+    data, entry, path = zipped
+    for change, says in (({6: 200}, "zip file version 20.0"), ({9: 8, 46: 255}, "can't decode byte 0xff")):
+        damaged = bytearray(data)
+        for place, byte in change.items():
+            damaged[entry + place] = byte
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"cannot read the archive .*{says}"):
+            Archive(str(path))
+
+
+def test_a_member_that_says_it_is_huge_is_an_unreadable_image(zipped):
+    data, entry, path = zipped
+    data[entry + 24 : entry + 28] = b"\xff\xff\xff\x7f"
+    path.write_bytes(data)
+    images = Archive(str(path), val_fraction=0.0).train()
+    assert images.bad == ["a/0.png"] and "at most 1,073,741,824 are read" in images._unreadable["a/0.png"]
+
+
+def test_a_pipe_is_no_archive(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(UserError, match="expected an archive of images, found a pipe"):
+        Archive(str(tmp_path / "pipe.tar"))
