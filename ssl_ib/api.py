@@ -134,11 +134,13 @@ def pretrain(
     resume: bool = False,
     overwrite: bool = False,
     dry: bool = False,
+    accept_changed_images: bool = False,
     started: Callable[[Trainer], None] | None = None,
 ) -> tuple[Trainer, list[str]]:
     """Trains a resolved configuration to its end, for `train` and for the command.
 
     out:     the run's folder; None: nothing is written.
+    accept_changed_images: resume though names, sizes or labels of the training images are others than before.
     dry:     cut down to two small steps and one evaluation.
     started: called in the main process when all was found right and the folder is the run's, before the first step.
 
@@ -168,7 +170,7 @@ def pretrain(
         if out and state is None and main:
             folder.claim(out, config)
         if state is not None:
-            trainer.restore(state)
+            trainer.restore(state, accept_changed_images)
     with closing(trainer.log):
         if main and started is not None:
             started(trainer)

@@ -24,7 +24,7 @@ from .config.outside import user_path
 from .config.plugins import load_plugins
 from .config.recipe import read_recipe
 from .config.registry import build_part
-from .data.decode import ENDINGS, Unreadable, decode_file, image_files, pixels
+from .data.decode import ENDINGS, Unreadable, decode_file, image_files, pixels, read_image
 from .data.views import Augment, Crops, Views
 from .data.views.resample import Interpolation
 from .device import choose_device
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
             return pixels(image.copy(), self.max_side)
         if not isinstance(image, (str, Path)):
             raise UserError(f"expected a PIL image or the path of an image file, got {type(image).__name__}")
-        found = decode_file(lambda name: Path(name).read_bytes(), str(image), self.max_side)
+        found = decode_file(lambda name: read_image(Path(name)), str(image), self.max_side)
         if isinstance(found, Unreadable):
             raise UserError(f"{found.name} cannot be read as an image: {found.reason}")
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from .config.config import Config
 from .config.recipe import PARTS
 from .config.registry import Built, build_part
 from .config.schedule import Schedule
-from .device import choose_device
+from .device import Bounded, choose_device, require_memory
 from .errors import ConfigError, UserError
 from .part import Criterion, Model, RunInfo, Task, parts
 
@@ -84,7 +85,18 @@ def build_run(config: Config, dry: bool = False, resumed: bool = False) -> Run:
             return None
 
     def make(kind: str, **supplied: Any) -> Built:
-        answer = build_part(kind, getattr(config, kind), **supplied)
+        try:
+            with Bounded():
+                answer = build_part(kind, getattr(config, kind), **supplied)
+        except (ArithmeticError, MemoryError, RuntimeError) as error:
+            # What sizes such as 0 heads or 2^62 features lead to; a part whose own code is wrong keeps its traceback.
+            extreme = _extreme(getattr(config, kind))
+            if not extreme:
+                raise
+            raise UserError(
+                f"{kind}: {getattr(config, kind)['name']!r} cannot be built with these sizes ({', '.join(extreme)}): "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from None
         contract.check_part(kind, getattr(config, kind)["name"], answer.part)
         return answer
 
@@ -149,6 +161,13 @@ def build_run(config: Config, dry: bool = False, resumed: bool = False) -> Run:
             "deviation": lambda: _statistics(views, source)[1],
             "masks": partial(_masks, masker),
         }
+        pixels = sum(math.prod(shape) for shape in info["view_shapes"])
+        what = f"{info['batch_size']:,} images with {len(info['view_shapes'])} views each"
+        if (
+            attempt("batch_size", lambda: require_memory(4.0 * pixels * info["batch_size"], what, device) or True)
+            is None
+        ):
+            raise ConfigError(problems)
         model = build("model", info=RunInfo(**info))
         if model is not None:
             info |= {"grid": model.grid, "width": partial(_width, model, config.model["name"])}
@@ -161,12 +180,26 @@ def build_run(config: Config, dry: bool = False, resumed: bool = False) -> Run:
         problems += _fit(config, len(views.shapes), model, criterion)
     if problems:
         raise ConfigError(problems)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # A gradient and, of most optimisers, two moments each.
+    require_memory(3.0 * trained, "model: the gradients and the optimiser's state", device)
     for part in (model, criterion, built["task"]):
         part.to(device)
     if device.type == "cpu" and config.precision == "bf16" and plain_attention(model):
         _logger.info("attention: plain products, because torch's fused kernel is slow on a CPU in bfloat16")
     parts_of_run = {kind: built[kind] for kind in PARTS if kind != "masker"}
     return Run(config, device, batch_size // world, **parts_of_run, evaluated=evaluated, schedules=schedules, dry=dry)
+
+
+def _extreme(spec: dict[str, Any], prefix: str = "") -> list[str]:
+    """The arguments of a part that are 0, negative, or larger than any size is, as `key=value`."""
+    found = []
+    for key, value in spec.items():
+        if isinstance(value, dict):
+            found += _extreme(value, f"{prefix}{key}.")
+        elif isinstance(value, int) and not isinstance(value, bool) and not 0 < value < 10_000:
+            found.append(f"{prefix}{key}={value}")
+    return found
 
 
 def _installed(package: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cached_property
@@ -66,7 +65,13 @@ class Trainer:
             )
         run.views.measure(run.source)
         self.loader = Loader(
-            self.images, run.batch_size, config.seed, config.workers, distributed.rank(), distributed.world_size()
+            self.images,
+            run.batch_size,
+            config.seed,
+            config.workers,
+            distributed.rank(),
+            distributed.world_size(),
+            config.worker_timeout,
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, DRY_STEPS) if self.dry else self.total_steps
@@ -313,7 +318,7 @@ class Trainer:
         state = {
             "step": self.step,
             "images": len(self.images),
-            "labels": self._labels,
+            "fingerprint": self._fingerprint,
             "parts": self.state.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "results": self.results,
@@ -324,17 +329,21 @@ class Trainer:
         return checkpoint.save(state, self.out / "checkpoints", keep_as)
 
     @cached_property
-    def _labels(self) -> int:
-        """A checksum of the training images' labels, by which a resumed run sees that they are the same."""
-        return zlib.crc32(self.images.labels.numpy().tobytes())
+    def _fingerprint(self) -> dict[str, int]:
+        """What tells the training images from others, by which a resumed run sees that they are the same."""
+        return self.images.fingerprint()
 
     @cached_property
     def _backbones(self) -> dict[str, dict[str, Any]]:
         """What is needed to rebuild the encoders from a checkpoint alone."""
         return in_checkpoint(self.run)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continues from a checkpoint. Raises UserError where it was saved on other images or other parts."""
+    def restore(self, state: dict[str, Any], accept_changed_images: bool = False) -> None:
+        """Continues from a checkpoint. Raises UserError where it was saved on other images or other parts.
+
+        accept_changed_images: say which of their names, sizes and labels are others, and go on; their number has to be
+        the same in any case.
+        """
         held_out, unlabelled = self.run.source.val(), bool((self.images.labels < 0).all())
         # An earlier version's name for it stays.
         self.first = next(name for name in FIRST if name in state["results"])
@@ -354,8 +363,18 @@ class Trainer:
             raise UserError(
                 f"--resume: the run was trained on {state['images']} images, and now there are {len(self.images)}"
             )
-        if state.get("labels", self._labels) != self._labels:
-            raise UserError("--resume: the training images have other labels, or another order, than before")
+        # An earlier version knew the labels alone.
+        former = state.get("fingerprint") or ({"labels": state["labels"]} if "labels" in state else {})
+        now = self._fingerprint
+        if changed := [what for what, value in former.items() if now.get(what, value) != value]:
+            others = f"the training images have other {' and '.join(sorted(changed))}, or another order, than before"
+            if not accept_changed_images:
+                raise UserError(
+                    f"--resume: {others}: the run would go on with other data. Put back what was there, or accept it "
+                    "with --accept-changed-images"
+                )
+            if self.main:
+                say(f"resumed, as was asked, though {others}")
         try:
             self.state.load_state_dict(state["parts"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -245,7 +245,7 @@ def test_the_checkpoint_must_fit(tmp_path):
 
 def test_a_run_does_not_go_on_with_other_images_held_out():
     state = checkpoint(finished())
-    del state["labels"]  # Earlier versions saved none.
+    del state["fingerprint"]  # Earlier versions saved none.
     fresh = trainer()
     fresh.images.labels = torch.full_like(fresh.images.labels, -1)
     with pytest.raises(UserError, match="began with labels, and now there are none: set source.labels to folders"):

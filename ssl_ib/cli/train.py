@@ -53,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
         help="continue the run in the folder from its last checkpoint; RECIPE may be that folder, and all is said",
     )
     group.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in the folder")
+    p.add_argument(
+        "--accept-changed-images",
+        action="store_true",
+        help="with --resume: go on though the training images have other names, sizes or labels than before",
+    )
     p.add_argument("--dry-run", action="store_true", help="build all, run two small steps and one evaluation, no files")
     p.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     p.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N")
@@ -89,6 +94,8 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
     if "=" in options.recipe and not Path(options.recipe).exists():
         raise UserError(f"expected RECIPE first, got {options.recipe!r}")
+    if options.accept_changed_images and not options.resume:
+        raise UserError("--accept-changed-images is for --resume, which compares the images with those of before")
     config = configuration(options)
     if options.print_config:
         print(config.yaml(), end="")
@@ -124,6 +131,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
             out,
             resume=options.resume,
             overwrite=options.overwrite,
+            accept_changed_images=options.accept_changed_images,
             dry=options.dry_run,
             started=lambda trainer: print(_heading(trainer, out), flush=True),
         )

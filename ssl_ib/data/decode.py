@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ..config.outside import read_bytes
 from ..errors import UserError
 
 #: Formats that Pillow recognises but cannot decode by itself.
@@ -89,6 +90,11 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def _identity(folder: Path) -> tuple[int, int]:
     found = folder.stat()
     return found.st_dev, found.st_ino
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file. Raises OSError for a pipe or a device, which may never end, and one too large."""
+    return read_bytes(path, MOST_BYTES)
 
 
 def decode(data: bytes, max_side: int | None) -> Tensor:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,20 +40,37 @@ def _leave_interrupts_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _state(pid: int) -> str:
+    """What a process does, in a word: stopped, waiting for a disk, or what the kernel calls it."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "ended"
+    return {"T": "stopped", "D": "waiting for a disk", "R": "running", "S": "waiting", "Z": "ended"}.get(letter, letter)
+
+
 class Loader:
     """Shuffled training batches. What a batch holds depends on (seed, epoch, step) alone, not on the workers.
 
     Global step s of an epoch takes B*W images of its order, and process `rank` the rank-th B of those; the last,
     incomplete global batch is dropped. Images held in memory are indexed; streamed ones are decoded in `workers`
-    processes, or in threads of this one where that is 0. Raises UserError where the set is smaller than one batch.
+    processes, or in threads of this one where that is 0. Raises UserError where the set is smaller than one batch, and,
+    from an epoch, where no batch comes for `timeout` seconds.
     """
 
     def __init__(
-        self, images: ImageSet, batch_size: int, seed: int, workers: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        timeout: float = 600.0,
     ):
         assert batch_size >= 1 and 0 <= rank < world_size
         self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.steps_per_epoch = len(images) // (batch_size * world_size)
         if self.steps_per_epoch == 0:
             processes = f" (batch_size={batch_size} in each of {world_size} processes)" if world_size > 1 else ""
@@ -71,6 +90,7 @@ class Loader:
                 collate_fn=_as_it_is,
                 worker_init_fn=_leave_interrupts_to_the_run,
                 persistent_workers=True,
+                timeout=timeout,
                 # Its own, so that the workers' seeds, of which nothing here makes use, draw nothing from the run's.
                 generator=torch.Generator(),
             )
@@ -85,10 +105,31 @@ class Loader:
             yield from map(self.images.gather, batches)
             return
         self._plan[:] = batches.tolist()
-        for sample, unreadable in self._fetched:
+        fetched = iter(self._fetched)
+        for numbers in self._plan:
+            try:
+                sample, unreadable = next(fetched)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                raise UserError(self._late(fetched, numbers)) from None
             self.images.record(unreadable)
             assert sample is not None
             yield sample
+
+    def _late(self, fetched: Any, numbers: list[int]) -> str:
+        """Ends the workers, which could hold up the end of the process, and says which are late, and with what."""
+        said = []
+        for worker in getattr(fetched, "_workers", ()):
+            said.append(f"{worker.pid} ({_state(worker.pid)})")
+            # A stopped process does not end at less.
+            worker.kill()
+        names = [self.images.names[number] for number in numbers[:3]] if self.images.names is not None else numbers[:3]
+        return (
+            f"no worker gave the next batch within worker_timeout={self.timeout:g} seconds; workers: "
+            f"{', '.join(said)}; the batch begins with {', '.join(map(str, names))}. Where reading is only slow, raise "
+            "worker_timeout; workers=0 reads in the run's own process"
+        )
 
     def _numbers(self, epoch: int) -> Tensor:
         """This process's images by step: int64 [steps_per_epoch, B]."""

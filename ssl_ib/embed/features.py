@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..data.decode import Unreadable, decode_file, num_threads
+from ..data.decode import Unreadable, decode_file, num_threads, read_image
 from ..data.sources.base import MAX_UNREADABLE
 from ..errors import UserError
 from ..evals.results import fingerprint_of_weights
@@ -174,7 +174,7 @@ def _prepared(
     """Views of images, float32 [3, h, w], in order; files are read and prepared in threads, `ahead` at most at once."""
 
     def work(chunk: list[tuple[int, str]]) -> list[tuple[int, Tensor | Unreadable]]:
-        read = [decode_file(lambda name: (root / name).read_bytes(), name, backbone.max_side) for _, name in chunk]
+        read = [decode_file(lambda name: read_image(root / name), name, backbone.max_side) for _, name in chunk]
         good = [image for image in read if isinstance(image, Tensor)]
         views = iter(backbone.views(good) if good else ())
         return [

@@ -46,8 +46,17 @@ class Listing:
         return self.labels.get(name.rpartition("/")[0], "")
 
 
-def walk(root: Path, below: str = "") -> Iterator[str]:
-    """The relative names of the images below a folder, in the order in which `sorted` has them, a folder at a time."""
+def walk(root: Path, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """The relative names of the images below a folder, in the order in which `sorted` has them, a folder at a time.
+
+    above: what identifies the folders that lead here. A link to one of them would never end, and is passed over.
+    """
+    here = (root / below).stat()
+    if not below:
+        above = tuple((found.st_dev, found.st_ino) for found in (folder.stat() for folder in root.resolve().parents))
+    if (here.st_dev, here.st_ino) in above:
+        return
+    above = (*above, (here.st_dev, here.st_ino))
     with os.scandir(root / below) as entries:
         found = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
     for name in sorted(found):
@@ -56,7 +65,7 @@ def walk(root: Path, below: str = "") -> Iterator[str]:
                 yield below + name
         # Nothing counts in hidden folders.
         elif not name.startswith(".") and name != "__MACOSX/":
-            yield from walk(root, below + name)
+            yield from walk(root, below + name, above)
 
 
 def look(root: Path) -> Listing:

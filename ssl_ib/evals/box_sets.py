@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from ..data.decode import decode, num_threads
+from ..data.decode import decode, num_threads, read_image
 from ..errors import UserError
 from .box_files import Entry, Found, Read, find_coco, folders_of, is_voc, read_coco, read_voc
 from .boxes import BoxImages, Objects
@@ -216,7 +216,7 @@ def _size(file: Path) -> tuple[int, int] | str:
             width, height = image.size
             if image.format == "TIFF":
                 # Whether the size of an open TIFF is already that of the upright image depends on Pillow.
-                return tuple(decode(file.read_bytes(), None).shape[1:])
+                return tuple(decode(read_image(file), None).shape[1:])
             sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
     except FileNotFoundError:
         return "there is no such file"

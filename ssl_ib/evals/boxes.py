@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.decode import decode
+from ..data.decode import decode, read_image
 from ..errors import UserError
 
 
@@ -115,7 +115,7 @@ class BoxImages:
     def image(self, row: int) -> Tensor:
         """An image: uint8 [3, H, W]. Raises UserError where it cannot be read."""
         try:
-            return decode(self.files[row].read_bytes(), None)
+            return decode(read_image(self.files[row]), None)
         except Exception as error:  # Pillow raises nearly anything on damaged bytes.
             raise UserError(f"{self.files[row]} cannot be read: {error}") from None
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..data.decode import decode, image_files, num_threads
+from ..data.decode import decode, image_files, num_threads, read_image
 from ..data.sources.base import MAX_UNREADABLE
 from ..errors import UserError
 from .progress import track
@@ -62,11 +62,11 @@ class MaskedImages:
 
     def image(self, row: int) -> Image.Image:
         """One of the images, RGB and upright."""
-        return Image.fromarray(decode(self.files[row][0].read_bytes(), None).permute(1, 2, 0).numpy())
+        return Image.fromarray(decode(read_image(self.files[row][0]), None).permute(1, 2, 0).numpy())
 
     def mask(self, row: int) -> np.ndarray:
         """The mask of one of the images: int16 [H, W]."""
-        return self.table[_values(self.files[row][1].read_bytes())]
+        return self.table[_values(read_image(self.files[row][1]))]
 
     @property
     def present(self) -> Tensor:
@@ -241,7 +241,7 @@ def _look(pair: tuple[Path, Path]) -> _Seen | UserError | str:
     digest = hashlib.blake2b(digest_size=8)
     for place in pair:
         try:
-            data = place.read_bytes()
+            data = read_image(place)
             digest.update(data)
             if place is image:
                 size = tuple(decode(data, None).shape[1:])

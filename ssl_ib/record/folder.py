@@ -22,7 +22,7 @@ WRITTEN = (
     "evals.jsonl evals export info about.json report.html"
 ).split()
 #: Keys that may change when a run resumes: they move no loss.
-MOVABLE = ("device", "workers", "log_every", "logger", "checkpoint")
+MOVABLE = ("device", "workers", "worker_timeout", "log_every", "logger", "checkpoint")
 
 
 def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[str, Any] | None:

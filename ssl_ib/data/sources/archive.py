@@ -11,6 +11,7 @@ import os
 import posixpath
 import tarfile
 import zipfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,12 @@ class _ArchiveFiles(Files):
         super().__init__(places)
         self.places = places
 
+    def sizer(self) -> Callable[[str], int]:
+        return {name: self._size(place) for name, place in self.places.items()}.__getitem__
+
+    @abstractmethod
+    def _size(self, place: Any) -> int: ...
+
 
 class _TarFiles(_ArchiveFiles):
     """A tar, read at random: on the disk, or decompressed in memory (`held`)."""
@@ -116,6 +123,9 @@ class _TarFiles(_ArchiveFiles):
         with opened as tar:
             super().__init__({name: (member.offset_data, member.size) for name, member in _members(tar)})
         self.bytes = path.stat().st_size if held is None else len(held)
+
+    def _size(self, place: tuple[int, int]) -> int:
+        return place[1]
 
     def read(self, name: str) -> bytes:
         offset, size = self.places[name]
@@ -146,6 +156,9 @@ class _ZipFiles(_ArchiveFiles):
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), zipfile.ZipFile(self.path))
         return self._opened[1]
+
+    def _size(self, place: str) -> int:
+        return self._zip().getinfo(place).file_size
 
     def read(self, name: str) -> bytes:
         info = self._zip().getinfo(self.places[name])

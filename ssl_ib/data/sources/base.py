@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,10 +41,12 @@ class ImageSet(ABC):
     in_memory: whether every image is decoded already; `gather` is then a mere indexing.
     max_unreadable: the share of the images that may be unreadable, in [0, 1); one may be in any case, but not at 0.
     names:     of the images' files, relative to the source; None where they are no files.
+    file_size: gives the bytes of a named file, where they are files; raises OSError where it is gone.
     """
 
     in_memory: ClassVar[bool]
     names: Sequence[str] | None = None
+    file_size: Callable[[str], int] | None = None
     factors: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, labels: Tensor, classes: Sequence[str], max_unreadable: float = MAX_UNREADABLE):
@@ -56,6 +60,19 @@ class ImageSet(ABC):
     def bad(self) -> list[str]:
         """The names of the files that could not be decoded so far."""
         return list(self._unreadable)
+
+    def fingerprint(self) -> dict[str, int]:
+        """Checksums of what images these are, in their order: of the files' `names` and `sizes`, and of the `labels`.
+
+        Asks for the size of every file; what is in them is not read.
+        """
+        found = {"labels": zlib.crc32(self.labels.numpy().tobytes())}
+        if self.names is not None:
+            found["names"] = zlib.crc32(b"\0".join(map(os.fsencode, self.names)))
+        if self.names is not None and self.file_size is not None:
+            sizes = torch.tensor([_size(self.file_size, name) for name in self.names], dtype=torch.int64)
+            found["sizes"] = zlib.crc32(sizes.numpy().tobytes())
+        return found
 
     @abstractmethod
     def gather(self, index: Tensor) -> Sample:
@@ -227,6 +244,14 @@ class Source(ABC):
         # Once: some gigabytes take a while, and normalisation, checkpoints and the saved encoder all ask.
         self._measured = self._measured or measure(images.images, images.sizes)
         return self._measured
+
+
+def _size(file_size: Callable[[str], int], name: str) -> int:
+    """The bytes of a file; -1 where it is gone, which is for whoever reads it to say."""
+    try:
+        return file_size(name)
+    except OSError:
+        return -1
 
 
 def stratified(labels: Tensor, count: int) -> Tensor:

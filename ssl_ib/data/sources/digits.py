@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate
 
 from ...config.hints import PositiveInt
 from ...config.registry import register_source
+from ...device import require_memory
 from .base import InMemory, Source, stratified
 
 #: Every fifth digit is held out.
@@ -40,6 +41,7 @@ class Digits(Source):
 
         data = load_digits()
         labels = torch.from_numpy(data.target).to(torch.int64)
+        require_memory(4.0 * len(labels) * self.size**2, f"source.size: digits of {self.size:,} x {self.size:,} pixels")
         # 17 levels of ink, 0..16.
         ink = torch.from_numpy(data.images).to(torch.float32)[:, None] * (255 / 16)
         ink = interpolate(ink, size=(self.size, self.size), mode="bilinear", antialias=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...config.hints import Positive, PositiveInt, Ratio
+from ...device import require_memory
 from .. import statistics as known_statistics
 from ..decode import Unreadable, decode_file, num_threads, pack
 from ..statistics import KNOWN, Statistics
@@ -47,6 +48,10 @@ class Files(ABC):
     @abstractmethod
     def read(self, name: str) -> bytes:
         """The bytes of one file; may be called from several threads and processes."""
+
+    @abstractmethod
+    def sizer(self) -> Callable[[str], int]:
+        """What gives the size of a file in bytes; it holds nothing of the files themselves."""
 
 
 def _decode_block(read: Callable[[str], bytes], max_side: int, names: Sequence[str]) -> list[Tensor | Unreadable]:
@@ -101,6 +106,10 @@ def hold(
             if n * 3 * new_height * new_width > most_bytes:
                 return None
             if (new_height, new_width) != (old_height, old_width):
+                require_memory(
+                    n * 3.0 * new_height * new_width,
+                    f"source.memory_gb: {n:,} images of {new_height} x {new_width} pixels",
+                )
                 grown = torch.zeros(n, 3, new_height, new_width, dtype=torch.uint8)
                 grown[:held, :, :old_height, :old_width] = canvas[:held]
                 canvas = grown
@@ -181,8 +190,11 @@ class FileSource(Source):
         read, classes = self._files.read, self._layout.classes
         held = hold(read, split, classes, self.max_side, self.memory_gb * 1e9, self.max_unreadable)
         if held is not None:
+            held.file_size = self._files.sizer()
             return held
         log.info(
             "%s: %d images stream, as they take more than %g GB decoded", self.path, len(split.names), self.memory_gb
         )
-        return Streamed(read, split.names, split.labels, classes, self.max_side, self.max_unreadable)
+        streamed = Streamed(read, split.names, split.labels, classes, self.max_side, self.max_unreadable)
+        streamed.file_size = self._files.sizer()
+        return streamed

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from ...config.outside import kind_of, read_bytes, user_path
+from ...config.outside import kind_of, user_path
 from ...config.registry import register_source
 from ...errors import UserError
-from ..decode import ENDINGS, MOST_BYTES, image_files
+from ..decode import ENDINGS, image_files, read_image
 from .files import Files, FileSource
 
 log = logging.getLogger(__name__)
@@ -28,7 +31,14 @@ class _FolderFiles(Files):
             )
 
     def read(self, name: str) -> bytes:
-        return read_bytes(self.root / name, MOST_BYTES)
+        return read_image(self.root / name)
+
+    def sizer(self) -> Callable[[str], int]:
+        return partial(_size, self.root)
+
+
+def _size(root: Path, name: str) -> int:
+    return os.stat(root / name).st_size
 
 
 @register_source("folder")

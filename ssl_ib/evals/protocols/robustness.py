@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ... import random
 from ...config.hints import Count, PositiveInt
 from ...config.outside import user_path
-from ...data.decode import image_files
+from ...data.decode import image_files, read_image
 from ...data.sources.base import ImageSet, InMemory, Streamed, stratified
 from ...errors import UserError, nearest
 from ...types import Sample
@@ -301,4 +301,4 @@ class _Reader:
     root: Path
 
     def __call__(self, name: str) -> bytes:
-        return Path(os.path.join(self.root, name)).read_bytes()
+        return read_image(Path(os.path.join(self.root, name)))
