@@ -119,11 +119,15 @@ class Loader:
 
     def _late(self, fetched: Any, numbers: list[int]) -> str:
         """Ends the workers, which could hold up the end of the process, and says which are late, and with what."""
-        said = []
-        for worker in getattr(fetched, "_workers", ()):
-            said.append(f"{worker.pid} ({_state(worker.pid)})")
+        workers = fetched._workers
+        said = [f"{worker.pid} ({_state(worker.pid)})" for worker in workers]
+        # torch would raise an error of its own, wherever the process is, when it hears of their end.
+        torch._C._remove_worker_pids(id(fetched))
+        fetched._worker_pids_set = False
+        for worker in workers:
             # A stopped process does not end at less.
             worker.kill()
+            worker.join(5)
         names = [self.images.names[number] for number in numbers[:3]] if self.images.names is not None else numbers[:3]
         return (
             f"no worker gave the next batch within worker_timeout={self.timeout:g} seconds; workers: "
