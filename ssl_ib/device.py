@@ -31,7 +31,7 @@ def choose_device(name: str) -> torch.device:
 
 
 #: Tensors that a run may make while it is built: a ViT-H/14 with its teacher has some thousands.
-MOST_TENSORS = 50_000
+MOST_TENSORS = 20_000
 #: The memory is looked at once for so many bytes that are asked for.
 _LOOK = 1 << 26
 #: The functions that make a tensor of a size, which is their first argument.

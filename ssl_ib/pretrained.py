@@ -310,6 +310,7 @@ def of_timm(name: str, pretrained: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         if not pretrained:
             return timm.create_model(name, num_classes=0)
+        record.check_reachable(name)
         try:
             return timm.create_model(name, pretrained=True, num_classes=0)
         except Exception as error:  # What the download raises depends on the library that does it.

@@ -10,6 +10,9 @@ from annotated_types import Ge, Gt, Interval
 
 PositiveInt = Annotated[int, Ge(1)]
 Count = Annotated[int, Ge(0)]
+#: Of layers or blocks: each is built, so that a slip of some zeros would build for hours.
+Layers = Annotated[int, Interval(ge=1, le=1024)]
+LayerCount = Annotated[int, Interval(ge=0, le=1024)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Probability = Annotated[float, Interval(ge=0, le=1)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import UserError, nearest
-from ..record.backbone import create, pooling, without_origins
+from ..record.backbone import check_reachable, create, pooling, without_origins
 from .positions import sincos_positions
 
 Pool = Literal["cls", "mean"]
@@ -52,6 +52,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.name, self.pool = name, pool
         channels, height, width = self._image(shape)
+        if arguments.get("in_chans", channels) != channels:
+            raise UserError(
+                f"backbone_args.in_chans={arguments['in_chans']}, and the views have {channels} channels: leave it out"
+            )
         self.channels = channels
         self.arguments = {"num_classes": 0, "in_chans": channels, **arguments}
         self.backbone = self._create(height, width)
@@ -83,6 +87,8 @@ class Encoder(nn.Module):
         self._check_sizes(arguments)
         if get_pretrained_cfg_value(self.name, "fixed_input_size"):
             arguments.setdefault("img_size", (height, width) if height != width else height)
+        if arguments.get("pretrained"):
+            check_reachable(self.name)
         try:
             backbone = create(self.name, arguments)
         except UserError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..config.hints import Count, PositiveInt
+from ..config.hints import LayerCount, PositiveInt
 from ..config.registry import register_model
 from ..errors import UserError
 from ..part import RunInfo
@@ -49,7 +49,7 @@ class MAE(MaskedImageModel):
         pool: Pool = "cls",
         z: Literal["cls", "mean", "flat"] = "cls",
         decoder_dim: PositiveInt = 512,
-        decoder_depth: Count = 8,
+        decoder_depth: LayerCount = 8,
         decoder_heads: PositiveInt = 16,
         checkpoint: str | None = None,
     ):

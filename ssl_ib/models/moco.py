@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..config.hints import PositiveInt, Probability
+from ..config.hints import Layers, PositiveInt, Probability
 from ..config.registry import register_model
 from ..errors import UserError
 from ..part import Context, RunInfo
@@ -71,7 +71,7 @@ class MoCo(EncoderModel):
         backbone_args: dict[str, Any] | None = None,
         pool: Pool = "cls",
         positions: Literal["learned", "sincos"] = "learned",
-        head_layers: PositiveInt = 2,
+        head_layers: Layers = 2,
         head_hidden: PositiveInt | None = None,
         head_dim: PositiveInt = 128,
         momentum: Probability | None = 0.999,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config.hints import Count, PositiveInt
+from ..config.hints import LayerCount, PositiveInt
 from ..config.registry import register_model
 from ..errors import UserError
 from ..part import Model, RunInfo
@@ -34,7 +34,7 @@ class MRCL(Model):
         info: RunInfo,
         contrastive: Model | None = None,
         decoder_dim: PositiveInt = 512,
-        decoder_depth: Count = 8,
+        decoder_depth: LayerCount = 8,
         decoder_heads: PositiveInt = 16,
     ):
         super().__init__()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config.hints import Count, PositiveInt, Probability
+from ..config.hints import LayerCount, Layers, PositiveInt, Probability
 from ..config.registry import register_model
 from ..errors import UserError
 from ..part import Context, RunInfo
@@ -42,11 +42,11 @@ class Siamese(EncoderModel):
         backbone_args: dict[str, Any] | None = None,
         pool: Pool = "cls",
         positions: Literal["learned", "sincos"] = "learned",
-        projector_layers: PositiveInt = 3,
+        projector_layers: Layers = 3,
         projector_hidden: PositiveInt = 4096,
         projector_dim: PositiveInt = 256,
         projector_norm: bool = True,
-        predictor_layers: Count = 0,
+        predictor_layers: LayerCount = 0,
         predictor_hidden: PositiveInt = 4096,
         predictor_norm: bool = True,
         momentum: Probability | None = None,

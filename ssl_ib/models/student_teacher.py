@@ -14,7 +14,7 @@ from timm.layers import DropPath
 from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 
-from ..config.hints import Count, PositiveInt, Probability
+from ..config.hints import Count, Layers, PositiveInt, Probability
 from ..config.registry import register_model
 from ..errors import UserError
 from ..part import Context, RunInfo
@@ -79,7 +79,7 @@ class StudentTeacher(EncoderModel):
         backbone_args: dict[str, Any] | None = None,
         pool: Pool = "cls",
         positions: Literal["learned", "sincos"] = "learned",
-        head_layers: PositiveInt = 3,
+        head_layers: Layers = 3,
         head_hidden: PositiveInt = 2048,
         head_dim: PositiveInt = 256,
         head_norm: bool = False,

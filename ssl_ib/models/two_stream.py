@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..config.hints import PositiveInt, Probability
+from ..config.hints import Layers, PositiveInt, Probability
 from ..config.registry import register_model
 from ..errors import UserError
 from ..part import Context, Export, Model, RunInfo
@@ -52,7 +52,7 @@ class TwoStream(Model):
         pool: Pool = "cls",
         positions: Literal["learned", "sincos"] = "learned",
         share: bool = False,
-        head_layers: PositiveInt = 1,
+        head_layers: Layers = 1,
         head_hidden: PositiveInt | None = None,
         head_dim: PositiveInt = 128,
         momentum: Probability | None = None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
-from ..config.hints import Positive, PositiveInt
+from ..config.hints import Layers, Positive, PositiveInt
 from ..config.registry import register_model
 from ..data.views.couplings import Flow
 from ..data.views.generator import Generator, Space
@@ -54,14 +54,14 @@ class ViewGenerator(Model):
         info: RunInfo,
         space: Space = "rgb",
         flow: Flow = "nvp",
-        blocks: PositiveInt = 6,
+        blocks: Layers = 6,
         hidden: PositiveInt = 32,
         nvp_clip: Positive = 1.0,
         view_norm: bool = True,
         backbone: str = "resnet18",
         backbone_args: dict[str, Any] | None = None,
         pool: Pool = "mean",
-        projector_layers: PositiveInt = 2,
+        projector_layers: Layers = 2,
         projector_hidden: PositiveInt = 256,
         projector_dim: PositiveInt = 128,
         lr_g: Positive = 2e-4,

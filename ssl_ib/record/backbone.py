@@ -17,13 +17,17 @@ Mean and std are of all channels of the view.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from .. import __version__
@@ -35,6 +39,8 @@ from .weights import read_file
 #: The name of the encoder of a model that has one.
 MAIN = "backbone"
 
+#: How timm names the weights of a model that it has downloaded.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 #: How the arguments begin that say where first weights came from. They are no part of what rebuilds a backbone: that
 #: file may be gone, and `checkpoint_path` is where `snippet` has its own.
 ORIGINS = ("pretrained", "checkpoint_path")
@@ -64,6 +70,28 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
     model.maxpool = nn.Identity()
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return model
+
+
+def check_reachable(name: str) -> None:
+    """Raises UserError where timm would have to download the weights of a model, and there is no way to their host.
+
+    Trying takes a second or two; the download itself would try again and again for minutes.
+    """
+    weights = timm.get_pretrained_cfg(name)
+    repository = getattr(weights, "hf_hub_id", None)
+    # A proxy knows its own ways.
+    if not repository or getproxies() or getattr(weights, "file", None):
+        return
+    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in WEIGHT_FILES):
+        return
+    host = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"the weights of timm's {name!r} are not on this machine, and {host.hostname} cannot be reached to "
+            f"download them: {error}"
+        ) from None
 
 
 def without_origins(arguments: dict[str, Any]) -> dict[str, Any]:
