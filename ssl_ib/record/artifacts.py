@@ -75,10 +75,10 @@ def write_environment(out: Path, device: torch.device) -> None:
 def record_bad_images(out: Path, bad: set[str]) -> None:
     """Adds images that could not be read to `bad_images.txt`, and says so where there are new ones."""
     path = out / "bad_images.txt"
-    known = set(path.read_text().splitlines()) if path.is_file() else set()
+    known = set(path.read_text("utf-8", "surrogateescape").splitlines()) if path.is_file() else set()
     bad = known | bad
     if bad != known:
-        path.write_text("".join(f"{name}\n" for name in sorted(bad)))
+        path.write_text("".join(f"{name}\n" for name in sorted(bad)), "utf-8", "surrogateescape")
         print(f"{len(bad)} images could not be read and are left out: {path}", flush=True)
 
 

@@ -124,7 +124,9 @@ def _of_folder(path: Path, axes: Sequence[str], rows: Sequence[dict[str, str]]) 
             try:
                 numbers, _ = read_metrics(place)
                 config = read_yaml(place / "config.yaml")
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise UserError(f"{place}: its results.json or config.yaml cannot be read: {error!r}") from None
             numbers = {key: float(value) for key, value in numbers.items() if isinstance(value, (int, float))}
             seed = place.name.removeprefix("seed_")

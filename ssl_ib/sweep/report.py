@@ -6,12 +6,17 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..config.outside import read_bytes
+from ..errors import UserError
 from ..record.log import NON_FINITE
 from ..run import FIRST
 from .points import CASE, Axis, Point, Run
@@ -19,6 +24,17 @@ from .points import CASE, Axis, Point, Run
 DEFAULT_METRICS = ("knn/top1", "linear/top1", "health/rankme", "minutes")
 #: Bytes at the end of metrics.jsonl that surely hold the last training step and the last evaluation.
 _TAIL = 1 << 16
+
+
+#: The status of a run that is done, and whose numbers cannot be read.
+DAMAGED = "damaged"
+#: Bytes that a file of results may have.
+MOST_BYTES = 1 << 24
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -59,19 +75,42 @@ def read_metrics(folder: Path) -> tuple[dict[str, float], list[str]]:
     They are those of `trained`, `minutes`, `seconds` and `step`; `untrained/<name>` or `initial/<name>`,
     `raw_pixels/<name>` and `chance/<name>`; and what the last rows of metrics.jsonl have besides (`loss`,
     `loss/<term>`, ...), each as it was written last.
+
+    Raises UserError where one of the files is damaged, which it names.
     """
-    results = _numbers(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    results = _object(folder / "results.json")
     found = _last_rows(folder / "metrics.jsonl")
     for name in (*FIRST, "raw_pixels", "chance"):
-        found |= {f"{name}/{key}": value for key, value in _numbers(results.get(name, {})).items()}
-    trained = _numbers(results.get("trained", {}))
-    seconds = results["seconds"]
+        found |= {f"{name}/{key}": value for key, value in _numbers(_part(results, name, folder)).items()}
+    trained = _numbers(_part(results, "trained", folder))
+    seconds = results.get("seconds")
+    if not isinstance(seconds, int | float) or not isinstance(results.get("step"), int):
+        raise UserError(f"{folder / 'results.json'} is damaged: it has no seconds or no step")
     return {**found, **trained, "seconds": seconds, "minutes": seconds / 60, "step": results["step"]}, list(trained)
 
 
 def _numbers(data: dict) -> dict:
     """The strings that stand for numbers that are not finite, as these."""
     return {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in data.items()}
+
+
+def _object(path: Path, text: bytes | None = None) -> dict[str, Any]:
+    """The JSON object in a file, or in a line of it."""
+    try:
+        found = json.loads(read_bytes(path, MOST_BYTES) if text is None else text)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path} is damaged: {reason}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: expected an object, got {type(found).__name__}")
+    return _numbers(found)
+
+
+def _part(results: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    found = results.get(name, {})
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / 'results.json'} is damaged: {name} is no object")
+    return found
 
 
 def _last_rows(path: Path) -> dict[str, float]:
@@ -83,7 +122,7 @@ def _last_rows(path: Path) -> dict[str, float]:
         lines = file.read().splitlines()[1 if start else 0 :]
     found: dict[str, float] = {}
     for line in lines:
-        found |= _numbers(json.loads(line))
+        found |= _object(path, line)
     found = {key: value for key, value in found.items() if key not in ("step", "epoch")}
     return {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
@@ -103,11 +142,17 @@ class Report:
     def read(
         cls, out: Path, axes: Sequence[Axis], runs: Sequence[Run], statuses: dict[Run, str], metrics: Sequence[str]
     ) -> Report:
-        """Reads what the runs that are done have left in their folders."""
-        numbers, trained = {}, {}
+        """Reads what the runs that are done have left; one with a damaged file is `damaged`, and that is said."""
+        numbers, trained, statuses = {}, {}, dict(statuses)
         for run in runs:
             if statuses[run] == "done":
-                numbers[run], keys = read_metrics(out / run.folder)
+                try:
+                    numbers[run], keys = read_metrics(out / run.folder)
+                except UserError as error:
+                    # The others are worth their table.
+                    statuses[run] = DAMAGED
+                    _say_once(f"{error}; remove the file and call the sweep again to finish that run once more")
+                    continue
                 trained |= dict.fromkeys(keys)
         return cls(axes, runs, statuses, numbers, list(trained), metrics)
 

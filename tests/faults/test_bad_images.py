@@ -152,3 +152,15 @@ def test_a_pipe_is_no_archive(tmp_path):
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(UserError, match="expected an archive of images, found a pipe"):
         Archive(str(tmp_path / "pipe.tar"))
+
+
+def test_names_that_are_no_utf8_are_read_and_can_be_printed(folder):
+    os.rename(folder / "a", os.fsencode(folder) + b"/\xfa")
+    os.rename(folder / "b" / "0.png", os.fsencode(folder) + b"/b/\xff.png")
+    source = Folder(str(folder), val_fraction=0.0)
+    images = source.train()
+    assert len(images) == COUNT and images.bad == []
+    assert sorted(images.classes) == ["\\xfa", "b"]
+    for text in (*images.classes, *source.notes):
+        text.encode("utf-8")
+    assert images.fingerprint()

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -122,6 +123,11 @@ def hold(
     return found
 
 
+def _printable(text: str) -> str:
+    """A text in which the bytes of a name that are no UTF-8 stand as escapes, such as \\xfa."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 class FileSource(Source):
     """A source of image files with splits and labels in their paths; where they lie is for the subclass to say.
 
@@ -175,7 +181,11 @@ class FileSource(Source):
                 files = self._files = self._list()
                 table = None if self._table is None else layout.read_table(self._table, files.names, files.top)
                 self._layout = layout.arrange(files.names, files.top, self.val_fraction, self.labels, table)
-                self.notes = self._layout.notes
+                # Names of folders that are no UTF-8 cannot be printed, drawn or written; the files keep theirs.
+                classes, self.notes = (
+                    [_printable(text) for text in texts] for texts in (self._layout.classes, self._layout.notes)
+                )
+                self._layout = replace(self._layout, classes=classes, notes=self.notes)
             split = getattr(self._layout, name)
             if split is not None and name == "train" and self.limit is not None:
                 split = split.rows(stratified(split.labels, self.limit))
