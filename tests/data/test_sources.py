@@ -16,6 +16,7 @@ from ssl_ib.config.registry import SOURCES, build_part, check_part
 from ssl_ib.data import decode as decoding
 from ssl_ib.data.decode import decode, is_image, pack
 from ssl_ib.data.sources import files as file_sources
+from ssl_ib.data.sources import folder
 from ssl_ib.data.sources.archive import Archive
 from ssl_ib.data.sources.base import InMemory, Streamed, stratified
 from ssl_ib.data.sources.digits import Digits
@@ -250,8 +251,8 @@ def test_labels_that_are_no_choice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("memory", [4.0, STREAM])
 def test_limit_decodes_no_other_image(tree: Path, memory: float, monkeypatch: pytest.MonkeyPatch) -> None:
     read = set()
-    original = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path.name) or original(path))
+    original = folder.read_image
+    monkeypatch.setattr(folder, "read_image", lambda path: read.add(path.name) or original(path))
     train = Folder(str(tree), "folders", limit=2, memory_gb=memory).train()
     assert len(train) == 2 and train.labels.tolist() == [0, 1]
     everything(train)
