@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,14 +157,30 @@ def pretrain(
         torch.use_deterministic_algorithms(True, warn_only=True)
         _deterministic.fill_uninitialized_memory = False
     distributed.initialise(device)
+    with ExitStack() as held:
+        return _pretrain(config, out, resume, overwrite, dry, started, device, held)
+
+
+def _pretrain(
+    config: Config,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry: bool,
+    started: Callable[[Trainer], None] | None,
+    device: torch.device,
+    held: ExitStack,
+) -> tuple[Trainer, list[str]]:
+    """`pretrain` in this group of processes; the folder stays locked as long as `held`."""
     # Every process finds its arguments right and looks at the folder before one of them changes it.
     with distributed.together():
+        lock = held.enter_context(folder.lock(out)) if out and distributed.is_main() else None
         state = folder.examine(out, config, resume, overwrite) if out else None
         run = build_run(config, dry, resumed=state is not None)
         if state is None:
             # A run that is resumed has all its weights from the checkpoint.
             run.start = initialise(run) or ""
-        trainer = Trainer(run, out)
+        trainer = Trainer(run, out, lock)
     main = distributed.is_main()
     with distributed.together():
         if out and state is None and main:
@@ -184,6 +200,8 @@ def pretrain(
         if not (main and out):
             return trainer, []
         artifacts.record_bad_images(out, bad)
+        if lock is not None:
+            lock.check()
         rows, results = trainer.log.rows(), trainer.record()
         write_about(out, trainer.run, trainer.example, peak_memory(device))
         lines = artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)

@@ -24,6 +24,7 @@ from .evals.online import Online
 from .part import Context, Step, detached, parts
 from .record import checkpoint, ledger
 from .record.backbone import in_checkpoint
+from .record.lock import Lock
 from .record.log import RunLog
 from .record.signals import Stopped, StopRequest
 from .record.terminal import Terminal, say
@@ -38,7 +39,7 @@ _DRAWS = -1
 
 
 class Trainer:
-    """Trains a run; its record and checkpoints go to the folder `out` (None: nothing is written).
+    """Trains a run; its record and checkpoints go to the folder `out` (None: nothing is written), held by `lock`.
 
     Building one decodes the images that are held in memory and writes nothing. Raises UserError where they are too few
     or too many of them cannot be read.
@@ -48,9 +49,9 @@ class Trainer:
         `raw_pixels`, `trained` and `chance`, each metrics by name.
     """
 
-    def __init__(self, run: Run, out: Path | None):
+    def __init__(self, run: Run, out: Path | None, lock: Lock | None = None):
         config = run.config
-        self.run, self.config, self.out, self.dry = run, config, out, run.dry
+        self.run, self.config, self.out, self.lock, self.dry = run, config, out, lock, run.dry
         self.main = distributed.is_main()
         self.began = time.perf_counter()
         self.scale = optim.linear_scale(config.optim, run.samples_per_step)
@@ -306,15 +307,26 @@ class Trainer:
 
     def _checkpoint(self, due: bool, keep_as: str | None = None) -> None:
         """Saves where that is due, or where a process was asked to stop; then all of them stop at this step."""
+        self._check_folder()
         asked = distributed.largest(self.stop.signum)
         saved = self.save(keep_as) if due or asked else None
         if asked:
             raise Stopped(asked, saved, self.step)
 
+    def _check_folder(self) -> None:
+        """Ends the run where its folder was deleted or renamed; all processes ask at once."""
+        with distributed.together():
+            if self.lock is not None:
+                self.lock.check()
+
     def save(self, keep_as: str | None = None) -> Path | None:
-        """Writes the checkpoint (from the main process; nothing without a folder)."""
-        if self.out is None or not self.main:
-            return None
+        """Writes the checkpoint (from the main process; nothing without a folder). All processes come here at once."""
+        with distributed.together():
+            return self._save(keep_as) if self.out is not None and self.main else None
+
+    def _save(self, keep_as: str | None) -> Path:
+        if self.lock is not None:
+            self.lock.check()
         state = {
             "step": self.step,
             "images": len(self.images),

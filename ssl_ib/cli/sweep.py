@@ -111,9 +111,9 @@ def _main(options: argparse.Namespace, command: str) -> int:
         _print_commands(runs, out, options.plugin)
         return 0
     heed_interrupts()
-    with folder.locked(out) as lock:
+    with folder.lock(out) as lock:
         folder.remember(out, base, command)
-        return _run(options, axes, runs, out, lock, command)
+        return _run(options, axes, runs, out, lock.descriptor, command)
 
 
 def _check(options: argparse.Namespace) -> None:

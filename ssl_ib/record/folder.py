@@ -14,15 +14,30 @@ from typing import Any
 from ..config.config import Config, configure, differences
 from ..errors import ConfigError, UserError
 from .checkpoint import load
+from .files import replace
+from .lock import Lock
 
-#: What a run writes; `claim` removes these and the files of further encoders, and nothing else.
+#: What a run writes beside `config.yaml`; `claim` removes these and the files of further encoders, and nothing else.
+#: The checkpoints go first: a run that was killed meanwhile has none, and not one of a run that is half there.
 WRITTEN = (
-    "config.yaml environment.json metrics.jsonl tensorboard wandb figures checkpoints "
+    "checkpoints environment.json metrics.jsonl tensorboard wandb figures "
     "backbone.safetensors backbone.json results.json bad_images.txt bad_batch.txt "
     "evals.jsonl evals export info about.json report.html"
 ).split()
+#: The file by which a run holds its folder.
+LOCK = "run.lock"
 #: Keys that may change when a run resumes: they move no loss.
 MOVABLE = ("device", "workers", "worker_timeout", "log_every", "logger", "checkpoint")
+
+
+def lock(out: Path) -> Lock:
+    """Holds a run's folder from the first look at it to the run's end, against any other run."""
+    return Lock(out, LOCK, "another run")
+
+
+def is_empty(out: Path) -> bool:
+    """Whether there is nothing of anybody's in a folder, or no folder."""
+    return not out.exists() or all(path.name == LOCK for path in out.iterdir())
 
 
 def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -47,7 +62,7 @@ def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[st
         for warning in warnings:
             print(f"ssl-ib-train: {warning}", file=sys.stderr)
         return state
-    if not out.exists() or not any(out.iterdir()):
+    if is_empty(out):
         return None
     if not overwrite:
         raise UserError(f"{out} is not empty: continue it with --resume, replace it with --overwrite, or choose --out")
@@ -72,11 +87,7 @@ def changes(saved: Path, config: Config) -> list[str]:
 
 
 def claim(out: Path, config: Config) -> None:
-    """Makes the run's folder, removes what an earlier run left there, and writes `config.yaml`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the folder {out}: {error.strerror}") from None
+    """Removes what an earlier run left in the folder, and writes `config.yaml`."""
     # A model with several encoders leaves two files of each.
     encoders = [
         file for weights in out.glob("backbone_*.safetensors") for file in (weights, weights.with_suffix(".json"))
@@ -86,8 +97,8 @@ def claim(out: Path, config: Config) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    # The first file: it is what tells a run's folder from any other.
-    (out / "config.yaml").write_text(config.yaml(), encoding="utf-8")
+    # It tells a run's folder from any other, so that it is never missing while there is anything else of a run's.
+    replace(out / "config.yaml", config.yaml())
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from ..config.outside import YamlDumper, parse_yaml
 from ..config.recipe import read_recipe
 from ..errors import UserError
 from ..record.files import replace
-from ..record.folder import changes
+from ..record.folder import changes, is_empty
+from ..record.lock import Lock
 from .points import Run
 
 RECORD, LOCK = "sweep.yaml", "sweep.lock"
@@ -56,7 +55,7 @@ def _differences(folder: Path, run: Run) -> list[str]:
     """How the run that lies in a folder differs from what it would be now, where that moves a loss."""
     saved = folder / "config.yaml"
     if not saved.is_file():
-        filled = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        filled = folder.exists() and (not folder.is_dir() or not is_empty(folder))
         return [f"{run.folder} holds files but no run (no config.yaml)"] if filled else []
     return [f"{run.folder}: {line}" for line in changes(saved, run.config)]
 
@@ -67,20 +66,10 @@ def remember(out: Path, base: dict[str, Any], command: str) -> None:
     replace(out / RECORD, text)
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[int]:
-    """Makes the folder and holds it for one sweep; yields the lock's file descriptor.
+def lock(out: Path) -> Lock:
+    """Makes the folder and holds it for one sweep.
 
-    The runs inherit it: one that outlives a killed sweep keeps the folder, so that no other writes there too.
-    Raises UserError where somebody else holds it.
+    The runs inherit the lock's descriptor: one that outlives a killed sweep keeps the folder, so that no other writes
+    there too.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the folder {out}: {error.strerror}") from None
-    with (out / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another sweep, or a run that it left behind, is at work in {out}") from None
-        yield file.fileno()
+    return Lock(out, LOCK, "another sweep, or a run that it left behind,")

@@ -83,7 +83,6 @@ def test_a_grid_and_its_files(tmp_path, capsys, started):
         "optim.lr_0.001",
         "optim.lr_0.002",
         "sweep.yaml",
-        "sweep.lock",
         "results.csv",
         "table.md",
         "plot.png",
@@ -236,12 +235,15 @@ def test_a_second_interrupt_ends_the_runs_at_once(tmp_path, capsys, ctrl_c, star
 
 
 def test_a_run_that_outlives_its_sweep_keeps_the_folder(tmp_path):
-    with folder.locked(tmp_path) as lock:
-        left = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    with pytest.raises(UserError, match="a run that it left behind"), folder.locked(tmp_path):
+    # As a killed sweep leaves it: it has removed nothing.
+    with (tmp_path / "sweep.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        inherited = (lock.fileno(),)
+        left = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, pass_fds=inherited)
+    with pytest.raises(UserError, match="a run that it left behind"), folder.lock(tmp_path):
         raise AssertionError("the folder was free")
     left.communicate(b"\n")
-    with folder.locked(tmp_path):
+    with folder.lock(tmp_path):
         pass
 
 

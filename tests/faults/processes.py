@@ -1,0 +1,68 @@
+"""Tiny runs in processes of their own, to which a test does what it likes; forked from a server, so that they start
+at once."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from harness import train
+from ranks import PRELOADED
+
+#: Slow enough that a test meets it half way, and short where it is let go on.
+SLOW = ("criterion=queued", "checkpoint.every_steps=1")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([*PRELOADED, "harness", "ssl_ib.api"])
+
+
+class Running:
+    """A run that was started in the folder `out`, beside which its output lies in a file."""
+
+    def __init__(self, out: Path, *arguments: str, pause: float = 0.0, stdout: int | None = None):
+        self.out = out
+        self.log = out.with_name(f"{out.name}.{time.monotonic_ns()}.log")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            self.process = _CONTEXT.Process(target=_run, args=(out, arguments, str(pause), self.log, stdout))
+            self.process.start()
+
+    def send(self, signum: signal.Signals) -> None:
+        os.kill(self.process.pid, signum)
+
+    def code(self) -> int:
+        """The exit code, when it has ended; -n where signal n has killed it."""
+        self.process.join(60)
+        assert self.process.exitcode is not None, self.said()
+        return self.process.exitcode
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    def reach(self, step: int) -> None:
+        """Waits until the run has recorded the step."""
+        metrics = self.out / "metrics.jsonl"
+        for _ in range(6000):
+            with suppress(FileNotFoundError):
+                if f'"step": {step},' in metrics.read_text():
+                    return
+            assert self.process.exitcode is None, self.said()
+            time.sleep(0.01)
+        raise AssertionError("the run does not move")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _run(out: Path, arguments: tuple[str, ...], pause: str, log: Path, stdout: int | None) -> None:
+    os.environ["SSL_IB_TEST_PAUSE"] = pause
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 2)
+    os.dup2(file if stdout is None else stdout, 1)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+    sys.exit(train(out, *arguments))
