@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from ..errors import EndedElsewhere, UserError
 
-#: What the machine may refuse (space, permission): no bug of ours, and its own message says it.
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+#: What the machine may refuse (space, permission, a broken disk): no bug of ours, and its own message says it.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 #: Seconds that a process outlives another's error. torchrun ends all as soon as one ends, and that has to speak first.
 PATIENCE = 5.0
 #: What `_end` calls the command.
@@ -32,7 +35,8 @@ def end_at_interrupts(program: str) -> None:
 
 
 def _end(signum: int, frame: object) -> None:
-    os.write(sys.stderr.fileno(), f"{_program}: interrupted\n".encode())
+    with suppress(OSError):
+        os.write(2, f"{_program}: interrupted\n".encode())
     os._exit(128 + signum)
 
 
@@ -43,14 +47,28 @@ def heed_interrupts() -> None:
 
 
 def exit_code(program: str, run: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """What `run` answers, or 2 after a mistake of the user's or a refusal of the machine's, 130 after Ctrl-C."""
+    """What `run` answers, or 2 after a mistake of the user's or a refusal of the machine's, 130 after Ctrl-C.
+
+    141 where nobody reads the output any more, 129 where the terminal was closed.
+    """
+    _open_streams()
+    code = _code(program, run, interrupted)
+    for stream in (sys.stdout, sys.stderr):
+        with _told(stream):
+            stream.flush()
+    if _program:
+        # What is left is Python's own end, which Ctrl-C would fill with tracebacks.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
+
+
+def _code(program: str, run: Callable[[], int], interrupted: str) -> int:
+    code = 2
     try:
         code = run()
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read the output (`head`, say) has seen enough. What is left to print goes nowhere, at the exit too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except EndedElsewhere:
         time.sleep(PATIENCE)
@@ -58,11 +76,47 @@ def exit_code(program: str, run: Callable[[], int], interrupted: str = "interrup
     except UserError as error:
         message = str(error)
     except OSError as error:
+        if error.errno == errno.EIO and (_is_gone(sys.stdout) or _is_gone(sys.stderr)):
+            return code if code != 2 else 128 + signal.SIGHUP
         if error.errno not in REFUSALS:
             raise
-        message = str(error)
+        message, code = str(error), 2
     except KeyboardInterrupt:
-        print(f"{program}: {interrupted}", file=sys.stderr)
-        return 130
-    print(f"{program}: {message}", file=sys.stderr)
-    return 2
+        message, code = interrupted, 130
+    with _told(sys.stderr):
+        print(f"{program}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _open_streams() -> None:
+    """Gives a process that was started with closed streams some that go nowhere; the next files would take their place.
+
+    What the output's encoding lacks is escaped: no name of a file or a class ends a run.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest number that is free, which is the closed stream's.
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _is_gone(stream: TextIO) -> bool:
+    """Whether what a stream writes to has hung up: a closed terminal."""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError):
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+@contextmanager
+def _told(stream: TextIO) -> Iterator[None]:
+    """Where nobody can be told any more, what is left to print goes nowhere, at the exit too."""
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -75,10 +75,12 @@ def write_environment(out: Path, device: torch.device) -> None:
 def record_bad_images(out: Path, bad: set[str]) -> None:
     """Adds images that could not be read to `bad_images.txt`, and says so where there are new ones."""
     path = out / "bad_images.txt"
-    known = set(path.read_text("utf-8", "surrogateescape").splitlines()) if path.is_file() else set()
+    # Names as they are on the disk, whatever the locale.
+    how = {"encoding": "utf-8", "errors": "surrogateescape"}
+    known = set(path.read_text(**how).splitlines()) if path.is_file() else set()
     bad = known | bad
     if bad != known:
-        path.write_text("".join(f"{name}\n" for name in sorted(bad)), "utf-8", "surrogateescape")
+        path.write_text("".join(f"{name}\n" for name in sorted(bad)), **how)
         print(f"{len(bad)} images could not be read and are left out: {path}", flush=True)
 
 

@@ -150,14 +150,15 @@ class Lock:
         os.pwrite(self.descriptor, json.dumps(holder).encode() + b"\n", 0)
 
     def _release(self) -> None:
+        mine = True
         if hasattr(self, "descriptor"):
             with suppress(OSError):
-                if self.is_there():
+                if mine := self.is_there():
                     self.path.unlink()
                 else:
                     os.ftruncate(self.descriptor, 0)  # Where the folder went, nobody finds it held.
             _held.discard(self.descriptor)
             os.close(self.descriptor)
         with suppress(OSError):
-            for folder in self._made:
+            for folder in self._made if mine else ():
                 folder.rmdir()

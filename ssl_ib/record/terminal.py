@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
 #: Seconds from one line to the next, where a step is not longer than that.
 EVERY = 30.0
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+@contextmanager
+def _to_whom_it_concerns() -> Iterator[None]:
+    """Nobody may be there any more: the pipe's reader has ended, the terminal was closed. That ends no step half way;
+    whether it ends the run is for `StopRequest`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
 
 
 class Terminal:
@@ -47,11 +60,12 @@ class Terminal:
         """Shows a finished step of the epoch `epoch`, from 1: its loss, how long it took, and how long of that it
         waited for images."""
         if self.has_bar:
-            if self.bar is None:
-                self.bar = tqdm(total=self.total, initial=self.first, dynamic_ncols=True, bar_format=_BAR)
             rate, share = self.images / seconds, waiting / seconds
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s, {share:.0%} waiting", refresh=False)
-            self.bar.update()
+            with _to_whom_it_concerns():
+                if self.bar is None:
+                    self.bar = tqdm(total=self.total, initial=self.first, dynamic_ncols=True, bar_format=_BAR)
+                self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s, {share:.0%} waiting", refresh=False)
+                self.bar.update()
         if self.has_lines:
             self._line(step, epoch, loss, seconds)
 
@@ -72,7 +86,8 @@ class Terminal:
     def close(self) -> None:
         """Ends the bar."""
         if self.bar is not None:
-            self.bar.close()
+            with _to_whom_it_concerns():
+                self.bar.close()
 
 
 def progress_line(step: int, total: int, epoch: int, epochs: int, loss: float, rate: float, left: float) -> str:
@@ -92,5 +107,8 @@ def duration(seconds: float) -> str:
 
 def say(line: str) -> None:
     """Prints a line above the bar, at once also where the output goes to a file."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    if sys.stdout is None:  # Closed before the start.
+        return
+    with _to_whom_it_concerns():
+        tqdm.write(line)
+        sys.stdout.flush()

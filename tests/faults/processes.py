@@ -22,7 +22,7 @@ _CONTEXT.set_forkserver_preload([*PRELOADED, "harness", "ssl_ib.api"])
 class Running:
     """A run that was started in the folder `out`, beside which its output lies in a file."""
 
-    def __init__(self, out: Path, *arguments: str, pause: float = 0.0, stdout: int | None = None):
+    def __init__(self, out: Path, *arguments: str, pause: float = 0.0, stdout: str | None = None):
         self.out = out
         self.log = out.with_name(f"{out.name}.{time.monotonic_ns()}.log")
         with pytest.MonkeyPatch.context() as patch:
@@ -58,11 +58,11 @@ class Running:
         self.process.join()
 
 
-def _run(out: Path, arguments: tuple[str, ...], pause: str, log: Path, stdout: int | None) -> None:
+def _run(out: Path, arguments: tuple[str, ...], pause: str, log: Path, stdout: str | None) -> None:
     os.environ["SSL_IB_TEST_PAUSE"] = pause
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 2)
-    os.dup2(file if stdout is None else stdout, 1)
+    os.dup2(file if stdout is None else os.open(stdout, os.O_WRONLY | os.O_NOCTTY), 1)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
     sys.exit(train(out, *arguments))
