@@ -62,6 +62,7 @@ def train(
     plugins: str | Iterable[str] = (),
     resume: bool = False,
     overwrite: bool = False,
+    auto_resume: bool = False,
 ) -> TrainedRun:
     """Trains a recipe in this process, as `ssl-ib-train` does, and returns the finished run.
 
@@ -73,6 +74,7 @@ def train(
                are there already; but only plugins are remembered by the folder, for `resume` and the command.
     resume:    continue the run in `out` from its last checkpoint.
     overwrite: remove what an earlier run left in `out`.
+    auto_resume: continue the run in `out`, or start it where there is none.
 
     Raises UserError, and ConfigError with all that is wrong in a configuration, before anything is written. On Ctrl-C
     or SIGTERM the run saves itself first (where it has a folder), and then the caller's own handler gets the signal:
@@ -83,8 +85,12 @@ def train(
     GPU, CUBLAS_WORKSPACE_CONFIG is set in the environment where it was not.
     """
     out = None if out is None else Path(out)
-    if out is None and (resume or overwrite):
-        raise UserError(f"{'resume' if resume else 'overwrite'} is about a run's folder: give out as well")
+    asked = {"resume": resume, "overwrite": overwrite, "auto_resume": auto_resume}
+    wanted = [name for name, given in asked.items() if given]
+    if len(wanted) > 1:
+        raise UserError(f"{' and '.join(wanted)} exclude each other: give one of them")
+    if out is None and wanted:
+        raise UserError(f"{wanted[0]} is about a run's folder: give out as well")
     for text in overrides:
         if not isinstance(text, str):
             raise UserError(f"expected overrides as texts KEY=VALUE, such as 'optim.lr=1e-3', got {text!r}")
@@ -93,7 +99,7 @@ def train(
     config = configure(str(recipe), overrides, plugins, say=_logger.warning)
     with _callers_state():
         try:
-            trainer, _ = pretrain(config, out, resume=resume, overwrite=overwrite, started=_say_labels)
+            trainer, _ = pretrain(config, out, started=_say_labels, **asked)
             return TrainedRun(trainer.record(), trainer.log.rows(), pretrained.of_run(trainer.run), out)
         except Stopped as stop:
             stopped = stop
@@ -133,6 +139,7 @@ def pretrain(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    auto_resume: bool = False,
     dry: bool = False,
     accept_changed_images: bool = False,
     started: Callable[[Trainer], None] | None = None,
@@ -158,7 +165,7 @@ def pretrain(
         _deterministic.fill_uninitialized_memory = False
     distributed.initialise(device)
     with ExitStack() as held:
-        return _pretrain(config, out, resume, overwrite, dry, started, device, held)
+        return _pretrain(config, out, resume, overwrite, auto_resume, accept_changed_images, dry, started, device, held)
 
 
 def _pretrain(
@@ -166,6 +173,8 @@ def _pretrain(
     out: Path | None,
     resume: bool,
     overwrite: bool,
+    auto_resume: bool,
+    accept_changed_images: bool,
     dry: bool,
     started: Callable[[Trainer], None] | None,
     device: torch.device,
@@ -175,6 +184,8 @@ def _pretrain(
     # Every process finds its arguments right and looks at the folder before one of them changes it.
     with distributed.together():
         lock = held.enter_context(folder.lock(out)) if out and distributed.is_main() else None
+        if out and auto_resume:
+            resume = folder.has_run(out)
         state = folder.examine(out, config, resume, overwrite) if out else None
         run = build_run(config, dry, resumed=state is not None)
         if state is None:

@@ -337,8 +337,23 @@ class Trainer:
             "seconds": self.seconds,
             "config": self.config.plain(),
             "backbones": self._backbones,
+            "rows": self.log.count,
         }
+        if spoiled := self._spoiled(state):
+            last = self.out / "checkpoints" / "last.pt"
+            good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+            raise UserError(
+                f"the run's state is no longer finite at step {self.step}: {spoiled}; learning rate {self.lr:.3g}. "
+                f"Nothing was saved; {good}"
+            )
+        self.log.sync()
         return checkpoint.save(state, self.out / "checkpoints", keep_as)
+
+    def _spoiled(self, state: dict[str, Any]) -> str:
+        """The parameters that are not finite, and what else of a checkpoint is NaN, in words; "" where all is well."""
+        bad = [name for name, parameter in self.state.named_parameters() if not parameter.isfinite().all()]
+        bad = list(dict.fromkeys([*bad, *checkpoint.not_numbers(state)]))
+        return ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
 
     @cached_property
     def _fingerprint(self) -> dict[str, int]:
@@ -394,9 +409,11 @@ class Trainer:
             raise UserError(
                 f"--resume: the checkpoint fits the parts no more; has their code changed? {error}"
             ) from None
+        if spoiled := self._spoiled(state):
+            raise UserError(f"--resume: the checkpoint is not finite: {spoiled}")
         self.step, self.results = state["step"], state["results"]
         self.began -= state["seconds"]
-        self.log.truncate(self.step)
+        self.log.truncate(self.step, state.get("rows", 0) if self.main else 0)
 
 
 def _scalars(loss: Loss, device: torch.device) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """`ssl-ib-train`: resolve a recipe, build the run, train it, and leave its folder. `--help` shows the usage.
 
-Exit codes: 0 done, 2 a mistake of the user's (one message on stderr), 128 + n stopped by signal n after saving.
+Exit codes: 0 done, 2 a mistake of the user's (one message on stderr), 128 + n stopped by signal n after saving, which
+`--resume` and `--auto-resume` continue.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
         "--resume",
         action="store_true",
         help="continue the run in the folder from its last checkpoint; RECIPE may be that folder, and all is said",
+    )
+    group.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="continue the run in the folder, or start one where there is none: for jobs that are started again",
     )
     group.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in the folder")
     p.add_argument(
@@ -132,6 +138,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
             resume=options.resume,
             overwrite=options.overwrite,
             accept_changed_images=options.accept_changed_images,
+            auto_resume=options.auto_resume,
             dry=options.dry_run,
             started=lambda trainer: print(_heading(trainer, out), flush=True),
         )
@@ -150,11 +157,11 @@ def _train(config: Config, options: argparse.Namespace) -> int:
 
 
 def _folder(config: Config, options: argparse.Namespace) -> Path:
-    """Where a run goes without --out: --resume and --overwrite mean the folder that was given as RECIPE, if it was."""
+    """Where a run goes without --out: what continues or replaces a run means the folder that was given as RECIPE."""
     from ..config.recipe import find_recipe
 
     named_by_folder = find_recipe(options.recipe) == Path(options.recipe) / "config.yaml"
-    if named_by_folder and (options.resume or options.overwrite):
+    if named_by_folder and (options.resume or options.auto_resume or options.overwrite):
         return Path(options.recipe)
     return Path("runs") / config.recipe
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,22 @@ def _alias(file: Path, name: Path) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def load(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The newest checkpoint that can be read, and a warning for each one that could not.
+def not_numbers(state: dict[str, Any]) -> list[str]:
+    """Names of a checkpoint's tensors, of the parts and of the optimiser, that have a NaN in them.
+
+    Infinite numbers are let pass: a buffer may begin with one.
+    """
+    tensors = dict(state["parts"])
+    for number, kept in state["optimizer"].get("state", {}).items():
+        tensors |= {f"optimizer.{number}.{key}": value for key, value in kept.items()}
+    floating = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return [name for name, tensor in floating.items() if tensor.isnan().any()]
+
+
+def load(folder: Path, problem: Callable[[Any], str | None] = lambda state: None) -> tuple[dict[str, Any], list[str]]:
+    """The newest checkpoint that can be used, and a warning for each one that could not.
+
+    problem: what is wrong with one that was read; None where nothing is.
 
     Raises UserError where there is none, or none can be read.
     """
@@ -75,10 +90,16 @@ def load(folder: Path) -> tuple[dict[str, Any], list[str]]:
         if not file.is_file():
             continue
         try:
-            return torch.load(file, map_location="cpu", weights_only=True), warnings
+            state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # Unpickling a torn file can raise anything.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.append(f"{file} cannot be read ({reason}); falling back to the one before")
+            continue
+        reason = problem(state)
+        if reason is None:
+            return state, warnings
+        warnings.append(f"{file} cannot be used ({reason}); falling back to the one before")
     if warnings:
-        raise UserError("no checkpoint can be read:\n  " + "\n  ".join(warnings))
+        what = "used" if any("cannot be used" in warning for warning in warnings) else "read"
+        raise UserError(f"no checkpoint can be {what}:\n  " + "\n  ".join(warnings))
     raise UserError(f"nothing to resume: there is no checkpoint in {folder}")

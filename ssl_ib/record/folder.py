@@ -13,7 +13,8 @@ from typing import Any
 
 from ..config.config import Config, configure, differences
 from ..errors import ConfigError, UserError
-from .checkpoint import load
+from ..run import FIRST
+from .checkpoint import load, not_numbers
 from .files import replace
 from .lock import Lock
 
@@ -29,6 +30,9 @@ LOCK = "run.lock"
 #: Keys that may change when a run resumes: they move no loss.
 MOVABLE = ("device", "workers", "worker_timeout", "log_every", "logger", "checkpoint")
 
+#: Keys by which a checkpoint is known to be this run's. Not those that name files, which may have moved since.
+OWN = ("seed", "epochs", "batch_size", "accumulate", "precision", "optim", "task", "model", "criterion", "masker")
+
 
 def lock(out: Path) -> Lock:
     """Holds a run's folder from the first look at it to the run's end, against any other run."""
@@ -38,6 +42,11 @@ def lock(out: Path) -> Lock:
 def is_empty(out: Path) -> bool:
     """Whether there is nothing of anybody's in a folder, or no folder."""
     return not out.exists() or all(path.name == LOCK for path in out.iterdir())
+
+
+def has_run(out: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (out / "config.yaml").is_file()
 
 
 def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -50,7 +59,7 @@ def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[st
         raise UserError(f"{out} is a file; a run needs a folder")
     saved = out / "config.yaml"
     if resume:
-        if not saved.is_file():
+        if not has_run(out):
             raise UserError(f"nothing to resume: {out} holds no run (no config.yaml)")
         changed = changes(saved, config)
         if changed:
@@ -58,7 +67,7 @@ def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[st
         if not any((out / "checkpoints").glob("*.pt")):
             print(f"ssl-ib-train: {out} has no checkpoint yet: starting from the beginning", file=sys.stderr)
             return None
-        state, warnings = load(out / "checkpoints")
+        state, warnings = load(out / "checkpoints", lambda state: _problem(state, config))
         for warning in warnings:
             print(f"ssl-ib-train: {warning}", file=sys.stderr)
         return state
@@ -66,9 +75,34 @@ def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[st
         return None
     if not overwrite:
         raise UserError(f"{out} is not empty: continue it with --resume, replace it with --overwrite, or choose --out")
-    if not saved.is_file():
+    if not has_run(out):
         raise UserError(f"{out} holds files but no run (no config.yaml), so --overwrite leaves it alone: choose --out")
     return None
+
+
+def _problem(state: Any, config: Config) -> str | None:
+    """Why a checkpoint is not one that the run can continue from; None where it is."""
+    kinds = {"step": int, "images": int, "parts": dict, "optimizer": dict, "results": dict, "seconds": (int, float)}
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        return "it is no checkpoint of a run"
+    if not any(name in state["results"] for name in FIRST):
+        return "it is no checkpoint of a run: it has no first evaluation"
+    then, now = _shared(state.get("config", {}), config.plain())
+    other = [line for line in differences(then, now) if line.startswith(OWN)]
+    if other:
+        return f"it is another run's: {other[0]} here"
+    spoiled = not_numbers(state)
+    return f"it holds NaN: {spoiled[0]}{f' and {len(spoiled) - 1} more' * (len(spoiled) > 1)}" if spoiled else None
+
+
+def _shared(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two plain configurations without the keys that one of them lacks, as those of different versions may."""
+    pairs = {
+        key: _shared(a[key], b[key]) if isinstance(a[key], dict) and isinstance(b[key], dict) else (a[key], b[key])
+        for key in a
+        if key in b
+    }
+    return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
 
 def changes(saved: Path, config: Config) -> list[str]:

@@ -8,6 +8,7 @@ the numbers they were.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import uuid
@@ -17,6 +18,8 @@ from typing import Any
 
 from ..errors import UserError
 from .files import replace
+
+_logger = logging.getLogger(__name__)
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -38,13 +41,16 @@ class RunLog:
     ):
         self._memory: list[dict[str, Any]] = []
         self._path = None
+        #: How many rows there are.
+        self.count = 0
         if folder is None:
             return
         self._path = Path(folder) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             # A run that was killed may have left half a line, which must not run into the next one.
-            self._rewrite(self.rows())
+            self._rewrite(rows := self.rows())
+            self.count = len(rows)
         self._file = self._path.open("a", encoding="utf-8")
         makers = {"tensorboard": _TensorBoard, "wandb": lambda folder: _Wandb(folder, config or {})}
         self._copies = [makers[name](self._path.parent) for name in dict.fromkeys(loggers)]
@@ -53,6 +59,7 @@ class RunLog:
         """Appends a row: `step` and `epoch`, and any further numbers (0-d tensors too), strings, booleans or None."""
         assert {"step", "epoch"} <= row.keys(), f"a row needs step and epoch, got {sorted(row)}"
         row = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
+        self.count += 1
         if self._path is None:
             self._memory.append(row)
             return
@@ -79,9 +86,29 @@ class RunLog:
             rows.append({k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()})
         return rows
 
-    def truncate(self, step: int) -> None:
-        """Forgets every row of a later step than `step`, so that a run resumed there continues exactly."""
+    def sync(self) -> None:
+        """Has the rows on the disk, so that no checkpoint outlives those before it, whatever happens to the machine."""
+        if self._path is not None:
+            os.fsync(self._file.fileno())
+
+    def truncate(self, step: int, expected: int = 0) -> None:
+        """Forgets every row of a later step than `step`, so that a run resumed there continues exactly.
+
+        expected: how many rows there were when it was saved; that some of them are missing is said.
+        """
         kept = [row for row in self.rows() if row["step"] <= step]
+        self.count = len(kept)
+        if len(kept) < expected:
+            last = kept[-1]["step"] if kept else 0
+            _logger.warning(
+                "%s has lost %d of the %d rows that it had at step %d, where the run goes on (its last one now is of "
+                "step %d): its curves have a gap, the training has none",
+                self._path or "the record",
+                expected - len(kept),
+                expected,
+                step,
+                last,
+            )
         if self._path is None:
             self._memory = kept
             return
