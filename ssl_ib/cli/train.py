@@ -125,6 +125,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
     from .. import distributed
     from ..api import pretrain
     from ..record.signals import Stopped
+    from ..record.terminal import say
 
     heed_interrupts()
     # What was chosen for the user (where images are held, say) is said once.
@@ -145,7 +146,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
         if options.dry_run:
             lines = [f"dry run of {config.recipe} passed: {trainer.step} steps, one evaluation, nothing written"]
         if distributed.is_main():
-            print("\n".join(lines))
+            say("\n".join(lines))
         return 0
     except Stopped as stop:
         if distributed.is_main():
