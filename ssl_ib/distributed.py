@@ -48,7 +48,13 @@ def initialise(device: torch.device | str) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # The default of 10 minutes is less than one process may need for its share, such as a probe on a large set.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun may keep one store over its restarts, with the addresses of the processes that have died. Agents on
+        # several machines count restarts each for itself, so that there the number is no common name.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     if not is_main():
         # Every process finds the same; one says it.
         logging.getLogger("ssl_ib").setLevel(logging.ERROR)

@@ -254,7 +254,9 @@ class Trainer:
         return Terminal(self.step, self.last_step, self.config.epochs, images, self.main)
 
     def _write(self, row: dict[str, float]) -> None:
-        self.log.write({"step": self.step, "epoch": self.step / self.loader.steps_per_epoch, **row})
+        with distributed.together():
+            self._check_folder()
+            self.log.write({"step": self.step, "epoch": self.step / self.loader.steps_per_epoch, **row})
 
     def _evaluate(self, name: str | None = None) -> None:
         """kNN and health now, by all processes; `name` keeps them among the run's results."""
@@ -307,17 +309,15 @@ class Trainer:
 
     def _checkpoint(self, due: bool, keep_as: str | None = None) -> None:
         """Saves where that is due, or where a process was asked to stop; then all of them stop at this step."""
-        self._check_folder()
         asked = distributed.largest(self.stop.signum)
         saved = self.save(keep_as) if due or asked else None
         if asked:
             raise Stopped(asked, saved, self.step)
 
     def _check_folder(self) -> None:
-        """Ends the run where its folder was deleted or renamed; all processes ask at once."""
-        with distributed.together():
-            if self.lock is not None:
-                self.lock.check()
+        """Ends the run where its folder was deleted or renamed."""
+        if self.lock is not None:
+            self.lock.check()
 
     def save(self, keep_as: str | None = None) -> Path | None:
         """Writes the checkpoint (from the main process; nothing without a folder). All processes come here at once."""
@@ -325,8 +325,7 @@ class Trainer:
             return self._save(keep_as) if self.out is not None and self.main else None
 
     def _save(self, keep_as: str | None) -> Path:
-        if self.lock is not None:
-            self.lock.check()
+        self._check_folder()
         state = {
             "step": self.step,
             "images": len(self.images),

@@ -24,7 +24,8 @@ def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Pat
     """
     last, fresh = folder / "last.pt", folder / "last.pt.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        # Not what it lies in: a run's folder that was deleted stays so.
+        folder.mkdir(exist_ok=True)
         with fresh.open("wb") as file:
             torch.save(state, file)
             file.flush()

@@ -12,7 +12,6 @@ from faults.processes import SLOW
 from harness import (
     STEPS,
     assert_same_run,
-    checkpoint,
     command,
     environment,
     finished,
@@ -86,7 +85,6 @@ def test_a_killed_rank_under_torchrun(tmp_path):
             process.terminate()
         assert process.returncode == 0, said
     assert_same_run(*outs)
-    assert checkpoint(outs[1])["step"] == 6 * STEPS
     assert "resumed    at step" in said
 
 

@@ -31,7 +31,7 @@ def full(*_, **__):
 
 
 def test_the_newest_is_read(tmp_path):
-    folder = tmp_path / "run" / "checkpoints"
+    folder = tmp_path / "checkpoints"
     assert save(state(1), folder) == folder / "last.pt"
     assert step_in(folder) == 1 and files(folder) == ["last.pt"]
     for step in (2, 3):
