@@ -325,7 +325,6 @@ class Trainer:
             return self._save(keep_as) if self.out is not None and self.main else None
 
     def _save(self, keep_as: str | None) -> Path:
-        self._check_folder()
         state = {
             "step": self.step,
             "images": len(self.images),
@@ -346,6 +345,7 @@ class Trainer:
                 f"Nothing was saved; {good}"
             )
         self.log.sync()
+        self._check_folder()
         return checkpoint.save(state, self.out / "checkpoints", keep_as)
 
     def _spoiled(self, state: dict[str, Any]) -> str:

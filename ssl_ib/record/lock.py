@@ -68,7 +68,7 @@ class Lock:
             self._write({"process": self._process, "host": socket.gethostname(), "since": now})
         except OSError as error:
             self._release()
-            raise UserError(f"--out: cannot make or lock the folder {self.folder}: {error.strerror}") from None
+            raise UserError(f"--out: cannot make the folder {self.folder}, or lock it: {error.strerror}") from None
         except UserError:
             self._release()
             raise

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import threading
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,9 @@ from ..errors import UserError
 from .files import replace
 
 _logger = logging.getLogger(__name__)
+
+#: What tells of a thread that failed, but for TensorBoard's.
+_excepthook = threading.excepthook
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -138,6 +142,12 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
 
 
+def _said_by_the_run(failed: threading.ExceptHookArgs) -> None:
+    """What TensorBoard's thread fails of, it raises again where the run writes: a full disk, a folder that is gone."""
+    if type(failed.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+        _excepthook(failed)
+
+
 class _TensorBoard:
     """A copy of the rows in `tensorboard/`."""
 
@@ -145,6 +155,7 @@ class _TensorBoard:
         # Only here, because a dry run can do without waiting for TensorBoard.
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _said_by_the_run
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, numbers: dict[str, float]) -> None:

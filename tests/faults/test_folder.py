@@ -78,7 +78,7 @@ def test_a_lock_is_no_way_out_of_the_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).symlink_to(tmp_path / "notes.txt")
-    with pytest.raises(UserError, match="cannot make or lock the folder"), lock(tmp_path / "run"):
+    with pytest.raises(UserError, match="cannot make the folder .*, or lock it"), lock(tmp_path / "run"):
         raise AssertionError("locked")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
