@@ -164,57 +164,42 @@ def pretrain(
         torch.use_deterministic_algorithms(True, warn_only=True)
         _deterministic.fill_uninitialized_memory = False
     distributed.initialise(device)
+    # The folder stays locked as long as `held`.
     with ExitStack() as held:
-        return _pretrain(config, out, resume, overwrite, auto_resume, accept_changed_images, dry, started, device, held)
-
-
-def _pretrain(
-    config: Config,
-    out: Path | None,
-    resume: bool,
-    overwrite: bool,
-    auto_resume: bool,
-    accept_changed_images: bool,
-    dry: bool,
-    started: Callable[[Trainer], None] | None,
-    device: torch.device,
-    held: ExitStack,
-) -> tuple[Trainer, list[str]]:
-    """`pretrain` in this group of processes; the folder stays locked as long as `held`."""
-    # Every process finds its arguments right and looks at the folder before one of them changes it.
-    with distributed.together():
-        lock = held.enter_context(folder.lock(out)) if out and distributed.is_main() else None
-        if out and auto_resume:
-            resume = folder.has_run(out)
-        state = folder.examine(out, config, resume, overwrite) if out else None
-        run = build_run(config, dry, resumed=state is not None)
-        if state is None:
-            # A run that is resumed has all its weights from the checkpoint.
-            run.start = initialise(run) or ""
-        trainer = Trainer(run, out, lock)
-    main = distributed.is_main()
-    with distributed.together():
-        if out and state is None and main:
-            folder.claim(out, config)
-        if state is not None:
-            trainer.restore(state, accept_changed_images)
-    with closing(trainer.log):
-        if main and started is not None:
-            started(trainer)
-        bad = trainer.bad_images
-        if main and out:
-            artifacts.write_environment(out, device)
-            write_about(out, trainer.run, trainer.example)
+        # Every process finds its arguments right and looks at the folder before one of them changes it.
+        with distributed.together():
+            lock = held.enter_context(folder.lock(out)) if out and distributed.is_main() else None
+            if out and auto_resume:
+                resume = folder.has_run(out)
+            state = folder.examine(out, config, resume, overwrite) if out else None
+            run = build_run(config, dry, resumed=state is not None)
+            if state is None:
+                # A run that is resumed has all its weights from the checkpoint.
+                run.start = initialise(run) or ""
+            trainer = Trainer(run, out, lock)
+        main = distributed.is_main()
+        with distributed.together():
+            if out and state is None and main:
+                folder.claim(out, config)
+            if state is not None:
+                trainer.restore(state, accept_changed_images)
+        with closing(trainer.log):
+            if main and started is not None:
+                started(trainer)
+            bad = trainer.bad_images
+            if main and out:
+                artifacts.write_environment(out, device)
+                write_about(out, trainer.run, trainer.example)
+                artifacts.record_bad_images(out, bad)
+            trainer.fit()
+            bad = trainer.bad_images
+            if not (main and out):
+                return trainer, []
             artifacts.record_bad_images(out, bad)
-        trainer.fit()
-        bad = trainer.bad_images
-        if not (main and out):
-            return trainer, []
-        artifacts.record_bad_images(out, bad)
-        if lock is not None:
-            lock.check()
-        rows, results = trainer.log.rows(), trainer.record()
-        write_about(out, trainer.run, trainer.example, peak_memory(device))
-        lines = artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)
-        report_of_run(out)
-        return trainer, lines
+            if lock is not None:
+                lock.check()
+            rows, results = trainer.log.rows(), trainer.record()
+            write_about(out, trainer.run, trainer.example, peak_memory(device))
+            lines = artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)
+            report_of_run(out)
+            return trainer, lines

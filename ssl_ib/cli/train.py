@@ -100,7 +100,7 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
     if "=" in options.recipe and not Path(options.recipe).exists():
         raise UserError(f"expected RECIPE first, got {options.recipe!r}")
-    if options.accept_changed_images and not options.resume:
+    if options.accept_changed_images and not (options.resume or options.auto_resume):
         raise UserError("--accept-changed-images is for --resume, which compares the images with those of before")
     config = configuration(options)
     if options.print_config:
