@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from ..config.recipe import YamlLoader
+from ..config.outside import NotYaml, parse_yaml
 from ..errors import UserError
 from ..record.about import ABOUT
 from ..record.log import NON_FINITE
@@ -96,7 +95,7 @@ def read_run(path: Path, name: str) -> RunData:
     if not any((path / file).is_file() for file in RUN_FILES):
         raise UserError(f"{path} holds no run: it has neither {' nor '.join(RUN_FILES)}")
     run = RunData(path, name)
-    run.config = _data(run, "config.yaml", lambda text: yaml.load(text, YamlLoader))
+    run.config = _data(run, "config.yaml", parse_yaml)
     run.environment, run.about, run.results = (
         _data(run, file, json.loads) for file in ("environment.json", ABOUT, "results.json")
     )
@@ -112,7 +111,7 @@ def _data(run: RunData, file: str, parse: Any) -> dict[str, Any]:
         return {}
     try:
         found = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, NotYaml):
         found = None
     if not isinstance(found, dict):
         run.problems.append(f"{file} could not be read.")

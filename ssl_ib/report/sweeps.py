@@ -10,9 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..config.recipe import YamlLoader
+from ..config.outside import read_yaml
 from ..errors import UserError
 from ..sweep.finished import RESULTS, table
 from ..sweep.folder import RECORD
@@ -76,8 +74,8 @@ def read_sweep(path: Path) -> SweepData:
     if not (path / RESULTS).is_file():
         raise UserError(f"{path} is a sweep of which no run has ended yet (no {RESULTS})")
     try:
-        record = yaml.load((path / RECORD).read_text(encoding="utf-8"), YamlLoader)
-    except (ValueError, yaml.YAMLError):
+        record = read_yaml(path / RECORD)
+    except UserError:
         record = None
     axes, rows = table(path / RESULTS)
     seeds = {row["seed"] for row in rows}

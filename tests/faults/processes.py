@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from harness import train
 from ranks import PRELOADED
 
@@ -60,6 +61,8 @@ class Running:
 
 def _run(out: Path, arguments: tuple[str, ...], pause: str, log: Path, stdout: str | None) -> None:
     os.environ["SSL_IB_TEST_PAUSE"] = pause
+    # As in the tests' own process: with other threads sums are rounded otherwise.
+    torch.set_num_threads(1)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 2)
     os.dup2(file if stdout is None else os.open(stdout, os.O_WRONLY | os.O_NOCTTY), 1)

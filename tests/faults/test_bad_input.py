@@ -11,6 +11,7 @@ import pytest
 from ssl_ib.cli.train import main
 from ssl_ib.config import outside, plugins
 from ssl_ib.config.recipe import MOST_BASES
+from ssl_ib.config.registry import MASKERS
 
 BASE = "base: mrcl_digits\n"
 #: Nine levels of nine aliases each: 300 bytes that stand for 387,420,489 values.
@@ -164,6 +165,8 @@ PLUGINS = {
 @pytest.mark.parametrize("case", PLUGINS)
 def test_a_plugin(refused, tmp_path, monkeypatch, case):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    MASKERS.names()  # So that all built-in ones are there.
+    monkeypatch.setattr(MASKERS, "_entries", dict(MASKERS._entries))
     code, says = PLUGINS[case]
     name = "bad_input_" + case.replace(" ", "_").replace(".", "_").replace("-", "_")
     (tmp_path / f"{name}.py").write_text(code.replace("{name}", name))

@@ -54,10 +54,13 @@ def test_a_crash_frees_the_folder_and_is_said(tmp_path, begin, caplog):
 
 def test_the_workers_of_a_killed_run_do_not_hold_its_folder(tmp_path):
     """A loader's workers live on for some seconds."""
+    context = multiprocessing.get_context("fork")
+    there = context.Event()
     with lock(tmp_path) as held:
-        worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+        worker = context.Process(target=lambda: (there.set(), signal.pause()))
         worker.start()
         try:
+            assert there.wait(60)
             held.descriptor, former = os.open(os.devnull, os.O_RDONLY), held.descriptor
             os.close(former)  # As the kernel does with a killed process's.
             with lock(tmp_path):
