@@ -82,6 +82,7 @@ class Trainer:
         self.online = Online(run, DRY_IMAGES if self.dry else None)
         self._key = random.fold(random.fold(torch.tensor(config.seed), distributed.rank()), _DRAWS)
         self.step = self.epoch = 0
+        self.lr = 0.0
         self.example = self._check()
         if config.compile:
             run.model.compile()

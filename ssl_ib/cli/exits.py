@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
@@ -81,6 +82,10 @@ def _code(program: str, run: Callable[[], int], interrupted: str) -> int:
         if error.errno not in REFUSALS:
             raise
         message, code = str(error), 2
+    except SystemExit as error:
+        # Nothing here calls it; a run that ends like this would pass for a finished one.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message, code = f"sys.exit({error}) in the middle of the work ({place.filename}:{place.lineno})", 2
     except KeyboardInterrupt:
         message, code = interrupted, 130
     with _told(sys.stderr):

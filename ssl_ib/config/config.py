@@ -280,12 +280,18 @@ def configure(
     """The configuration of a run, after the plugins that the recipe remembers and the given ones were loaded.
 
     recipe: as `find_recipe` takes it; overrides: `KEY=VALUE` texts; plugins: as `load_plugins` takes them; say: called
-    with a line for each value whose change dropped other arguments. Raises what `load_plugins` and `resolve` raise.
+    with a line for each plugin of the recipe's own, before it is imported, and for each value whose change dropped
+    other arguments. Raises what `load_plugins` and `resolve` raise.
     """
     remembered = read_recipe(find_recipe(recipe)).get("plugins") or []
     remembered = [remembered] if isinstance(remembered, str) else remembered
     if not isinstance(remembered, list) or not all(isinstance(name, str) for name in remembered):
         raise UserError(f"plugins: expected a list of modules and paths, got {short(str(remembered))}")
+    plugins = list(plugins)
+    for name in remembered:
+        if name not in plugins:
+            # Code that the command line does not name is not run unsaid.
+            say(f"{short(str(recipe))} asks for the plugin {short(name)}, which is imported now")
     return resolve(recipe, overrides, load_plugins(list(dict.fromkeys([*remembered, *plugins]))), say)
 
 

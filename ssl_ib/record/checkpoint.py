@@ -68,12 +68,13 @@ def _alias(file: Path, name: Path) -> None:
 def not_numbers(state: dict[str, Any]) -> list[str]:
     """Names of a checkpoint's tensors, of the parts and of the optimiser, that have a NaN in them.
 
-    Infinite numbers are let pass: a buffer may begin with one.
+    Infinite numbers are let pass, as a buffer may begin with one, and so is a lone number that is NaN: a statistic that
+    is not known yet.
     """
     tensors = dict(state["parts"])
     for number, kept in state["optimizer"].get("state", {}).items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in kept.items()}
-    floating = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    floating = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and v.ndim and v.is_floating_point()}
     return [name for name, tensor in floating.items() if tensor.isnan().any()]
 
 

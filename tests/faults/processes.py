@@ -61,6 +61,8 @@ class Running:
 
 def _run(out: Path, arguments: tuple[str, ...], pause: str, log: Path, stdout: str | None) -> None:
     os.environ["SSL_IB_TEST_PAUSE"] = pause
+    # The tests may have been started with it ignored, as `nohup` does.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # As in the tests' own process: with other threads sums are rounded otherwise.
     torch.set_num_threads(1)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -179,3 +179,15 @@ def test_the_import_of_a_plugin_has_an_end(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(plugins, "SECONDS", 0.2)
     (tmp_path / "endless.py").write_text("while True:\n    pass\n")
     assert "its import has not ended after 0.2 seconds (" in refused("mrcl_digits", "--plugin", "endless.py")
+
+
+def test_a_part_that_ends_the_process_is_no_finished_run(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    MASKERS.names()
+    monkeypatch.setattr(MASKERS, "_entries", dict(MASKERS._entries))
+    (tmp_path / "leaves.py").write_text(
+        "import sys\nfrom ssl_ib import register_masker\n@register_masker('leaves')\nclass Leaves:\n"
+        "    def __call__(self, keys, grid):\n        sys.exit(0)\n"
+    )
+    said = refused("mrcl_digits", "--plugin", "leaves.py", "masker=leaves", "--dry-run")
+    assert "sys.exit(0) in the middle of the work (" in said and "leaves.py:6)" in said

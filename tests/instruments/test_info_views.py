@@ -121,5 +121,5 @@ def test_what_is_refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert said in error and error.startswith("ssl-ib-info: ") and "Traceback" not in error
     (good / "views.scale_0.4" / "seed_0" / "results.json").write_text("{")
-    assert views(good) == 2 and "cannot be read" in capsys.readouterr().err
+    assert views(good) == 2 and "results.json is damaged" in capsys.readouterr().err
     assert CONFIG["criterion"]["temperature"] == 0.2
