@@ -5,7 +5,6 @@ Shapes: B images a batch, n images in all, H x W pixels, h x w of the view that 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -36,8 +35,6 @@ from .run import Run
 from .types import Sample
 
 TIMM = "timm:"
-_logger = logging.getLogger(__name__)
-
 #: Where a run's views are among a checkpoint's parts.
 _VIEWS = "task.views."
 #: What `Backbone.tokens` gives.
@@ -277,9 +274,7 @@ def _rebuilt(
         views = Crops([Augment(how["size"], interpolation=how["interpolation"])], how["crop_ratio"])
         max_side = how["max_side"]
     elif config is not None:
-        for name in config.get("plugins") or []:
-            _logger.warning("the run asks for the plugin %r, which is imported now", name)
-        load_plugins(config.get("plugins") or [])
+        load_plugins(config.get("plugins") or [], "the run")
         # As in a run that is resumed, whose views have in the checkpoint what they took from elsewhere at first.
         views, max_side = build_part("views", config["views"], resumed=True).part, config["source"].get("max_side")
         if views.state_dict():

@@ -288,11 +288,8 @@ def configure(
     if not isinstance(remembered, list) or not all(isinstance(name, str) for name in remembered):
         raise UserError(f"plugins: expected a list of modules and paths, got {short(str(remembered))}")
     plugins = list(plugins)
-    for name in remembered:
-        if name not in plugins:
-            # Code that the command line does not name is not run unsaid.
-            say(f"{short(str(recipe))} asks for the plugin {short(name)}, which is imported now")
-    return resolve(recipe, overrides, load_plugins(list(dict.fromkeys([*remembered, *plugins]))), say)
+    names = list(dict.fromkeys([*remembered, *plugins]))
+    return resolve(recipe, overrides, load_plugins(names, short(str(recipe)), plugins, say), say)
 
 
 def resolve(

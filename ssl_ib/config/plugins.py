@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
 from ..errors import UserError
-from .outside import user_path
+from .outside import short, user_path
+
+_logger = logging.getLogger(__name__)
 
 GROUP = "ssl_ib.plugins"
 #: How long the import of one plugin may take.
 SECONDS = 300.0
 
 
-def load_plugins(names: list[str]) -> list[str]:
+def load_plugins(
+    names: list[str], asking: str = "", given: Collection[str] = (), say: Callable[[str], None] = _logger.warning
+) -> list[str]:
     """Imports the named plugins and those installed under the entry-point group, which registers their parts.
+
+    asking: the recipe or run that names them, in words, where it is not the user; then those that are not among the
+    user's own, `given`, are told to `say` before any is imported: no code of somebody else's runs unsaid.
 
     Returns the names to remember: paths are made absolute. Raises UserError where one is missing or fails.
     """
+    for name in names if asking else ():
+        if name not in given:
+            say(f"{asking} asks for the plugin {short(name)}, which is imported now")
     for entry in entry_points(group=GROUP):
         _guarded(entry.load, f"entry point {entry.name}")
     return [_load(name) for name in names]

@@ -96,7 +96,7 @@ def evaluate(
 
 def _source_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """The source that a run of this configuration is evaluated on: that of `eval.source`, else its own."""
-    load_plugins(config.get("plugins") or [])
+    load_plugins(config.get("plugins") or [], "the run")
     return (config.get("eval") or {}).get("source") or config.get("source")
 
 

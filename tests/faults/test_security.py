@@ -87,3 +87,9 @@ def test_a_recipes_plugin_is_named_before_it_is_imported(tmp_path, capsys):
     assert main([str(tmp_path / "mine.yaml"), "--print-config"]) == 0
     said = capsys.readouterr()
     assert "asks for the plugin" in said.err or said.out.index("asks for the plugin") < said.out.index("imported\n")
+
+
+def test_a_runs_plugin_is_named_by_what_evaluates_it(tmp_path, caplog):
+    """The run of the tests' own recipe, which needs one."""
+    assert evaluation.main(["knn", str(finished()), "--out", str(tmp_path / "evals"), "--dry-run"]) == 0
+    assert "the run asks for the plugin" in caplog.text
