@@ -55,19 +55,19 @@ def image_files(root: Path, left_out: list[str] | None = None) -> Iterator[str]:
     Raises UserError where a folder cannot be read: what is in it would be missing without a word.
     """
     above = root.resolve()
-    seen = {_identity(folder) for folder in above.parents}
+    seen = {identity(folder) for folder in above.parents}
     folders, links = [""], []
     while folders or links:
         # Links last, so that what they lead to has been read by its own path.
         linked = not folders
         below = links.pop() if linked else folders.pop()
         try:
-            identity = _identity(root / below)
-            if identity in seen:
+            here = identity(root / below)
+            if here in seen:
                 if left_out is not None:
                     left_out.append(below)
                 continue
-            seen.add(identity)
+            seen.add(here)
             with os.scandir(root / below) as entries:
                 found = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
@@ -87,7 +87,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def identity(folder: Path) -> tuple[int, int]:
+    """What tells a folder from any other, whatever the path to it. Raises OSError where it cannot be looked at."""
     found = folder.stat()
     return found.st_dev, found.st_ino
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.decode import ENDINGS, is_image
+from ..data.decode import ENDINGS, identity, is_image
 from ..data.sources import layout
 from ..errors import UserError
 
@@ -51,12 +51,12 @@ def walk(root: Path, below: str = "", above: tuple[tuple[int, int], ...] = ()) -
 
     above: what identifies the folders that lead here. A link to one of them would never end, and is passed over.
     """
-    here = (root / below).stat()
+    here = identity(root / below)
     if not below:
-        above = tuple((found.st_dev, found.st_ino) for found in (folder.stat() for folder in root.resolve().parents))
-    if (here.st_dev, here.st_ino) in above:
+        above = tuple(map(identity, root.resolve().parents))
+    if here in above:
         return
-    above = (*above, (here.st_dev, here.st_ino))
+    above = (*above, here)
     with os.scandir(root / below) as entries:
         found = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
     for name in sorted(found):

@@ -22,7 +22,11 @@ def rankme(features: Tensor) -> float:
     """
     if not features.isfinite().all():
         return float("nan")
-    spectrum = torch.linalg.svdvals(features.double())
+    return _effective_rank(torch.linalg.svdvals(features.double()))
+
+
+def _effective_rank(spectrum: Tensor) -> float:
+    """exp of the entropy of a spectrum [D], not negative, normalised to sum to 1; 1 where all of it is 0."""
     total = spectrum.sum()
     if total == 0:
         return 1.0
@@ -93,8 +97,5 @@ def lidar(views: Tensor, delta: float = 1e-4) -> float:
     between = means.T.cov().view(d, d) - within / q
     root = torch.linalg.cholesky(within + delta * torch.eye(d, dtype=views.dtype, device=views.device))
     half = torch.linalg.solve_triangular(root, between, upper=False)
-    spectrum = torch.linalg.eigvalsh(torch.linalg.solve_triangular(root, half.T, upper=False)).clamp_min(0)
-    total = spectrum.sum()
-    if total == 0:
-        return 1.0
-    return torch.special.entr(spectrum / total).sum().exp().item()
+    spectrum = torch.linalg.eigvalsh(torch.linalg.solve_triangular(root, half.T, upper=False))
+    return _effective_rank(spectrum.clamp_min(0))

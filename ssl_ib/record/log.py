@@ -88,7 +88,7 @@ class RunLog:
                 if number == len(lines):
                     break
                 raise UserError(f"{self._path}, line {number}: expected a JSON object, got {line[:80]!r}") from None
-            rows.append({k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()})
+            rows.append(with_numbers(row))
         return rows
 
     def sync(self) -> None:
@@ -133,6 +133,18 @@ class RunLog:
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         replace(self._path, "".join(map(_line, rows)))
+
+
+def with_numbers(data: dict[str, Any]) -> dict[str, Any]:
+    """What JSON has, and the mappings in it, with the strings that stand for numbers that are not finite as these."""
+    return {
+        key: with_numbers(value)
+        if isinstance(value, dict)
+        else NON_FINITE.get(value, value)
+        if isinstance(value, str)
+        else value
+        for key, value in data.items()
+    }
 
 
 def _line(row: dict[str, Any]) -> str:

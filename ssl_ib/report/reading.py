@@ -16,7 +16,7 @@ import numpy as np
 from ..config.outside import NotYaml, parse_yaml
 from ..errors import UserError
 from ..record.about import ABOUT
-from ..record.log import NON_FINITE
+from ..record.log import NON_FINITE, with_numbers
 from ..run import FIRST
 
 #: What a folder has one of, if it holds a run.
@@ -116,19 +116,7 @@ def _data(run: RunData, file: str, parse: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         run.problems.append(f"{file} could not be read.")
         return {}
-    return _numbers(found)
-
-
-def _numbers(data: dict[str, Any]) -> dict[str, Any]:
-    """The strings that stand for numbers that are not finite, as these."""
-    return {
-        key: _numbers(value)
-        if isinstance(value, dict)
-        else NON_FINITE.get(value, value)
-        if isinstance(value, str)
-        else value
-        for key, value in data.items()
-    }
+    return with_numbers(found)
 
 
 def _lines(run: RunData, file: str) -> Iterator[dict[str, Any]]:
@@ -161,7 +149,7 @@ def _metrics(run: RunData) -> None:
         if not (is_number(row.get("step")) and is_number(row.get("epoch"))):
             continue
         if "loss" not in row:
-            run.evaluations.append(_numbers(row))
+            run.evaluations.append(with_numbers(row))
             continue
         for key, value in row.items():
             kind = value.__class__

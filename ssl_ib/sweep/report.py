@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config.outside import read_bytes
 from ..errors import UserError
-from ..record.log import NON_FINITE
+from ..record.log import with_numbers
 from ..run import FIRST
 from .points import CASE, Axis, Point, Run
 
@@ -81,17 +81,12 @@ def read_metrics(folder: Path) -> tuple[dict[str, float], list[str]]:
     results = _object(folder / "results.json")
     found = _last_rows(folder / "metrics.jsonl")
     for name in (*FIRST, "raw_pixels", "chance"):
-        found |= {f"{name}/{key}": value for key, value in _numbers(_part(results, name, folder)).items()}
-    trained = _numbers(_part(results, "trained", folder))
+        found |= {f"{name}/{key}": value for key, value in _part(results, name, folder).items()}
+    trained = _part(results, "trained", folder)
     seconds = results.get("seconds")
     if not isinstance(seconds, int | float) or not isinstance(results.get("step"), int):
         raise UserError(f"{folder / 'results.json'} is damaged: it has no seconds or no step")
     return {**found, **trained, "seconds": seconds, "minutes": seconds / 60, "step": results["step"]}, list(trained)
-
-
-def _numbers(data: dict) -> dict:
-    """The strings that stand for numbers that are not finite, as these."""
-    return {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in data.items()}
 
 
 def _object(path: Path, text: bytes | None = None) -> dict[str, Any]:
@@ -103,7 +98,7 @@ def _object(path: Path, text: bytes | None = None) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {reason}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: expected an object, got {type(found).__name__}")
-    return _numbers(found)
+    return with_numbers(found)
 
 
 def _part(results: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:

@@ -162,11 +162,16 @@ PLUGINS = {
 }
 
 
-@pytest.mark.parametrize("case", PLUGINS)
-def test_a_plugin(refused, tmp_path, monkeypatch, case):
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+@pytest.fixture
+def own_maskers(monkeypatch):
+    """What a test registers is forgotten after it."""
     MASKERS.names()  # So that all built-in ones are there.
     monkeypatch.setattr(MASKERS, "_entries", dict(MASKERS._entries))
+
+
+@pytest.mark.parametrize("case", PLUGINS)
+def test_a_plugin(refused, tmp_path, own_maskers, monkeypatch, case):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     code, says = PLUGINS[case]
     name = "bad_input_" + case.replace(" ", "_").replace(".", "_").replace("-", "_")
     (tmp_path / f"{name}.py").write_text(code.replace("{name}", name))
@@ -181,10 +186,8 @@ def test_the_import_of_a_plugin_has_an_end(refused, tmp_path, monkeypatch):
     assert "its import has not ended after 0.2 seconds (" in refused("mrcl_digits", "--plugin", "endless.py")
 
 
-def test_a_part_that_ends_the_process_is_no_finished_run(refused, tmp_path, monkeypatch):
+def test_a_part_that_ends_the_process_is_no_finished_run(refused, tmp_path, own_maskers, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    MASKERS.names()
-    monkeypatch.setattr(MASKERS, "_entries", dict(MASKERS._entries))
     (tmp_path / "leaves.py").write_text(
         "import sys\nfrom ssl_ib import register_masker\n@register_masker('leaves')\nclass Leaves:\n"
         "    def __call__(self, keys, grid):\n        sys.exit(0)\n"

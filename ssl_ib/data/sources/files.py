@@ -198,13 +198,10 @@ class FileSource(Source):
     def _images(self, split: Split) -> ImageSet:
         assert self._files is not None and self._layout is not None
         read, classes = self._files.read, self._layout.classes
-        held = hold(read, split, classes, self.max_side, self.memory_gb * 1e9, self.max_unreadable)
-        if held is not None:
-            held.file_size = self._files.sizer()
-            return held
-        log.info(
-            "%s: %d images stream, as they take more than %g GB decoded", self.path, len(split.names), self.memory_gb
-        )
-        streamed = Streamed(read, split.names, split.labels, classes, self.max_side, self.max_unreadable)
-        streamed.file_size = self._files.sizer()
-        return streamed
+        images: ImageSet | None = hold(read, split, classes, self.max_side, self.memory_gb * 1e9, self.max_unreadable)
+        if images is None:
+            count = len(split.names)
+            log.info("%s: %d images stream, as they take more than %g GB decoded", self.path, count, self.memory_gb)
+            images = Streamed(read, split.names, split.labels, classes, self.max_side, self.max_unreadable)
+        images.file_size = self._files.sizer()
+        return images
