@@ -126,6 +126,7 @@ setup(
             "ssl-ib-eval = ssl_ib.cli.eval:main",
             "ssl-ib-info = ssl_ib.cli.info:main",
             "ssl-ib-report = ssl_ib.cli.report:main",
+            "ssl-ib-data = ssl_ib.cli.data:main",
         ]
     },
     **cuda_extension(),

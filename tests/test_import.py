@@ -40,7 +40,7 @@ def test_ops_need_torch_and_triton_alone():
     assert {"ssl_ib", "ssl_ib_kernels", "torch"} <= loaded and not loaded & (HEAVY | {"annotated_types"})
 
 
-@pytest.mark.parametrize("command", ["train", "sweep", "bench", "embed", "export", "eval", "info", "report"])
+@pytest.mark.parametrize("command", ["train", "sweep", "bench", "embed", "export", "eval", "info", "report", "data"])
 def test_help_needs_no_torch(command):
     loaded = modules_after(
         f"import contextlib, io\nfrom ssl_ib.cli import {command}\n"
