@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import contract, distributed, optim, random
 from .data.loader import Loader, ordered
+from .data.transfer import on_device
 from .errors import UserError
 from .evals.online import Online
 from .part import Context, Step, detached, parts
@@ -73,6 +74,7 @@ class Trainer:
             distributed.rank(),
             distributed.world_size(),
             config.worker_timeout,
+            pin_memory=run.device.type == "cuda",
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, DRY_STEPS) if self.dry else self.total_steps
@@ -163,19 +165,21 @@ class Trainer:
             self._seed()
             self._set_schedules()
             self._hook("on_epoch_start")
+        batches = self.loader.epoch(self.epoch, start)
         began = time.perf_counter()
-        for sample in self.loader.epoch(self.epoch, start):
-            waiting = time.perf_counter() - began
-            row = self.train_step(sample.to(self.run.device))
-            seconds = time.perf_counter() - began
-            terminal.update(self.step, self.epoch + 1, row["loss"], seconds, waiting)
-            if self.step % self.log_every == 0 or self.step == self.last_step:
-                self._write({**row, "images_per_s": terminal.images / seconds, "data_share": waiting / seconds})
-            if self.step == self.last_step:
-                break
-            if self.step % self.loader.steps_per_epoch:
-                self._checkpoint(self._due())
-            began = time.perf_counter()
+        with closing(on_device(batches, self.run.device, in_thread=not self.loader.has_workers)) as samples:
+            for sample in samples:
+                waiting = time.perf_counter() - began
+                row = self.train_step(sample)
+                seconds = time.perf_counter() - began
+                terminal.update(self.step, self.epoch + 1, row["loss"], seconds, waiting)
+                if self.step % self.log_every == 0 or self.step == self.last_step:
+                    self._write({**row, "images_per_s": terminal.images / seconds, "data_share": waiting / seconds})
+                if self.step == self.last_step:
+                    break
+                if self.step % self.loader.steps_per_epoch:
+                    self._checkpoint(self._due())
+                began = time.perf_counter()
         # A checkpoint of the epoch's last step holds what these have done.
         self._hook("on_epoch_end")
         done, checkpoints = self.epoch + 1, self.config.checkpoint

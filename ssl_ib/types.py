@@ -48,6 +48,11 @@ class Sample:
         )
         return Sample(images, self.index, label, extra, factors)
 
+    def pin_memory(self) -> Sample:
+        """The same sample in memory from which a GPU copies while the program goes on."""
+        extra, factors = ({k: v.pin_memory() for k, v in named.items()} for named in (self.extra, self.factors))
+        return Sample(self.images.pin_memory(), self.index, self.label.pin_memory(), extra, factors)
+
     def __getitem__(self, rows: slice) -> Sample:
         """The sample's rows `rows`: a micro-batch."""
         extra, factors = ({k: v[rows] for k, v in named.items()} for named in (self.extra, self.factors))

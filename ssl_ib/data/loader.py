@@ -56,6 +56,8 @@ class Loader:
     incomplete global batch is dropped. Images held in memory are indexed; streamed ones are decoded in `workers`
     processes, or in threads of this one where that is 0. Raises UserError where the set is smaller than one batch, and,
     from an epoch, where no batch comes for `timeout` seconds.
+
+    pin_memory: have what the worker processes fetch put where a GPU copies from.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         timeout: float = 600.0,
+        pin_memory: bool = False,
     ):
         assert batch_size >= 1 and 0 <= rank < world_size
         self.images, self.batch_size, self.seed = images, batch_size, seed
@@ -91,9 +94,15 @@ class Loader:
                 worker_init_fn=_leave_interrupts_to_the_run,
                 persistent_workers=True,
                 timeout=timeout,
+                pin_memory=pin_memory,
                 # Its own, so that the workers' seeds, of which nothing here makes use, draw nothing from the run's.
                 generator=torch.Generator(),
             )
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether other processes fetch the batches, before they are asked for."""
+        return self._fetched is not None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Sample]:
         """The batches of an epoch from `start_step` on, which are those an uninterrupted epoch would have gone on with.
