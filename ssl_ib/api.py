@@ -18,10 +18,12 @@ from .config.config import Config, configure
 from .data.sources.layout import label_lines
 from .device import choose_device
 from .errors import UserError
+from .flops import peak
 from .initialise import initialise
 from .pretrained import Backbone
 from .record import artifacts, folder
 from .record.about import peak_memory, write_about
+from .record.profile import Profile
 from .record.signals import Stopped
 from .record.terminal import say
 from .report.write import report_of_run
@@ -142,6 +144,7 @@ def pretrain(
     auto_resume: bool = False,
     dry: bool = False,
     accept_changed_images: bool = False,
+    profile: int | None = None,
     started: Callable[[Trainer], None] | None = None,
 ) -> tuple[Trainer, list[str]]:
     """Trains a resolved configuration to its end, for `train` and for the command.
@@ -149,6 +152,7 @@ def pretrain(
     out:     the run's folder; None: nothing is written.
     accept_changed_images: resume though names, sizes or labels of the training images are others than before.
     dry:     cut down to two small steps and one evaluation.
+    profile: watch so many steps, and write where their time goes into the folder.
     started: called in the main process when all was found right and the folder is the run's, before the first step.
 
     Returns the trainer and the closing lines, which only the main process of a run with a folder has. Raises UserError
@@ -191,6 +195,9 @@ def pretrain(
                 artifacts.write_environment(out, device)
                 write_about(out, trainer.run, trainer.example)
                 artifacts.record_bad_images(out, bad)
+            if profile is not None and main and out:
+                most = peak(device, config.precision)
+                trainer.profile = Profile(profile, trainer.run.batch_size, trainer.flops, most, device, out / "profile")
             trainer.fit()
             bad = trainer.bad_images
             if not (main and out):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .config.registry import REGISTRIES, place
 from .errors import UserError
-from .part import Criterion, Model, Part, Task, parts
+from .flops import FlopCount
+from .part import Criterion, Model, Part, Task, detached, parts
 from .types import Batch, Loss, Masks, Progress, Sample
 
 KINDS = {"task": Task, "model": Model, "criterion": Criterion}
@@ -66,7 +67,6 @@ def checked_masks(masker: Any, keys: Tensor, grid: tuple[int, int]) -> Masks:
     return masks
 
 
-@torch.no_grad()
 def check_step(
     task: Task,
     model: Model,
@@ -75,14 +75,15 @@ def check_step(
     plain: Tensor,
     progress: Progress,
     num_global: int | None,
-) -> Loss:
-    """Asks for one loss and one representation, without gradient, and returns the loss. Raises UserError where a part,
-    or one inside it, answers what it should not.
+) -> tuple[Loss, float]:
+    """Asks for one loss and one representation. Raises UserError where a part, or one inside it, answers what it should
+    not. Returns the loss without its graph, and the floating-point operations of model and loss, backward too.
 
     plain:      a few images as they are evaluated (`Views.center`).
     num_global: how many views a teacher sees, whose outputs may be of these alone; None for all.
     """
-    features = model.encode(plain)
+    with torch.no_grad():
+        features = model.encode(plain)
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(plain):
         raise UserError(
             f"{_name(model, 'encode')}: expected one vector an image, [{len(plain)}, D], got {_shape(features)}"
@@ -98,7 +99,9 @@ def check_step(
         elif isinstance(part, Criterion):
             handles.append(part.register_forward_hook(lambda part, _, answer: _check_loss(part, answer)))
     try:
-        return criterion(model(batch), batch, progress)
+        with FlopCount() as flops:
+            loss = criterion(model(batch), batch, progress)
+        return Loss(loss.total.detach(), detached(loss.terms), detached(loss.weights)), flops.total
     finally:
         for handle in handles:
             handle.remove()

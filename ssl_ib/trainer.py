@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from .data.loader import Loader, ordered
 from .data.transfer import on_device
 from .errors import UserError
 from .evals.online import Online
+from .flops import peak
 from .part import Context, Step, detached, parts
 from .record import checkpoint, ledger
 from .record.backbone import in_checkpoint
 from .record.lock import Lock
 from .record.log import RunLog
+from .record.profile import Profile
 from .record.signals import Stopped, StopRequest
 from .record.terminal import Terminal, say
 from .run import DRY_IMAGES, FIRST, Run
@@ -46,6 +48,8 @@ class Trainer:
     or too many of them cannot be read.
 
     example: a loss of the run before it is trained, which tells its terms.
+    flops:   floating-point operations that model and loss need for a step of this process.
+    profile: watches where the time of a step goes, where it is given before `fit`.
     results: evaluations that the run is judged by: `untrained` (`initial` where it starts from given weights),
         `raw_pixels`, `trained` and `chance`, each metrics by name.
     """
@@ -85,14 +89,17 @@ class Trainer:
         self._key = random.fold(random.fold(torch.tensor(config.seed), distributed.rank()), _DRAWS)
         self.step = self.epoch = 0
         self.lr = 0.0
-        self.example = self._check()
+        self.example, flops = self._check()
+        self.flops = flops * config.accumulate
+        self._peak = peak(run.device, config.precision)
         if config.compile:
             run.model.compile()
         self.results: dict[str, dict[str, float]] = {}
         self.first = run.first_evaluation
         self.stop = StopRequest()
+        self.profile: Profile | None = None
 
-    def _check(self) -> Loss:
+    def _check(self) -> tuple[Loss, float]:
         """Asks each part once, so that what one of them answers wrongly is said before anything is written."""
         run, size = self.run, self.run.batch_size // self.config.accumulate
         sample = next(ordered(self.images, size, size)).to(run.device)
@@ -151,8 +158,9 @@ class Trainer:
             if self.first not in self.results and not self.dry:
                 self._evaluate(self.first)
                 self.save()
-            while self.step < self.last_step:
-                self._epoch(terminal)
+            with self.profile or nullcontext():
+                while self.step < self.last_step:
+                    self._epoch(terminal)
             if "trained" not in self.results:
                 self._evaluate("trained")
                 self.save()
@@ -168,13 +176,15 @@ class Trainer:
         batches = self.loader.epoch(self.epoch, start)
         began = time.perf_counter()
         with closing(on_device(batches, self.run.device, in_thread=not self.loader.has_workers)) as samples:
-            for sample in samples:
+            for sample in samples if self.profile is None else self.profile.waiting_for(samples):
                 waiting = time.perf_counter() - began
                 row = self.train_step(sample)
                 seconds = time.perf_counter() - began
                 terminal.update(self.step, self.epoch + 1, row["loss"], seconds, waiting)
                 if self.step % self.log_every == 0 or self.step == self.last_step:
-                    self._write({**row, "images_per_s": terminal.images / seconds, "data_share": waiting / seconds})
+                    self._write({**row, **self._speeds(terminal.images, seconds, waiting)})
+                if self.profile is not None:
+                    self.profile.step()
                 if self.step == self.last_step:
                     break
                 if self.step % self.loader.steps_per_epoch:
@@ -202,23 +212,28 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         progress, sums = self.progress(), {}
         for i in range(count):
-            batch = run.task.prepare(sample[i * size : (i + 1) * size], progress)
+            with self._phase("views"):
+                batch = run.task.prepare(sample[i * size : (i + 1) * size], progress)
             with self._sync(last=i == count - 1):
-                with self.online.autocast():
+                with self._phase("forward"), self.online.autocast():
                     outputs, loss = self.step_module(batch, progress)
-                (loss.total / count).backward()
+                with self._phase("backward"):
+                    (loss.total / count).backward()
             for key, value in _scalars(loss, run.device).items():
                 sums[key] = sums.get(key, 0.0) + value / count
             self._hook("after_forward", detached(outputs), batch, detached(loss.terms))
         self._hook("before_step")
-        sums["gradient_norm"] = optim.clip_gradients(
-            self.optimizer, self.config.optim.clip, self.config.optim.clip_mode
-        ).double()
+        with self._phase("optimiser"):
+            sums["gradient_norm"] = optim.clip_gradients(
+                self.optimizer, self.config.optim.clip, self.config.optim.clip_mode
+            ).double()
         # The step's only wait for the device. One bad process makes the mean bad, so all of them stop together.
-        means = distributed.all_reduce_mean(torch.stack(list(sums.values()))).tolist()
+        with self._phase("waiting"):
+            means = distributed.all_reduce_mean(torch.stack(list(sums.values()))).tolist()
         row = {**dict(zip(sums, means, strict=True)), "lr": self.lr}
         self._check_finite(row, sample)
-        self.optimizer.step()
+        with self._phase("optimiser"):
+            self.optimizer.step()
         self.step += 1
         self._hook("after_step")
         return row
@@ -234,9 +249,13 @@ class Trainer:
 
     def _hook(self, name: str, *arguments: Any) -> None:
         context = self.context()
-        with torch.no_grad():
+        with torch.no_grad(), self._phase("hooks"):
             for part in self.parts:
                 getattr(part, name)(*arguments, context)
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        """What a step is doing, for the profile."""
+        return nullcontext() if self.profile is None else self.profile.phase(name)
 
     def _seed(self) -> None:
         """Makes what a model or a hook draws for itself (dropout, drop path) a function of the step and the process.
@@ -257,6 +276,11 @@ class Trainer:
     def _terminal(self) -> Terminal:
         images = self.run.batch_size * distributed.world_size()
         return Terminal(self.step, self.last_step, self.config.epochs, images, self.main)
+
+    def _speeds(self, images: int, seconds: float, waiting: float) -> dict[str, float]:
+        """How fast a step was; `mfu` is the share of the device's products that the model used, where that is known."""
+        used = {} if self._peak is None else {"mfu": self.flops / seconds / self._peak}
+        return {"images_per_s": images / seconds, "data_share": waiting / seconds, **used}
 
     def _write(self, row: dict[str, float]) -> None:
         with distributed.together():

@@ -64,6 +64,14 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --resume: go on though the training images have other names, sizes or labels than before",
     )
+    p.add_argument(
+        "--profile",
+        nargs="?",
+        type=int,
+        const=10,
+        metavar="STEPS",
+        help="watch so many steps (default 10) and write where their time goes to DIR/profile: a table and a trace",
+    )
     p.add_argument("--dry-run", action="store_true", help="build all, run two small steps and one evaluation, no files")
     p.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     p.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N")
@@ -83,6 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if arguments is None:
         end_at_interrupts("ssl-ib-train")
+    # What torch's profiler has to say of GPUs that are not there; it reads this when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     options = parser().parse_intermixed_args(arguments)
     return exit_code("ssl-ib-train", lambda: _main(options))
 
@@ -102,6 +112,9 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError(f"expected RECIPE first, got {options.recipe!r}")
     if options.accept_changed_images and not (options.resume or options.auto_resume):
         raise UserError("--accept-changed-images is for --resume, which compares the images with those of before")
+    if options.profile is not None and (options.profile < 1 or options.dry_run):
+        asked = "a number of steps above 0" if options.profile < 1 else "a real run, not --dry-run"
+        raise UserError(f"--profile takes {asked}")
     config = configuration(options)
     if options.print_config:
         print(config.yaml(), end="")
@@ -141,6 +154,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
             accept_changed_images=options.accept_changed_images,
             auto_resume=options.auto_resume,
             dry=options.dry_run,
+            profile=options.profile,
             started=lambda trainer: print(_heading(trainer, out), flush=True),
         )
         if options.dry_run:
