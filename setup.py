@@ -127,6 +127,7 @@ setup(
             "ssl-ib-info = ssl_ib.cli.info:main",
             "ssl-ib-report = ssl_ib.cli.report:main",
             "ssl-ib-data = ssl_ib.cli.data:main",
+            "ssl-ib-doctor = ssl_ib.cli.doctor:main",
         ]
     },
     **cuda_extension(),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from harness import without_files
 
-from ssl_ib.cli import data, embed, export, info, report, sweep, train
+from ssl_ib.cli import data, doctor, embed, export, info, report, sweep, train
 from ssl_ib.cli import eval as evaluation
 from ssl_ib.config.config import configure
 from ssl_ib.config.settings import settings
@@ -22,6 +22,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 #: Commands whose arguments are checked, and nothing else of them.
 PARSED = {
     "ssl-ib-data": data.parser,
+    "ssl-ib-doctor": doctor.parser,
     "ssl-ib-embed": embed.parser,
     "ssl-ib-export": export.parser,
     "ssl-ib-info": info.parser,
@@ -109,7 +110,7 @@ def resolved(words: list[str]) -> list:
 def test_no_command_is_left_out():
     """All that a line of a page begins with, but for the README's first, which pip precedes."""
     lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
-    ours = "train|sweep|eval|embed|export|info|report|data"
+    ours = "train|sweep|eval|embed|export|info|report|data|doctor"
     begun = [line for line in lines if re.match(rf"\s*(\w+=\S+ )*ssl-ib-({ours}) ", line)]
     begun += [cell for line in lines if line.startswith("| ") for cell in re.findall("`ssl-ib-eval ", line)]
     assert len(begun) == len(COMMANDS) and not any(line.strip() == "\\" for line in lines)

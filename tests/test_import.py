@@ -40,7 +40,7 @@ def test_ops_need_torch_and_triton_alone():
     assert {"ssl_ib", "ssl_ib_kernels", "torch"} <= loaded and not loaded & (HEAVY | {"annotated_types"})
 
 
-@pytest.mark.parametrize("command", ["train", "sweep", "bench", "embed", "export", "eval", "info", "report", "data"])
+@pytest.mark.parametrize("command", "train sweep bench embed export eval info report data doctor".split())
 def test_help_needs_no_torch(command):
     loaded = modules_after(
         f"import contextlib, io\nfrom ssl_ib.cli import {command}\n"
@@ -80,7 +80,7 @@ def test_a_configuration_needs_no_parts():
 #: The rooms of the package, lowest first: a module imports its own room and those before it.
 ROOMS = (
     "errors types random distributed device flops config part contract ops info run data record pretrained initialise "
-    "maskers tasks models criterions evals embed export optim trainer sweep report api bench instruments cli"
+    "maskers tasks models criterions evals embed export optim trainer sweep report api bench instruments doctor cli"
 ).split()
 
 
