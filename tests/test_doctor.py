@@ -74,7 +74,7 @@ def test_gpus(tmp_path, monkeypatch):
 
 def test_a_driver_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr("shutil.which", lambda name, path=None: f"/usr/bin/{name}")
+    monkeypatch.setattr("shutil.which", lambda name, path=None: "/usr/bin/smi" if "smi" in name else None)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in findings(tmp_path)["GPU"].found
     monkeypatch.setattr(torch.version, "cuda", "13.0")
