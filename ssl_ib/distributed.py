@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -228,22 +229,32 @@ def largest(value: int) -> int:
 # Work that is divided
 
 
+@dataclass
+class Largest:
+    """The largest of the processes' numbers, once all of them have come to the end of `together`."""
+
+    value: int = 0
+
+
 @contextmanager
-def together() -> Iterator[None]:
+def together(number: int = 0) -> Iterator[Largest]:
     """What is done inside succeeds in all processes or ends all of them; at its end they wait for one another.
+
+    number: any number of at least 0; what is yielded has the largest of all processes afterwards.
 
     Where it fails, the first process that failed raises its error, and the others raise EndedElsewhere. Inside there
     may be `together`, `shared` and `shared_rows`, where nobody goes on waiting for one that failed before it came
     there, but no other collective.
     """
-    failed = None
+    failed, of_all = None, Largest()
     try:
-        yield
+        yield of_all
     except Exception as error:
         if isinstance(error, EndedElsewhere) or getattr(error, "known_to_all", False):
             raise  # From inside another `together`.
         failed = error
-    first = world_size() - largest(0 if failed is None else world_size() - rank())
+    told = largest_of(torch.tensor([0 if failed is None else world_size() - rank(), number]))
+    first, of_all.value = world_size() - int(told[0]), int(told[1])
     if failed is not None and first == rank():
         failed.known_to_all = True
         raise failed

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import contract, distributed, optim, random
 from .data.loader import Loader, ordered
 from .data.transfer import on_device
-from .errors import UserError
+from .errors import EndedElsewhere, UserError
 from .evals.online import Online
 from .flops import peak
 from .part import Context, Step, detached, parts
@@ -78,7 +78,6 @@ class Trainer:
             distributed.rank(),
             distributed.world_size(),
             config.worker_timeout,
-            pin_memory=run.device.type == "cuda",
         )
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, DRY_STEPS) if self.dry else self.total_steps
@@ -154,7 +153,7 @@ class Trainer:
 
     def fit(self) -> dict[str, dict[str, float]]:
         """Trains to the end and returns the results. Raises Stopped after a signal, UserError on a bad loss."""
-        with self.stop, closing(self._terminal()) as terminal:
+        with self.stop, closing(self._terminal()) as terminal, closing(self.loader):
             if self.first not in self.results and not self.dry:
                 self._evaluate(self.first)
                 self.save()
@@ -169,27 +168,26 @@ class Trainer:
     def _epoch(self, terminal: Terminal) -> None:
         """Trains from where the run stands to the end of the epoch."""
         self.epoch, start = divmod(self.step, self.loader.steps_per_epoch)
-        if start == 0:
-            self._seed()
-            self._set_schedules()
-            self._hook("on_epoch_start")
-        batches = self.loader.epoch(self.epoch, start)
-        began = time.perf_counter()
-        with closing(on_device(batches, self.run.device, in_thread=not self.loader.has_workers)) as samples:
-            for sample in samples if self.profile is None else self.profile.waiting_for(samples):
-                waiting = time.perf_counter() - began
+        with closing(on_device(self.loader.epoch(self.epoch, start), self.run.device)) as batches:
+            sample, waiting, _ = self._next(batches)
+            if start == 0:
+                self._seed()
+                self._set_schedules()
+                self._hook("on_epoch_start")
+            while sample is not None:
+                began = time.perf_counter()
                 row = self.train_step(sample)
-                seconds = time.perf_counter() - began
+                seconds = waiting + time.perf_counter() - began
                 terminal.update(self.step, self.epoch + 1, row["loss"], seconds, waiting)
-                if self.step % self.log_every == 0 or self.step == self.last_step:
-                    self._write({**row, **self._speeds(terminal.images, seconds, waiting)})
                 if self.profile is not None:
                     self.profile.step()
+                logged = self.step % self.log_every == 0 or self.step == self.last_step
+                row |= self._speeds(terminal.images, seconds, waiting)
+                sample, waiting, asked = self._next(batches, row if logged else None)
                 if self.step == self.last_step:
                     break
                 if self.step % self.loader.steps_per_epoch:
-                    self._checkpoint(self._due())
-                began = time.perf_counter()
+                    self._checkpoint(self._due(), asked)
         # A checkpoint of the epoch's last step holds what these have done.
         self._hook("on_epoch_end")
         done, checkpoints = self.epoch + 1, self.config.checkpoint
@@ -197,7 +195,31 @@ class Trainer:
             self._evaluate()
         kept = f"epoch_{done:05d}.pt" if checkpoints.keep and done % checkpoints.keep == 0 else None
         due = done % checkpoints.every_epochs == 0 or self.step == self.last_step or self._due()
-        self._checkpoint(due or kept is not None, kept)
+        self._checkpoint(due or kept is not None, distributed.largest(self.stop.signum), kept)
+
+    def _next(self, batches: Iterator[Sample], row: dict[str, float] | None = None) -> tuple[Sample | None, float, int]:
+        """Writes the row of the step before, and gets the next batch of the epoch, None after its last one.
+
+        With it come the seconds that it took, and the signal by which any process was asked to stop, or 0. Where a
+        process can do either no more, all of them save and end.
+        """
+        began = time.perf_counter()
+        try:
+            with distributed.together(self.stop.signum) as largest:
+                if row is not None:
+                    self._write(row)
+                with self._phase("data"):
+                    sample = next(batches, None)
+                waiting = time.perf_counter() - began
+            return sample, waiting, largest.value
+        except Exception as error:
+            # Between two steps the state is whole, but for what the epoch's end still has to do after its last one.
+            if row is not None and self.step % self.loader.steps_per_epoch == 0:
+                raise
+            self.save()
+            if isinstance(error, UserError) and not isinstance(error, EndedElsewhere) and self.out is not None:
+                raise UserError(f"{error}. Saved at step {self.step}; continue with --resume") from error
+            raise
 
     def train_step(self, sample: Sample) -> dict[str, float]:
         """One optimiser step on one batch, in `accumulate` micro-batches. Returns the row to log.
@@ -283,9 +305,9 @@ class Trainer:
         return {"images_per_s": images / seconds, "data_share": waiting / seconds, **used}
 
     def _write(self, row: dict[str, float]) -> None:
-        with distributed.together():
-            self._check_folder()
-            self.log.write({"step": self.step, "epoch": self.step / self.loader.steps_per_epoch, **row})
+        """Adds a row to the record; to be called inside `distributed.together`, as it may fail in one process."""
+        self._check_folder()
+        self.log.write({"step": self.step, "epoch": self.step / self.loader.steps_per_epoch, **row})
 
     def _evaluate(self, name: str | None = None) -> None:
         """kNN and health now, by all processes; `name` keeps them among the run's results."""
@@ -336,9 +358,11 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         return every is not None and self.step % every == 0
 
-    def _checkpoint(self, due: bool, keep_as: str | None = None) -> None:
-        """Saves where that is due, or where a process was asked to stop; then all of them stop at this step."""
-        asked = distributed.largest(self.stop.signum)
+    def _checkpoint(self, due: bool, asked: int, keep_as: str | None = None) -> None:
+        """Saves where that is due, or where a process was asked to stop; then all of them stop at this step.
+
+        asked: the signal by which any process was asked to, the same in all of them; 0 where none was.
+        """
         saved = self.save(keep_as) if due or asked else None
         if asked:
             raise Stopped(asked, saved, self.step)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from functools import partial
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -19,21 +20,17 @@ AHEAD = 2
 T = TypeVar("T")
 
 
-def on_device(samples: Iterable[Sample], device: torch.device, in_thread: bool) -> Iterator[Sample]:
-    """The samples on `device`, in their order; for a GPU the next two are made and copied meanwhile.
-
-    in_thread: make them in a thread; where False, something else makes them ahead, such as worker processes.
-    """
+def on_device(samples: Iterator[Sample], device: torch.device) -> Iterator[Sample]:
+    """The samples on `device`, in their order; for a GPU the next two are made and copied meanwhile, in a thread."""
     if device.type != "cuda":
         yield from (sample.to(device) for sample in samples)
         return
-    copies = map(partial(_copy, device, torch.cuda.Stream(device)), samples)
-    copied = made_in_thread(copies, AHEAD) if in_thread else made_before(copies, AHEAD)
-    try:
+    # The first one here: it may start processes, which a thread had better not do.
+    first = list(islice(samples, 1))
+    copies = map(partial(_copy, device, torch.cuda.Stream(device)), chain(first, samples))
+    with closing(made_in_thread(copies, AHEAD)) as copied:
         for arrived in copied:
             yield arrived()
-    finally:
-        copied.close()
 
 
 def _copy(device: torch.device, stream: torch.cuda.Stream, sample: Sample) -> Callable[[], Sample]:
@@ -54,16 +51,6 @@ def _copy(device: torch.device, stream: torch.cuda.Stream, sample: Sample) -> Ca
         return there
 
     return arrived
-
-
-def made_before(items: Iterable[T], ahead: int) -> Iterator[T]:
-    """The items; each is given when `ahead` further ones have been made."""
-    made: deque[T] = deque()
-    for item in items:
-        made.append(item)
-        if len(made) > ahead:
-            yield made.popleft()
-    yield from made
 
 
 def made_in_thread(items: Iterable[T], ahead: int) -> Iterator[T]:

@@ -6,10 +6,10 @@ import gzip
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -32,8 +32,6 @@ _MEANING = {
     "other": "log, terminal and checkpoints",
 }
 _OPERATIONS = 15
-
-T = TypeVar("T")
 
 
 class Profile:
@@ -73,16 +71,6 @@ class Profile:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def waiting_for(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; the time until each is there is the phase `data`."""
-        iterator = iter(items)
-        while True:
-            with self.phase("data"):
-                item = next(iterator, None)
-            if item is None:
-                return
-            yield item
 
     def __enter__(self) -> None:
         pass

@@ -150,13 +150,15 @@ def test_ordered_limit_is_spread_over_set_and_classes(limit: int) -> None:
         assert index.min() < 6 and index.max() >= 18
 
 
-def test_workers_outlive_an_interrupt_so_that_the_run_can_end_its_step(folder: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_workers_leave_signals_to_the_run_which_can_end_its_step(folder: Path, signum: signal.Signals, caplog) -> None:
     streamed = Folder(str(folder), memory_gb=1e-9, val_fraction=0.0).train()
     assert not streamed.in_memory
     epoch = Loader(streamed, batch_size=2, seed=0, workers=2).epoch(0)
     # The workers take turns: a batch of each, so that each has begun.
     batches = [next(epoch), next(epoch)]
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signum)
     batches += epoch
+    assert not caplog.records
     assert_same(batches, list(Loader(streamed, batch_size=2, seed=0).epoch(0)))

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ssl_ib.data.transfer import made_before, made_in_thread, on_device
+from ssl_ib.data.transfer import made_in_thread, on_device
 from ssl_ib.types import Sample
 
 
@@ -13,18 +13,10 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("ssl_ib")]
 
 
-@pytest.mark.parametrize("make", [made_before, made_in_thread])
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
-def test_the_same_items_in_the_same_order(make, count):
-    assert list(make(iter(range(count)), 2)) == list(range(count))
+def test_the_same_items_in_the_same_order(count):
+    assert list(made_in_thread(iter(range(count)), 2)) == list(range(count))
     assert not threads()
-
-
-def test_no_more_is_made_than_asked():
-    made = []
-    items = made_before((made.append(i) or i for i in range(9)), 2)
-    assert next(items) == 0 and made == [0, 1, 2]
-    assert next(items) == 1 and made == [0, 1, 2, 3]
 
 
 def test_a_thread_makes_ahead_and_waits():
@@ -60,5 +52,5 @@ def test_an_error_comes_where_its_item_would_have():
 def test_on_a_cpu_nothing_is_made_ahead():
     made = []
     samples = (made.append(i) or Sample.unlabelled(torch.zeros(2, 3, 4, 4)) for i in range(3))
-    next(on_device(samples, torch.device("cpu"), in_thread=True))
+    next(on_device(samples, torch.device("cpu")))
     assert made == [0] and not threads()
