@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 
-from . import distributed, ops, pretrained
-from .config.config import Config, configure
+from . import __version__, distributed, ops, pretrained, sharding
+from .config.config import Config, configure, differences
 from .data.sources.layout import label_lines
 from .device import choose_device
 from .errors import UserError
@@ -31,6 +32,8 @@ from .run import build_run
 from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
+#: Keys that may be others on another machine.
+OF_MACHINES = ("device", "workers", "worker_timeout")
 #: Type checkers do not know its switch.
 _deterministic: Any = torch.utils.deterministic
 
@@ -135,6 +138,24 @@ def _callers_state() -> Iterator[None]:
             _deterministic.fill_uninitialized_memory = filled
 
 
+def _check_alike(config: Config) -> None:
+    """Raises UserError where a process has another configuration than the main one, or other code, and says what."""
+    code = hashlib.sha256()
+    files = [*Path(__file__).parent.rglob("*.py"), *(Path(name) for name in config.plugins if Path(name).is_file())]
+    for file in sorted(files):
+        code.update(file.read_bytes())
+    mine = {key: value for key, value in config.plain().items() if key not in OF_MACHINES}
+    mine["code of ssl_ib and plugins"] = f"{__version__}, {code.hexdigest()[:12]}"
+    mine["torch"] = torch.__version__
+    mains = distributed.from_main(mine)
+    with distributed.together():
+        if changed := differences(mains, mine):
+            raise UserError(
+                f"process {distributed.rank()} does not run what process 0 runs, and here each has its share of one run: "
+                f"{'; '.join(changed)}. Start all of them with the same command, in the same version"
+            )
+
+
 def pretrain(
     config: Config,
     out: Path | None,
@@ -160,7 +181,7 @@ def pretrain(
     leaving them (`distributed.shutdown`) is for the caller.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.parallel == "none":
-        raise UserError("several processes were started; say how they share the work: parallel=ddp")
+        raise UserError("several processes were started; say how they share the work: parallel=ddp, fsdp or hybrid")
     device = choose_device(config.device)
     if device.type == "cuda" and config.deterministic:
         # Deterministic matrix products need this before the first of them (cuBLAS, "Results reproducibility").
@@ -168,6 +189,8 @@ def pretrain(
         torch.use_deterministic_algorithms(True, warn_only=True)
         _deterministic.fill_uninitialized_memory = False
     distributed.initialise(device)
+    _check_alike(config)
+    mesh = sharding.mesh(config.parallel, device)
     # The folder stays locked as long as `held`.
     with ExitStack() as held:
         # Every process finds its arguments right and looks at the folder before one of them changes it.
@@ -180,7 +203,7 @@ def pretrain(
             if state is None:
                 # A run that is resumed has all its weights from the checkpoint.
                 run.start = initialise(run) or ""
-            trainer = Trainer(run, out, lock)
+            trainer = Trainer(run, out, lock, mesh)
         main = distributed.is_main()
         with distributed.together():
             if out and state is None and main:
@@ -200,13 +223,15 @@ def pretrain(
                 trainer.profile = Profile(profile, trainer.run.batch_size, trainer.flops, most, device, out / "profile")
             trainer.fit()
             bad = trainer.bad_images
-            if not (main and out):
-                return trainer, []
-            artifacts.record_bad_images(out, bad)
             if lock is not None:
                 lock.check()
-            rows, results = trainer.log.rows(), trainer.record()
-            write_about(out, trainer.run, trainer.example, peak_memory(device))
-            lines = artifacts.finish(out, trainer.run, rows, results, trainer.online.evaluating)
-            report_of_run(out)
+            results = trainer.record()
+            with trainer.gathered():
+                if main and out:
+                    artifacts.record_bad_images(out, bad)
+                    write_about(out, trainer.run, trainer.example, peak_memory(device))
+                    artifacts.draw(out, trainer.run, trainer.log.rows(), results, trainer.online.evaluating)
+            lines = artifacts.finish(out, trainer.run, results) if out else []
+            if main and out:
+                report_of_run(out)
             return trainer, lines

@@ -34,6 +34,9 @@ A = TypeVar("A")
 #: How long a process may wait for another. Where that one is dead, the wait ends at once (gloo), or torchrun ends it.
 TIMEOUT = timedelta(hours=3)
 
+#: The dimension of the mesh of processes over which tensors are sharded.
+SHARDS = "shard"
+
 _logger = logging.getLogger(__name__)
 
 
@@ -224,6 +227,45 @@ def broadcast(x: Tensor) -> Tensor:
 def largest(value: int) -> int:
     """The largest of the ranks' numbers, on each of them."""
     return int(largest_of(torch.tensor(value)))
+
+
+# Sharded tensors
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether a parameter or its gradient is one of `parallel=fsdp`, of which this process holds some rows alone."""
+    return hasattr(x, "device_mesh")
+
+
+def local(x: Tensor) -> Tensor:
+    """The rows of a sharded tensor that this process holds, which share its memory; any other tensor itself.
+
+    For hooks, which have no gradient: what is done to each row by itself needs nothing more.
+    """
+    return x.to_local() if is_sharded(x) else x
+
+
+def assign(x: Tensor, value: Tensor) -> None:
+    """Gives a tensor a value that every process has whole; of a sharded one each process keeps its own rows."""
+    if is_sharded(x):
+        # Here, because a run that shards nothing has no need of it.
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(x.device), x.device_mesh, x.placements, src_data_rank=None).to_local()
+    local(x).copy_(value)
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each tensor, float [n]; of a sharded one that of all its rows. All processes ask at once.
+
+    tensors: one at least, all of them sharded or none.
+    """
+    found = torch.stack(torch._foreach_norm([local(x) for x in tensors]))
+    if is_sharded(tensors[0]):
+        squares = found.double().square()
+        dist.all_reduce(squares, group=tensors[0].device_mesh.get_group(SHARDS))
+        found = squares.sqrt().to(found.dtype)
+    return found
 
 
 # Work that is divided

@@ -17,6 +17,7 @@ from .config.outside import user_path
 from .errors import UserError
 from .pretrained import TIMM, of_timm
 from .record import backbone as record
+from .record import shards
 from .record.weights import read_file, state_dict_of
 from .run import Run
 
@@ -60,9 +61,9 @@ def _weights(source: str) -> dict[str, _Weights]:
     if source.startswith(TIMM):
         return {record.MAIN: _of_module(of_timm(source.removeprefix(TIMM), pretrained=True))}
     path = user_path(source, "init")
-    if path.is_dir():
+    if path.is_dir() and not shards.is_checkpoint(path):
         return {name: _described(*record.read(path, name)) for name in record.names(path)}
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             "expected the folder of a run, a checkpoint of one, a file of weights, or timm:NAME, and there is nothing "
             f"at {source!r}"

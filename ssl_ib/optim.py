@@ -10,6 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
+from . import distributed
 from .config.config import OptimConfig
 from .config.registry import is_schedule
 from .config.schedule import Schedule
@@ -113,17 +114,20 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, mode: 
     mode "part": the norm over all that a root trains together, so that a model is clipped as one with the parts inside
     it, as published codes do; "param": over each parameter alone (DINO).
     """
-    whole: dict[int, list[nn.Parameter]] = {}
+    roots: dict[int, list[torch.Tensor]] = {}
     for group in optimizer.param_groups:
-        whole.setdefault(group["clip"], []).extend(p for p in group["params"] if p.grad is not None)
-    everything = [p.grad for params in whole.values() for p in params]
-    total = nn.utils.get_total_norm(everything)
-    if limit is None:
-        return total
-    if mode == "part":
-        for params in whole.values():
-            nn.utils.clip_grad_norm_(params, limit)
-    else:
-        norms = torch._foreach_norm(everything)
-        torch._foreach_mul_(everything, [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    return total
+        roots.setdefault(group["clip"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+    gradients = [gradient for root in roots.values() for gradient in root]
+    if not gradients:
+        return torch.tensor(0.0)
+    norms = distributed.norms(gradients)
+    rows = [distributed.local(gradient) for gradient in gradients]
+    if limit is not None and mode == "param":
+        torch._foreach_mul_(rows, [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    elif limit is not None:
+        first = 0
+        for count in filter(None, map(len, roots.values())):
+            norm = torch.linalg.vector_norm(norms[first : first + count])
+            torch._foreach_mul_(rows[first : first + count], (limit / (norm + 1e-6)).clamp(max=1.0))
+            first += count
+    return torch.linalg.vector_norm(norms)

@@ -11,7 +11,7 @@ contrastive one) forwards nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -72,7 +72,8 @@ class Context:
     """What a hook may use of the run; never the trainer.
 
     collect(name, n, draw=None): the model's output `name` (its first entry) for n plain training images, stacked:
-        [n, ...]; always the same images, spread over the classes, or with a number `draw` that many random ones.
+        [n, ...]; always the same images, spread over the classes, or with a number `draw` that many random ones. All
+        processes ask at once: they share the work, and each gets all of it.
     reset_optimizer_state(param): forgets the optimiser's moments of a parameter whose value was replaced.
     """
 
@@ -108,6 +109,15 @@ class Part(nn.Module, ABC):
         params = [(n, p) for n, p in self.named_parameters() if p.requires_grad and id(p) not in inner]
         return [ParamGroup(type(self).__name__.lower(), params)] if params else []
 
+    def shards(self) -> Iterable[nn.Module]:
+        """With `parallel=fsdp`: the modules of this part, those of parts inside it left to themselves, whose weights
+        come together only while they run.
+
+        Each has to be run by calling it, and its weights must be read nowhere else. All other weights are together from
+        the beginning of a step's forward to the end of its backward. By default: what `blocks` finds.
+        """
+        return blocks(self)
+
     def on_epoch_start(self, ctx: Context) -> None:
         """Before the first step of an epoch; not called again when a run resumes within the epoch."""
 
@@ -133,6 +143,44 @@ def parts(*roots: nn.Module) -> list[Part]:
     """Every part in the trees, each once, outer before inner."""
     found = {id(m): m for root in roots for m in root.modules() if isinstance(m, Part)}
     return list(found.values())
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The blocks and heads of a network, but for those of parts inside it.
+
+    Blocks are modules of one class that follow one another in a Sequential or a ModuleList, such as timm's; where there
+    are others inside them, these. Heads are Sequentials of torch's own layers outside of blocks.
+    """
+    found, heads = _repeated(module), []
+    inside = {id(each) for block in found for each in block.modules()}
+    for head in _inner(module):
+        torchs = [type(each).__module__.startswith("torch.nn.") for each in head.children()]
+        if isinstance(head, nn.Sequential) and id(head) not in inside and all(torchs):
+            heads.append(head)
+            inside |= {id(each) for each in head.modules()}
+    return [each for each in found + heads if any(True for _ in each.parameters())]
+
+
+def _inner(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside, outer before inner, but for parts and what is in them."""
+    for child in module.children():
+        if not isinstance(child, Part):
+            yield child
+            yield from _inner(child)
+
+
+def _repeated(module: nn.Module) -> list[nn.Module]:
+    found = []
+    for child in module.children():
+        if isinstance(child, Part):
+            continue
+        inner = _repeated(child)
+        kinds = {type(each) for each in child.children()}
+        alike = len(kinds) == 1 and not any(k.__module__.startswith("torch.nn.") or issubclass(k, Part) for k in kinds)
+        if not inner and alike and isinstance(child, nn.Sequential | nn.ModuleList):
+            inner = list(child)
+        found += inner
+    return found
 
 
 class Task(Part):

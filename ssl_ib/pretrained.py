@@ -30,6 +30,8 @@ from .data.views.resample import Interpolation
 from .device import choose_device
 from .errors import UserError, nearest
 from .record import backbone as record
+from .record import shards
+from .record.checkpoint import last as last_checkpoint
 from .record.weights import read_file
 from .run import Run
 from .types import Sample
@@ -197,9 +199,9 @@ def load(
         found = _of_timm(source.removeprefix(TIMM), pretrained)
     elif pretrained:
         raise UserError(f"pretrained is for timm's models, such as timm:resnet18, and {source!r} is none")
-    elif (path := user_path(source, "encoder")).is_dir():
+    elif (path := user_path(source, "encoder")).is_dir() and not shards.is_checkpoint(path):
         found = _of_folder(path, name)
-    elif path.is_file():
+    elif path.exists():
         found = _of_checkpoint(path, name)
     else:
         raise UserError(
@@ -209,11 +211,11 @@ def load(
 
 
 def of_run(run: Run) -> dict[str, Backbone]:
-    """Copies of the encoders that a run's model exports, by name, on the CPU."""
+    """Copies of the encoders that a run's model exports, by name, on the CPU. All processes ask at once."""
     exports, max_side = run.model.exports(), getattr(run.source, "max_side", None)
     return {
         name: Backbone(
-            record.rebuild(description, exports[name][0].state_dict()),
+            record.rebuild(description, record.state_of(exports[name][0])),
             _center(run.views, description),
             max_side,
             description,
@@ -241,8 +243,13 @@ def _the_one(found: Iterable[str], name: str | None, place: Path) -> str:
 
 def _of_folder(folder: Path, name: str | None) -> Backbone:
     description, state = record.read(folder, _the_one(record.names(folder), name, folder))
-    config, last = folder / "config.yaml", folder / "checkpoints" / "last.pt"
-    return _rebuilt(description, state, read_recipe(config) if config.is_file() else None, lambda: read_file(last))
+    config, checkpoints = folder / "config.yaml", folder / "checkpoints"
+    return _rebuilt(
+        description,
+        state,
+        read_recipe(config) if config.is_file() else None,
+        lambda: read_file(last_checkpoint(checkpoints) or checkpoints / "last.pt"),
+    )
 
 
 def _of_checkpoint(file: Path, name: str | None) -> Backbone:

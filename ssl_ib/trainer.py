@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import contract, distributed, optim, random
 from .data.loader import Loader, ordered
@@ -24,7 +25,7 @@ from .errors import EndedElsewhere, UserError
 from .evals.online import Online
 from .flops import peak
 from .part import Context, Step, detached, parts
-from .record import checkpoint, ledger
+from .record import checkpoint, ledger, shards
 from .record.backbone import in_checkpoint
 from .record.lock import Lock
 from .record.log import RunLog
@@ -32,6 +33,7 @@ from .record.profile import Profile
 from .record.signals import Stopped, StopRequest
 from .record.terminal import Terminal, say
 from .run import DRY_IMAGES, FIRST, Run
+from .sharding import Sharded
 from .types import Loss, Progress, Sample
 
 DRY_STEPS = 2
@@ -54,7 +56,7 @@ class Trainer:
         `raw_pixels`, `trained` and `chance`, each metrics by name.
     """
 
-    def __init__(self, run: Run, out: Path | None, lock: Lock | None = None):
+    def __init__(self, run: Run, out: Path | None, lock: Lock | None = None, mesh: DeviceMesh | None = None):
         config = run.config
         self.run, self.config, self.out, self.lock, self.dry = run, config, out, lock, run.dry
         self.main = distributed.is_main()
@@ -91,7 +93,8 @@ class Trainer:
         self.example, flops = self._check()
         self.flops = flops * config.accumulate
         self._peak = peak(run.device, config.precision)
-        if config.compile:
+        self.sharded = self._sharded(mesh) if mesh is not None else None
+        if config.compile and self.sharded is None:
             run.model.compile()
         self.results: dict[str, dict[str, float]] = {}
         self.first = run.first_evaluation
@@ -107,9 +110,20 @@ class Trainer:
         with self.online.evaluating(), distributed.alone():
             return contract.check_step(run.task, run.model, run.criterion, sample, plain, self.progress(), num_global)
 
+    def _sharded(self, mesh: DeviceMesh) -> Sharded:
+        """Model and criterion in shards, and the optimiser over these."""
+        step, run = Step(self.run.model, self.run.criterion), self.run
+        if not run.model.own_batch_norm:
+            step = distributed.with_common_batch_norm(step, run.device)
+        sharded = Sharded(step, mesh, self.config.precision == "bf16", self.config.compile)
+        self.optimizer = optim.build_optimizer(self.config.optim, (run.task, run.model, run.criterion))
+        return sharded
+
     @cached_property
     def step_module(self) -> nn.Module:
         """Model and criterion in one; DDP is made with the first step, when no process can fail alone any more."""
+        if self.sharded is not None:
+            return self.sharded.module
         module = Step(self.run.model, self.run.criterion)
         if self.config.parallel != "ddp" or distributed.world_size() == 1:
             return module
@@ -147,7 +161,15 @@ class Trainer:
 
     def context(self) -> Context:
         """What hooks may use."""
-        return Context(self.progress(), self.online.collect, lambda p: self.optimizer.state.pop(p, None))
+        return Context(self.progress(), self._collect, lambda p: self.optimizer.state.pop(p, None))
+
+    def _collect(self, *arguments: Any) -> Tensor:
+        with self.sharded.in_step() if self.sharded is not None else nullcontext():
+            return self.online.collect(*arguments)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Where all processes enter it at once, each has all weights, and may run the model alone."""
+        return self.sharded.gathered() if self.sharded is not None else nullcontext()
 
     # The loop
 
@@ -163,6 +185,7 @@ class Trainer:
             if "trained" not in self.results:
                 self._evaluate("trained")
                 self.save()
+            self.settle()
         return self.results
 
     def _epoch(self, terminal: Terminal) -> None:
@@ -217,6 +240,7 @@ class Trainer:
             if row is not None and self.step % self.loader.steps_per_epoch == 0:
                 raise
             self.save()
+            self.settle()
             if isinstance(error, UserError) and not isinstance(error, EndedElsewhere) and self.out is not None:
                 raise UserError(f"{error}. Saved at step {self.step}; continue with --resume") from error
             raise
@@ -312,7 +336,7 @@ class Trainer:
     def _evaluate(self, name: str | None = None) -> None:
         """kNN and health now, by all processes; `name` keeps them among the run's results."""
         self._set_schedules()
-        with distributed.together():
+        with self.gathered(), distributed.together():
             metrics = self.online.evaluate(self.progress(), name == "trained", name is not None)
             if name is not None:
                 self.results[name] = metrics
@@ -349,7 +373,7 @@ class Trainer:
             if self.main:
                 path.write_text("".join(f"{i}\n" for i in index))
             message += f". The batch's image numbers are in {path}"
-            message += f", the last good checkpoint is {self.out / 'checkpoints' / 'last.pt'}"
+            message += f", the last good checkpoint is {checkpoint.last(self.out / 'checkpoints')}"
         raise UserError(message)
 
     # Saving
@@ -365,6 +389,7 @@ class Trainer:
         """
         saved = self.save(keep_as) if due or asked else None
         if asked:
+            self.settle()
             raise Stopped(asked, saved, self.step)
 
     def _check_folder(self) -> None:
@@ -373,11 +398,29 @@ class Trainer:
             self.lock.check()
 
     def save(self, keep_as: str | None = None) -> Path | None:
-        """Writes the checkpoint (from the main process; nothing without a folder). All processes come here at once."""
-        with distributed.together():
-            return self._save(keep_as) if self.out is not None and self.main else None
+        """Writes the checkpoint (nothing without a folder), and says where. All processes come here at once.
 
-    def _save(self, keep_as: str | None) -> Path:
+        Of a sharded run all processes write, and go on meanwhile: `settle` waits for them.
+        """
+        if self.out is None:
+            return None
+        with distributed.together():
+            state = self._state() if self.main or self.sharded is not None else None
+            if self.sharded is None:
+                return checkpoint.save(state, self.out / "checkpoints", keep_as) if self.main else None
+        return self._writer.save(state, self.out / "checkpoints", keep_as)
+
+    def settle(self) -> None:
+        """Waits for a checkpoint that is being written. Raises UserError where that has failed."""
+        if self.sharded is not None and self.out is not None:
+            self._writer.wait()
+
+    @cached_property
+    def _writer(self) -> shards.Writer:
+        return shards.Writer()
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds. Raises UserError where that is no longer finite."""
         state = {
             "step": self.step,
             "images": len(self.images),
@@ -391,19 +434,20 @@ class Trainer:
             "rows": self.log.count,
         }
         if spoiled := self._spoiled(state):
-            last = self.out / "checkpoints" / "last.pt"
-            good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint"
+            last = checkpoint.last(self.out / "checkpoints")
+            good = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
             raise UserError(
                 f"the run's state is no longer finite at step {self.step}: {spoiled}; learning rate {self.lr:.3g}. "
                 f"Nothing was saved; {good}"
             )
         self.log.sync()
         self._check_folder()
-        return checkpoint.save(state, self.out / "checkpoints", keep_as)
+        return state
 
     def _spoiled(self, state: dict[str, Any]) -> str:
         """The parameters that are not finite, and what else of a checkpoint is NaN, in words; "" where all is well."""
-        bad = [name for name, parameter in self.state.named_parameters() if not parameter.isfinite().all()]
+        rows = {name: distributed.local(parameter) for name, parameter in self.state.named_parameters()}
+        bad = [name for name, parameter in rows.items() if not parameter.isfinite().all()]
         bad = list(dict.fromkeys([*bad, *checkpoint.not_numbers(state)]))
         return ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
 
@@ -455,9 +499,10 @@ class Trainer:
             if self.main:
                 say(f"resumed, as was asked, though {others}")
         try:
+            state = self.sharded.placed(state, self.state, self.optimizer) if self.sharded else shards.whole(state)
             self.state.load_state_dict(state["parts"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"--resume: the checkpoint fits the parts no more; has their code changed? {error}"
             ) from None

@@ -104,8 +104,10 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def _folder(encoder: str) -> Path:
+    from ..record.shards import is_checkpoint
+
     path = Path(encoder)
-    return path if path.is_dir() else path.parent.parent
+    return path if path.is_dir() and not is_checkpoint(path) else path.parent.parent
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     ops: OpsConfig = OpsConfig()
-    parallel: Literal["none", "ddp"] = "none"
+    parallel: Literal["none", "ddp", "fsdp", "hybrid"] = "none"
     plugins: tuple[str, ...] = ()
 
     @field_validator("logger", mode="before")

@@ -145,10 +145,7 @@ class SVIB(Criterion):
 
     def _reinitialise(self, ctx: Context) -> None:
         weight = self.prototypes.weight
-        fresh = torch.empty_like(weight)
-        if distributed.is_main():
-            fresh.copy_(ctx.collect(self.reinit_src, self.num_prototypes, ctx.progress.epoch))
-        weight.copy_(distributed.broadcast(fresh))
+        distributed.assign(weight, ctx.collect(self.reinit_src, self.num_prototypes, ctx.progress.epoch))
         self.prototypes.rescale()
         self.assignments.reset()
         if self.reinit_reset_opt:

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .. import distributed, random
-from ..data.loader import ordered
 from ..data.sources.base import ImageSet, stratified
 from ..info.labels import cross_entropy_bound, entropy, fano
 from ..run import Run
@@ -178,25 +177,31 @@ class Online:
         """The model's output `name`, of its first view, for n plain training images (or all): [n, ...].
 
         draw: a number that chooses the images at random; None for those that are always taken.
+
+        All processes ask at once. Each computes its share of the batches, and as many as any other: where the model is
+        sharded, they go through it in step.
         """
         images, model, found = self.run.source.train(), self.run.model, []
         if draw is None:
-            samples = ordered(images, self.config.batch_size, n)
+            index = stratified(images.labels, n)
         else:
             index = random.shuffled(self.run.config.seed, draw, len(images))[:n]
-            samples = map(images.gather, index.split(self.config.batch_size))
+        batches = index.split(self.config.batch_size)
+        mine = list(distributed.share(batches))
+        idle = -(-len(batches) // distributed.world_size()) - len(mine)
         wanted, views = model.wanted, model.wanted_views
         try:
             model.wanted, model.wanted_views = frozenset({name}), {}
-            with torch.no_grad(), self.evaluating():
-                for sample in samples:
-                    sample = sample.to(self.run.device)
+            with torch.no_grad(), self.evaluating(), distributed.as_main(model.buffers()):
+                for batch in [*mine, *batches[:idle]]:
+                    sample = images.gather(batch).to(self.run.device)
                     batch = Batch([self._plain(sample)], [None], sample.index, sample.label)
                     # Not through a compiled __call__, which would compile the model once more for these images.
                     found.append(model.forward(batch)[name][0])
         finally:
             model.wanted, model.wanted_views = wanted, views
-        return torch.cat(found)
+        rows = torch.cat(found)[: sum(map(len, mine))]
+        return distributed.gather_rows(rows, distributed.shares(len(rows)))
 
     @torch.no_grad()
     def _held_out(self, progress: Progress) -> dict[str, float]:

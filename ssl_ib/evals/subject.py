@@ -21,6 +21,7 @@ from ..config.recipe import read_recipe
 from ..data.views import Augment, Crops
 from ..errors import UserError
 from ..record import backbone as record
+from ..record import shards
 from ..types import Sample
 from .results import fingerprint_of_weights
 
@@ -215,12 +216,12 @@ def origin(where: str) -> Origin:
     path = Path(where)
     if where.startswith(pretrained.TIMM):
         return Origin()
-    if path.is_dir():
+    if path.is_dir() and not shards.is_checkpoint(path):
         config, results = path / "config.yaml", path / "results.json"
         step = json.loads(results.read_text()).get("step") if results.is_file() else None
         return Origin(read_recipe(config) if config.is_file() else None, step, path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path / shards.STATE if path.is_dir() else path, map_location="cpu", weights_only=True)
     except Exception:  # There is no such file, or it is another kind of file: `load` says what is wrong.
         return Origin(found=False)
     saved = saved if isinstance(saved, dict) else {}

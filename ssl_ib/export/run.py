@@ -13,6 +13,7 @@ from ..errors import UserError, nearest
 from ..evals.subject import origin
 from ..models import official
 from ..pretrained import TIMM, Backbone
+from ..record import shards
 from ..record.backbone import describe
 from .card import card, is_export
 from .formats import FORMATS, Format, missing
@@ -61,7 +62,7 @@ def export(
         return out, [f"dry run: {source} would be written to {out} as {to}; nothing is written"]
     title = source.removeprefix(TIMM) if source.startswith(TIMM) else (run or Path(source)).name
     # A checkpoint may be an earlier encoder than the one that the run's results are of.
-    step = None if Path(source).is_dir() else origin(source).step
+    step = None if Path(source).is_dir() and not shards.is_checkpoint(Path(source)) else origin(source).step
     line = _written(backbone, to, form, out, title if name is None else f"{title}, {name}", run, step)
     return out, [f"{source} -> {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", line]
 
@@ -69,7 +70,7 @@ def export(
 def _run_folder(source: str) -> Path | None:
     """The folder of the run that `source` is, or is a checkpoint of."""
     path = Path(source)
-    folder = path if path.is_dir() else path.parent.parent
+    folder = path if path.is_dir() and not shards.is_checkpoint(path) else path.parent.parent
     return folder if not source.startswith(TIMM) and (folder / "config.yaml").is_file() else None
 
 

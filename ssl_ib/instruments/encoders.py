@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..evals.features import extract
 from ..evals.protocol import Settings, Split, open_splits
 from ..initialise import initialise
+from ..record import checkpoint as checkpoints
 from ..record.weights import read_file
 from ..run import FIRST, build_run
 from ..types import Sample
@@ -86,11 +87,12 @@ class Encoders:
 
     @property
     def last(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
+        folder = self.folder / "checkpoints"
+        return checkpoints.last(folder) or folder / "last.pt"
 
     def kept(self) -> list[Path]:
         """The checkpoints of epochs, in their order, and the last one. Raises UserError where no epoch's was kept."""
-        found = sorted((self.folder / "checkpoints").glob("epoch_*.pt"))
+        found = checkpoints.kept(self.folder / "checkpoints")
         if not found:
             raise UserError(
                 f"{self.folder} kept no checkpoint of an epoch, so there is no path to show. Train it once more with "

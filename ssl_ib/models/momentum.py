@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from .. import distributed
+
 
 class MomentumCopy(nn.Module):
     """Copies of networks that receive no gradient and follow them by `update`.
@@ -21,5 +23,7 @@ class MomentumCopy(nn.Module):
     @torch.no_grad()
     def update(self, *networks: nn.Module, momentum: float) -> None:
         """p <- momentum * p + (1 - momentum) * source, for every parameter of the networks that were copied."""
-        sources = [p for network in networks for p in network.parameters()]
-        torch._foreach_lerp_(list(self.networks.parameters()), sources, 1.0 - momentum)
+        # A sharded copy and its source have the same rows in the same process.
+        copies = [distributed.local(p) for p in self.networks.parameters()]
+        sources = [distributed.local(p) for network in networks for p in network.parameters()]
+        torch._foreach_lerp_(copies, sources, 1.0 - momentum)

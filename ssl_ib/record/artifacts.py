@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, distributed
 from ..data.sources.base import stratified
 from ..part import parts
 from ..run import FIRST, Run
@@ -84,13 +84,11 @@ def record_bad_images(out: Path, bad: set[str]) -> None:
         print(f"{len(bad)} images could not be read and are left out: {path}", flush=True)
 
 
-def finish(
-    out: Path, run: Run, rows: list[dict[str, Any]], results: dict[str, Any], evaluating: Evaluating
-) -> list[str]:
-    """Draws the figures, saves the backbone, and returns the closing lines; the last one is the comparison.
+def draw(out: Path, run: Run, rows: list[dict[str, Any]], results: dict[str, Any], evaluating: Evaluating) -> None:
+    """Draws the figures.
 
     rows:       those of `metrics.jsonl`.
-    results:    what `results.json` says, which is written last.
+    results:    what `results.json` says.
     evaluating: gives a context in which the run's parts are in evaluation mode.
     """
     folder = out / "figures"
@@ -105,12 +103,22 @@ def finish(
     draw_attention(run, evaluating, folder / "attention.png")
     for part in parts(run.task, run.model, run.criterion):
         part.draw(folder)
+
+
+def finish(out: Path, run: Run, results: dict[str, Any]) -> list[str]:
+    """Saves the encoders and the results, and returns the closing lines; the last one is the comparison.
+
+    results: what `results.json` says, which is written last.
+
+    Of several processes the main one writes; all call it at once.
+    """
     lines, exports = [], run.model.exports()
     for name, description in of_run(run).items():
         save_backbone(exports[name][0], description, out, name)
         which = "the encoder" if len(exports) == 1 else f"the encoder {name}"
         lines.append(f"{which}, with timm alone:\n" + snippet(out, name).rstrip())
-    write_results(out, results)
+    if distributed.is_main():
+        write_results(out, results)
     return [*lines, *information.summary(results["trained"], run.criterion.nats), *summary(out, results)]
 
 

@@ -17,6 +17,7 @@ Mean and std are of all channels of the view.
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
-from .. import __version__
+from .. import __version__, distributed
 from ..errors import UserError
 from ..run import Run
 from .files import replace
@@ -159,18 +160,34 @@ def save_backbone(module: nn.Module, description: dict[str, Any], folder: Path |
     """Writes a backbone and what `describe` said of it to `folder`, and returns the path of the weights.
 
     name: of the files, without their endings. A reader never meets a half-written file.
+
+    Of several processes the main one writes; where the module is sharded, all call it at once.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # safetensors wants every tensor dense and alone in its storage: tied weights become equal copies.
-    tensors = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in module.state_dict().items()
-    }
     description_file, weights = files(folder, name)
-    replace(weights, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    replace(description_file, json.dumps(description, indent=2) + "\n")
+    tensors = state_of(module, everywhere=False)
+    if distributed.is_main():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        fresh = weights.with_name(f"{weights.name}.tmp")
+        safetensors.torch.save_file(tensors, fresh, metadata={"format": "pt"})
+        os.replace(fresh, weights)
+        replace(description_file, json.dumps(description, indent=2) + "\n")
     return weights
+
+
+def state_of(module: nn.Module, everywhere: bool = True) -> dict[str, Tensor]:
+    """A copy of a module's state_dict, on the CPU: every tensor dense and alone in its storage, as safetensors wants
+    them. Tied weights become equal copies.
+
+    everywhere: in every process, or in the main one alone.
+
+    Where the module is sharded, all processes ask at once, and one tensor after the other comes together.
+    """
+    found = {}
+    for name, value in module.state_dict().items():
+        whole = value.full_tensor() if distributed.is_sharded(value) else value
+        if everywhere or distributed.is_main():
+            found[name] = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return found
 
 
 def files(folder: Path | str, name: str = MAIN) -> tuple[Path, Path]:

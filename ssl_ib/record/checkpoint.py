@@ -1,6 +1,7 @@
 """Checkpoints that a kill, a full disk or a torn file cannot cost: written beside the old one, then renamed over it.
 
-`last.pt` is the newest, `previous.pt` the one before; both load with `torch.load(..., weights_only=True)`.
+`last.pt` is the newest, `previous.pt` the one before; both load with `torch.load(..., weights_only=True)`. A sharded
+run has folders in their place (shards.py), `last` and `previous`. A run may go from one kind to the other.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 
+from .. import distributed
 from ..errors import UserError
+from . import shards
 
 
 def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Path:
@@ -33,6 +36,11 @@ def save(state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Pat
         if last.exists():
             _alias(last, folder / "previous.pt")
         os.replace(fresh, last)
+        if (folder / "last").is_dir():
+            # The run was sharded until now.
+            shutil.rmtree(folder / "previous", ignore_errors=True)
+            os.replace(folder / "last", folder / "previous")
+            (folder / "previous.pt").unlink(missing_ok=True)
         if keep_as is not None:
             _alias(last, folder / keep_as)
     except (OSError, RuntimeError) as error:
@@ -75,7 +83,38 @@ def not_numbers(state: dict[str, Any]) -> list[str]:
     for number, kept in state["optimizer"].get("state", {}).items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in kept.items()}
     floating = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and v.ndim and v.is_floating_point()}
-    return [name for name, tensor in floating.items() if tensor.isnan().any()]
+    return [name for name, tensor in floating.items() if distributed.local(tensor).isnan().any()]
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, files and folders, the newest first, then those that were kept of epochs."""
+    # Of a kill between two renamings, `last.tmp` is whole.
+    whole = ["last.tmp"] if shards.is_checkpoint(folder / "last.tmp") else []
+    found = []
+    for name in ("last", *whole, "previous"):
+        both = [path for path in (folder / f"{name}.pt", folder / name) if path.exists()]
+        found += sorted(both, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [*found, *reversed(kept(folder))]
+
+
+def kept(folder: Path) -> list[Path]:
+    """The checkpoints of epochs, in their order."""
+    return sorted(path for path in folder.glob("epoch_*") if path.suffix != ".tmp")
+
+
+def last(folder: Path) -> Path | None:
+    """The newest checkpoint, or None without any."""
+    return next(iter(saved(folder)), None)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's content on the CPU. A sharded one's tensors are left where they are: `shards.whole` reads them.
+
+    Raises anything where it is damaged.
+    """
+    if path.is_dir():
+        return shards.read(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load(folder: Path, problem: Callable[[Any], str | None] = lambda state: None) -> tuple[dict[str, Any], list[str]]:
@@ -86,13 +125,9 @@ def load(folder: Path, problem: Callable[[Any], str | None] = lambda state: None
     Raises UserError where there is none, or none can be read.
     """
     warnings: list[str] = []
-    files = [folder / name for name in ("last.pt", "previous.pt")]
-    files += sorted(folder.glob("epoch_*.pt"), reverse=True)
-    for file in files:
-        if not file.is_file():
-            continue
+    for file in saved(folder):
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = read(file)
         except Exception as error:  # Unpickling a torn file can raise anything.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.append(f"{file} cannot be read ({reason}); falling back to the one before")

@@ -15,6 +15,7 @@ from ..config.config import Config, configure, differences
 from ..errors import ConfigError, UserError
 from ..run import FIRST
 from .checkpoint import load, not_numbers
+from .checkpoint import saved as saved_in
 from .files import replace
 from .lock import Lock
 
@@ -28,7 +29,7 @@ WRITTEN = (
 #: The file by which a run holds its folder.
 LOCK = "run.lock"
 #: Keys that may change when a run resumes: they move no loss.
-MOVABLE = ("device", "workers", "worker_timeout", "log_every", "logger", "checkpoint")
+MOVABLE = ("device", "workers", "worker_timeout", "log_every", "logger", "checkpoint", "parallel")
 
 #: Keys by which a checkpoint is known to be this run's. Not those that name files, which may have moved since.
 OWN = ("seed", "epochs", "batch_size", "accumulate", "precision", "optim", "task", "model", "criterion", "masker")
@@ -64,7 +65,7 @@ def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[st
         changed = changes(saved, config)
         if changed:
             raise ConfigError([f"--resume cannot change {line}" for line in changed])
-        if not any((out / "checkpoints").glob("*.pt")):
+        if not saved_in(out / "checkpoints"):
             print(f"ssl-ib-train: {out} has no checkpoint yet: starting from the beginning", file=sys.stderr)
             return None
         state, warnings = load(out / "checkpoints", lambda state: _problem(state, config))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from . import shards
 
 #: Under which of its keys a file has its weights, if it has more than these.
 WRAPPERS = ("model", "state_dict")
@@ -31,13 +32,17 @@ _PLAIN = [argparse.Namespace, (_Settings, "yacs.config.CfgNode")]
 def read_file(path: Path | str) -> Any:
     """What is in a file of weights, on the CPU: of a `.safetensors` file its tensors by name, else what torch saved.
 
+    Of a sharded run's checkpoint, which is a folder, what one of one file would hold.
+
     Raises UserError where there is no such file, where it cannot be read, or where it holds more than tensors and plain
     data, which could run code when it is loaded.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file() and not shards.is_checkpoint(path):
         raise UserError(f"there is no file {str(path)!r}")
     try:
+        if path.is_dir():
+            return shards.whole(shards.read(path))
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(_PLAIN):

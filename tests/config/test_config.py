@@ -357,7 +357,7 @@ def test_all_mistakes_at_once(plain):
         ("seed=4294967296", "seed: expected less than 4294967296"),
         ("seed='3'", "seed: expected a valid integer, got '3'"),
         ("compile=1", "compile: expected a valid boolean"),
-        ("parallel=dpp", "parallel: expected 'none' or 'ddp', got 'dpp'"),
+        ("parallel=dpp", "parallel: expected 'none', 'ddp', 'fsdp' or 'hybrid', got 'dpp'"),
         ("device.x=1", "device: expected a valid string"),
         ("epochs.x=1", "epochs.x: epochs is 7, which has no keys"),
         ("views.size.x=1", "views.size.x: views.size is 16, which has no keys"),
