@@ -151,7 +151,7 @@ def _check_alike(config: Config) -> None:
     with distributed.together():
         if changed := differences(mains, mine):
             raise UserError(
-                f"process {distributed.rank()} does not run what process 0 runs, and here each has its share of one run: "
+                f"process {distributed.rank()} does not run what process 0 runs, and they share one run: "
                 f"{'; '.join(changed)}. Start all of them with the same command, in the same version"
             )
 

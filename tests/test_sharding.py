@@ -94,7 +94,8 @@ def doubled(ask):
     return answer
 
 
-def trainer_of(recipe: str, mesh=None) -> Trainer:
+def trainer_of(recipe: str, mesh=None, out: Path | None = None) -> Trainer:
+    """A tiny run's trainer, in float64, before its first step."""
     run = build_run(configure(recipe, [*overrides(recipe), *MORE.get(recipe, [])], []))
     still(run)
     for part in (run.model, run.criterion):
@@ -102,7 +103,7 @@ def trainer_of(recipe: str, mesh=None) -> Trainer:
         # Prototypes take note that these are of length 1 too.
         part.load_state_dict(part.state_dict())
     run.task.prepare, run.views.center = doubled(run.task.prepare), doubled(run.views.center)
-    return Trainer(run, None, mesh=mesh)
+    return Trainer(run, out, mesh=mesh)
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
