@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 from ..config.outside import read_bytes
 from ..errors import UserError
 
-#: Formats that Pillow recognises but cannot decode by itself.
-_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+#: Formats that Pillow recognises but cannot decode by itself: for EPS it would start Ghostscript, an interpreter, on the
+#: file. IPTC may hold an image of any other format.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 #: Bytes of an image file, of which Pillow decodes no more than 179 million pixels.
 MOST_BYTES = 1 << 30
@@ -31,11 +33,22 @@ ENDINGS = ".jpg, .jpeg, .png, .webp, .bmp, .gif, .tif or another format that Pil
 
 
 @cache
-def _endings() -> frozenset[str]:
-    # The common formats first: Pillow tries the formats on a file in the order in which it loaded them.
+def _formats() -> tuple[str, ...]:
+    # The common formats first: Pillow tries the formats on a file in this order.
     Image.preinit()
-    formats = Image.registered_extensions()
-    return frozenset(end for end, name in formats.items() if name in Image.OPEN and name not in _NOT_DECODED)
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NOT_DECODED)
+
+
+@cache
+def _endings() -> frozenset[str]:
+    formats = _formats()
+    return frozenset(end for end, name in Image.registered_extensions().items() if name in formats)
+
+
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """Opens an image of a format that Pillow decodes by itself, whatever its name says. Raises as Pillow does."""
+    return Image.open(file, formats=_formats())
 
 
 def is_image(name: str) -> bool:
@@ -104,7 +117,7 @@ def decode(data: bytes, max_side: int | None) -> Tensor:
     Transparency is dropped, 16-bit grey keeps its high byte, of an animation the first frame counts. Raises whatever
     Pillow raises on bytes that are no image, or not a whole one.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(io.BytesIO(data)) as image:
         return pixels(image, max_side)
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 
-from ..data.decode import decode, num_threads, read_image
+from ..data.decode import decode, num_threads, open_image, read_image
 from ..errors import UserError
 from .box_files import Entry, Found, Read, find_coco, folders_of, is_voc, read_coco, read_voc
 from .boxes import BoxImages, Objects
@@ -212,7 +211,7 @@ def _sizes(split: str, entries: list[Entry]) -> list[tuple[int, int]]:
 def _size(file: Path) -> tuple[int, int] | str:
     """The height and width of an upright image, or why it cannot be opened."""
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             width, height = image.size
             if image.format == "TIFF":
                 # Whether the size of an open TIFF is already that of the upright image depends on Pillow.

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..data.decode import decode, image_files, num_threads, read_image
+from ..data.decode import decode, image_files, num_threads, open_image, read_image
 from ..data.sources.base import MAX_UNREADABLE
 from ..errors import UserError
 from .progress import track
@@ -262,7 +262,7 @@ def _look(pair: tuple[Path, Path]) -> _Seen | UserError | str:
 
 def _values(data: bytes) -> np.ndarray:
     """The values of a mask's file: [H, W] of integers. Raises UserError, without the file's name, where it has none."""
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(io.BytesIO(data)) as image:
         if image.format == "JPEG":
             raise UserError("is a JPEG, which does not keep the numbers of classes: expected a format such as PNG")
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):

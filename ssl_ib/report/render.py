@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
+from ..data.decode import open_image
 from .blocks import Note, Panel, number
 from .page import Page
 from .panels import modules
@@ -77,7 +78,7 @@ class Album:
 def _small(path: Path) -> tuple[str, bytes, tuple[int, int]]:
     """A picture's format, bytes and size: as it is where it is small, otherwise narrower and in WebP."""
     content = path.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(io.BytesIO(content)) as image:
         size = image.size
         if image.format == "PNG" and len(content) <= SMALL and size[0] <= WIDEST:
             image.verify()

@@ -1,6 +1,7 @@
 """What comes from outside runs no code: each file below would make `ran` if it were trusted."""
 
 import io
+import os
 import pickle
 import tarfile
 
@@ -93,3 +94,14 @@ def test_a_runs_plugin_is_named_by_what_evaluates_it(tmp_path, caplog):
     """The run of the tests' own recipe, which needs one."""
     assert evaluation.main(["knn", str(finished()), "--out", str(tmp_path / "evals"), "--dry-run"]) == 0
     assert "the run asks for the plugin" in caplog.text
+
+
+def test_no_image_starts_an_interpreter(tmp_path, monkeypatch):
+    """Pillow knows a format by its content, and would hand PostScript to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"evil_{number}.png", "EPS")
+    assert main([str(TINY), "source=folder", f"source.path={tmp_path}", "--dry-run"]) == 2
+    assert not (tmp_path / "ran").exists()
