@@ -21,8 +21,8 @@ from torch import Tensor
 from ..config.outside import read_bytes
 from ..errors import UserError
 
-#: Formats that Pillow recognises but cannot decode by itself: for EPS it would start Ghostscript, an interpreter, on the
-#: file. IPTC may hold an image of any other format.
+#: Formats that Pillow recognises but cannot decode by itself: for EPS it would start Ghostscript, an interpreter, on
+#: the file. IPTC may hold an image of any other format.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 #: Bytes of an image file, of which Pillow decodes no more than 179 million pixels.
