@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from .config.outside import user_path
-from .config.plugins import load_plugins
-from .config.recipe import read_recipe
-from .config.registry import build_part
+from .config.plugins import load_plugins, remembered
+from .config.recipe import named, read_recipe
+from .config.registry import build_part, check_part
 from .data.decode import ENDINGS, Unreadable, decode_file, image_files, pixels, read_image
 from .data.views import Augment, Crops, Views
 from .data.views.resample import Interpolation
 from .device import choose_device
-from .errors import UserError, nearest
+from .errors import ConfigError, UserError, nearest
 from .record import backbone as record
 from .record import shards
 from .record.checkpoint import last as last_checkpoint
@@ -261,7 +261,8 @@ def _of_checkpoint(file: Path, name: str | None) -> Backbone:
             f"{file} does not describe an encoder: it is no checkpoint of a run, its model exports none, or it was "
             "saved by an earlier version. Of a finished run, give the folder"
         )
-    return _rebuilt(*found[_the_one(found, name, file)], saved["config"], lambda: saved)
+    config = saved.get("config")
+    return _rebuilt(*found[_the_one(found, name, file)], config if isinstance(config, dict) else {}, lambda: saved)
 
 
 def _rebuilt(
@@ -275,15 +276,20 @@ def _rebuilt(
     checkpoint: reads the run's checkpoint, which has what such views have learned.
     """
     model, how = record.rebuild(description, state), description.get("preprocessing")
-    if config is not None and "preprocessing" not in description:
-        description["arguments"] |= _pool_as_evaluated(model, config["model"])
+    if config and "preprocessing" not in description:
+        description["arguments"] |= _pool_as_evaluated(model, named(config.get("model") or {}))
     if how is not None:
         views = Crops([Augment(how["size"], interpolation=how["interpolation"])], how["crop_ratio"])
         max_side = how["max_side"]
-    elif config is not None:
-        load_plugins(config.get("plugins") or [], "the run")
+    elif config:
+        load_plugins(remembered(config), "the run")
+        problems: list[str] = []
+        spec, source = check_part("views", config.get("views"), "views", problems), config.get("source")
+        if problems:
+            raise ConfigError(problems)
+        max_side = source.get("max_side") if isinstance(source, dict) else None
         # As in a run that is resumed, whose views have in the checkpoint what they took from elsewhere at first.
-        views, max_side = build_part("views", config["views"], resumed=True).part, config["source"].get("max_side")
+        views = build_part("views", spec, resumed=True).part
         if views.state_dict():
             parts = checkpoint()["parts"].items()
             views.load_state_dict({name.removeprefix(_VIEWS): v for name, v in parts if name.startswith(_VIEWS)})
@@ -299,7 +305,8 @@ def _pool_as_evaluated(model: nn.Module, spec: dict[str, Any]) -> dict[str, Any]
 
     Returns the arguments that rebuild it so.
     """
-    pool = spec.get("pool") or (spec.get("contrastive") or {}).get("pool")
+    parts = [part for part in (spec, spec.get("contrastive")) if isinstance(part, dict)]
+    pool = next((part["pool"] for part in parts if part.get("pool")), None)
     if type(model) is not VisionTransformer or pool is None:
         return {}
     model.reset_classifier(0, "token" if pool == "cls" else "avg")

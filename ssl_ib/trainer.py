@@ -502,7 +502,7 @@ class Trainer:
             state = self.sharded.placed(state, self.state, self.optimizer) if self.sharded else shards.whole(state)
             self.state.load_state_dict(state["parts"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except Exception as error:  # torch raises anything where a key is missing or a value of another type.
             raise UserError(
                 f"--resume: the checkpoint fits the parts no more; has their code changed? {error}"
             ) from None

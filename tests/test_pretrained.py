@@ -162,7 +162,7 @@ def test_timms_crops_are_described_as_timm_makes_them():
     "file, content, message",
     [
         ("backbone.safetensors", b"junk", "backbone.safetensors' cannot be read"),
-        ("backbone.json", b"{", "backbone.json cannot be read"),
+        ("backbone.json", b"{", "backbone.json is damaged: "),
         ("backbone.json", b"{}", "backbone.json describes no encoder: expected model, arguments, mean and std"),
         ("backbone.safetensors", None, "expected the weights of timm's 'vit_tiny_patch16_224' .* Missing key"),
     ],

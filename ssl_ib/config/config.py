@@ -28,10 +28,10 @@ from pydantic import (
     field_validator,
 )
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError
 from .hints import Count, NonNegative, Positive, PositiveInt, show
 from .outside import DEEPEST, NotYaml, YamlDumper, parse_yaml, short, user_path
-from .plugins import load_plugins
+from .plugins import load_plugins, remembered
 from .recipe import PARTS, Dropped, find_recipe, merge, named, read_recipe, without_dropped
 from .registry import REGISTRIES, check_part, is_schedule, part_keys, problems_of
 from .schedule import Schedule
@@ -283,12 +283,8 @@ def configure(
     with a line for each plugin of the recipe's own, before it is imported, and for each value whose change dropped
     other arguments. Raises what `load_plugins` and `resolve` raise.
     """
-    remembered = read_recipe(find_recipe(recipe)).get("plugins") or []
-    remembered = [remembered] if isinstance(remembered, str) else remembered
-    if not isinstance(remembered, list) or not all(isinstance(name, str) for name in remembered):
-        raise UserError(f"plugins: expected a list of modules and paths, got {short(str(remembered))}")
     plugins = list(plugins)
-    names = list(dict.fromkeys([*remembered, *plugins]))
+    names = list(dict.fromkeys([*remembered(read_recipe(find_recipe(recipe))), *plugins]))
     return resolve(recipe, overrides, load_plugins(names, short(str(recipe)), plugins, say), say)
 
 

@@ -1,10 +1,11 @@
-"""What comes from outside, and how much of it is taken: the paths and files that a user names, and YAML text.
+"""What comes from outside, and how much of it is taken: the paths and files that a user names, YAML and JSON text.
 
 Everything here raises UserError, in one line that says what the bound is. Nothing here waits for a pipe or a device.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -21,6 +22,8 @@ LONGEST_PATH, LONGEST_NAME = 4095, 255
 MOST_YAML, MOST_VALUES, DEEPEST = 1 << 18, 50_000, 64
 #: Characters of a number, and the size of an integer: more is a mistake, and slow to read.
 LONGEST_NUMBER, LARGEST_INTEGER = 64, 2**63
+#: Bytes of a file of JSON.
+MOST_JSON = 1 << 24
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -217,3 +220,23 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return parse_yaml(text)
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The object that a JSON text, or a line of one, is. Raises ValueError, in a line, where it is none."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, got {type(found).__name__}")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON that a program wrote. Raises UserError, which names the file, where it is none."""
+    try:
+        return json_object(read_bytes(path, MOST_JSON))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path} is damaged: {reason}") from None

@@ -9,11 +9,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ..errors import UserError
 from .outside import short, user_path
@@ -23,6 +24,15 @@ _logger = logging.getLogger(__name__)
 GROUP = "ssl_ib.plugins"
 #: How long the import of one plugin may take.
 SECONDS = 300.0
+
+
+def remembered(config: Mapping[str, Any]) -> list[str]:
+    """The plugins that a recipe, or a run's configuration, asks for. Raises UserError where they are no names."""
+    names = config.get("plugins") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"plugins: expected a list of modules and paths, got {short(str(names))}")
+    return names
 
 
 def load_plugins(

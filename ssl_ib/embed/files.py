@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
+from ..config.outside import read_json
 from ..errors import UserError
 from ..record.files import replace
 from .listing import Listing, readable
@@ -122,7 +124,10 @@ class Part:
         """Takes up what is there; whether it is finished. Raises UserError where it was begun otherwise."""
         if not (self.about.is_file() and self.file.is_file()):
             return False
-        about = json.loads(self.about.read_text())
+        about = read_json(self.about)
+        kinds = {"settings": dict, "header": int, "shape": (list, NoneType), "finished": bool, "rows": (int, NoneType)}
+        if not all(isinstance(about.get(key), kind) for key, kind in kinds.items()):
+            raise UserError(f"{self.about} is damaged: --overwrite begins anew")
         changed = [
             f"{key}: {about['settings'].get(key)} -> {value}"
             for key, value in settings.items()
@@ -138,7 +143,7 @@ class Part:
         for line in lines:
             try:
                 number, name, reason = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 continue  # The last line of a process that was killed.
             self.unreadable[number] = (name, reason)
         # Those behind the last row will be met again.

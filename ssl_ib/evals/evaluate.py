@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import __version__, distributed
-from ..config.plugins import load_plugins
+from ..config.plugins import load_plugins, remembered
 from ..config.settings import settings as read_settings
 from ..device import choose_device
 from ..errors import UserError
@@ -96,8 +96,9 @@ def evaluate(
 
 def _source_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """The source that a run of this configuration is evaluated on: that of `eval.source`, else its own."""
-    load_plugins(config.get("plugins") or [], "the run")
-    return (config.get("eval") or {}).get("source") or config.get("source")
+    load_plugins(remembered(config), "the run")
+    scored = config.get("eval")
+    return (scored.get("source") if isinstance(scored, dict) else None) or config.get("source")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.outside import json_object
 from ..data.sources.base import ImageSet, InMemory
 from ..record.files import replace
 
@@ -20,6 +21,10 @@ MOVABLE = ("device", "encode_batch", "workers", "figures")
 FINGERPRINTS = ("chosen", "corrupted", "errors", "baseline_errors", "classifier_weights")
 
 
+#: What a line is known by.
+_RESULT = {"protocol": str, "settings": dict, "weights": str, "metric": str, "ssl_ib": str, "seconds": (int, float)}
+
+
 class Results:
     """The results in a file, which need not exist; None: they are kept in memory alone."""
 
@@ -27,11 +32,14 @@ class Results:
         self.path = path
         self.lines: list[dict[str, Any]] = []
         if path is not None and path.is_file():
-            for text in path.read_text(encoding="utf-8").splitlines():
+            for text in path.read_bytes().splitlines():
                 try:
-                    self.lines.append(json.loads(text))
+                    line = json_object(text)
                 except ValueError:
                     continue  # A kill tore the last line: its result is computed again.
+                # Nor does it matter what else is no result.
+                if all(isinstance(line.get(key), kind) for key, kind in _RESULT.items()):
+                    self.lines.append(line)
 
     def find(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The newest line of a result, by what `identity_of` gives; None where there is none."""

@@ -5,7 +5,6 @@ Shapes: B images, H x W pixels of the source, h x w of the view that is encoded,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from ..data.views import Augment, Crops
 from ..errors import UserError
 from ..record import backbone as record
 from ..record import shards
+from ..record.results import read_results
 from ..types import Sample
 from .results import fingerprint_of_weights
 
@@ -218,7 +218,7 @@ def origin(where: str) -> Origin:
         return Origin()
     if path.is_dir() and not shards.is_checkpoint(path):
         config, results = path / "config.yaml", path / "results.json"
-        step = json.loads(results.read_text()).get("step") if results.is_file() else None
+        step = read_results(path)["step"] if results.is_file() else None
         return Origin(read_recipe(config) if config.is_file() else None, step, path)
     try:
         saved = torch.load(path / shards.STATE if path.is_dir() else path, map_location="cpu", weights_only=True)

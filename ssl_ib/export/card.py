@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..config.outside import YamlDumper
 from ..config.recipe import PARTS, read_recipe
 from ..evals.results import FINGERPRINTS, Results, fingerprint_of_weights
 from ..pretrained import Backbone
+from ..record.results import read_results
 
 #: What is shown of a line of evals.jsonl.
 _COLUMNS = ("metric", "value", "spread", "chance")
@@ -115,11 +115,13 @@ def _yaml(content: dict[str, Any]) -> str:
 
 def _evaluations(backbone: Backbone, run: Path | None, step: int | None) -> str:
     """Those of the run itself, where they are of this step, and those of these very weights in `evals.jsonl`."""
-    sections, results = [], run / "results.json" if run is not None else None
-    content = json.loads(results.read_text(encoding="utf-8")) if results is not None and results.is_file() else None
+    sections = []
+    content = read_results(run) if run is not None and (run / "results.json").is_file() else None
     if content is not None and step in (None, content["step"]):
         names = [name for name in _EVALUATIONS if content.get(name)]
-        metrics = [key for key in content["trained"] if not key.startswith(("held_out/", "information/", "ledger/"))]
+        metrics = [
+            key for key in content.get("trained", {}) if not key.startswith(("held_out/", "information/", "ledger/"))
+        ]
         rows = [["metric", *(_EVALUATIONS[name] for name in names)]]
         rows += [[metric, *(_number(content[name].get(metric)) for name in names)] for metric in metrics]
         sections.append(f"On the run's own images, after {content['step']:,} steps:\n\n{_table(rows)}")

@@ -8,7 +8,6 @@ Shapes: n images, B a batch, D feature dimensions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ..evals.features import extract
 from ..evals.protocol import Settings, Split, open_splits
 from ..initialise import initialise
 from ..record import checkpoint as checkpoints
+from ..record.results import read_results
 from ..record.weights import read_file
 from ..run import FIRST, build_run
 from ..types import Sample
@@ -66,7 +66,7 @@ class Encoders:
                 f"ssl-ib-train {folder} --resume --out {folder}"
             )
         #: What the run's results.json holds.
-        self.results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+        self.results: dict[str, Any] = read_results(folder)
         config = configure(str(folder / "config.yaml"), [f"device={device}", "precision=fp32", "ops.backend=auto"])
         with torch.random.fork_rng(devices=[]), ops.use_backend("auto"):
             # What views have learned elsewhere is in the checkpoint, as where a run is resumed.

@@ -5,7 +5,6 @@ Shapes: n images, D feature dimensions, R draws of the noise.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..errors import UserError
 from ..info.decoding import Decoded, decode
 from ..info.mixture import mixture_information
 from ..record.folder import names_of
+from ..record.log import read_rows
 from .encoders import Encoders, State, distinct, of_state, remark
 
 #: Of the noise, for each image.
@@ -151,8 +151,7 @@ def _shared(run: Encoders) -> dict[int, Shared]:
     told = ((name, nats) for name, nats in run.run.criterion.nats.items() if nats.kind == "lower bound")
     name, nats = next(told, (None, None))
     file, found = run.folder / "metrics.jsonl", {}
-    for text in file.read_text().splitlines() if name and file.is_file() else ():
-        row = json.loads(text)
+    for row in read_rows(file) if name and file.is_file() else ():
         if isinstance(value := row.get(f"held_out/{name}"), float):
             ceiling = row.get(f"held_out/{nats.ceiling}") if isinstance(nats.ceiling, str) else nats.ceiling
             found[row["step"]] = Shared(value, math.inf if ceiling is None else ceiling)

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import UserError, nearest
-from ..record.backbone import check_reachable, create, pooling, without_origins
+from ..record.backbone import check_reachable, check_sizes, create, pooling, without_origins
 from .positions import sincos_positions
 
 Pool = Literal["cls", "mean"]
-#: The largest of timm's arguments that are sizes, by what their names contain; none of them may be 0.
-LARGEST = {"depth": 1024, "layers": 1024, "heads": 1024, "patch_size": 1024, "dim": 65536, "img_size": 16384}
-LARGEST |= {"in_chans": 1024, "width": 1024}
 
 
 class Encoder(nn.Module):
@@ -84,7 +81,7 @@ class Encoder(nn.Module):
             alike = get_close_matches(self.name, timm.list_models(), n=20, cutoff=0.4)
             raise UserError(f"timm has no backbone {self.name!r}{nearest(self.name, alike)}")
         arguments = dict(self.arguments)
-        self._check_sizes(arguments)
+        check_sizes(arguments, "backbone_args")
         if get_pretrained_cfg_value(self.name, "fixed_input_size"):
             arguments.setdefault("img_size", (height, width) if height != width else height)
         if arguments.get("pretrained"):
@@ -103,15 +100,6 @@ class Encoder(nn.Module):
         self.pretrained = bool(arguments.get("pretrained") or arguments.get("checkpoint_path"))
         self.arguments = without_origins(arguments)
         return backbone
-
-    @staticmethod
-    def _check_sizes(arguments: dict[str, Any]) -> None:
-        """Raises UserError for sizes that no backbone has: timm would fail in the first step, or build for hours."""
-        for key, value in arguments.items():
-            most = next((most for kind, most in LARGEST.items() if kind in key), None)
-            for size in value if isinstance(value, list | tuple) else [value]:
-                if most and isinstance(size, int) and not isinstance(size, bool) and not 1 <= size <= most:
-                    raise UserError(f"backbone_args.{key}: expected sizes from 1 to {most:,}, got {value}")
 
     def _pool_as_evaluated(self) -> None:
         """Has timm's own forward give what `pooled` gives, here and where the backbone is rebuilt."""

@@ -21,17 +21,23 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import safetensors.torch
 import timm
 import torch
+from annotated_types import Interval
 from huggingface_hub import constants, try_to_load_from_cache
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from .. import __version__, distributed
+from ..config.hints import Count, PositiveInt
+from ..config.outside import read_json
+from ..data.views.resample import Interpolation
+from ..device import Bounded
 from ..errors import UserError
 from ..run import Run
 from .files import replace
@@ -40,6 +46,9 @@ from .weights import read_file
 #: The name of the encoder of a model that has one.
 MAIN = "backbone"
 
+#: The largest of timm's arguments that are sizes, by what their names contain; none of them may be 0.
+LARGEST = {"depth": 1024, "layers": 1024, "heads": 1024, "patch_size": 1024, "dim": 65536, "img_size": 16384}
+LARGEST |= {"in_chans": 1024, "width": 1024}
 #: How timm names the weights of a model that it has downloaded.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 #: How the arguments begin that say where first weights came from. They are no part of what rebuilds a backbone: that
@@ -53,12 +62,39 @@ _CIFAR_STEM = (
 )
 
 
+class _Preprocessing(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    size: Annotated[int, Interval(ge=1, le=LARGEST["img_size"])]
+    crop_ratio: Annotated[float, Interval(ge=0.01, le=1)]
+    interpolation: Interpolation
+    max_side: PositiveInt | None
+
+
+class _Description(BaseModel):
+    """What a description is checked against; its other keys may be anything."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    arguments: dict[str, Any]
+    mean: list[float]
+    std: list[float]
+    preprocessing: _Preprocessing | None = None
+    channels: tuple[Count, Count] | None = None
+    stem: str = "cifar"
+    prefix: str = ""
+
+
 def create(name: str, arguments: dict[str, Any]) -> nn.Module:
     """timm.create_model, which takes one argument more: `stem: cifar` for a ResNet on images of about 32 pixels.
 
     That is a 3 x 3 convolution of stride 1 without pooling, where timm's stem divides the resolution by 4 (Chen et al.,
-    SimCLR, appendix B.9). Raises ValueError where the model has no such stem, and what timm raises.
+    SimCLR, appendix B.9). Raises ValueError where there is no such model, or it has no such stem, and what timm raises.
     """
+    if not timm.is_model(name):
+        # Not a name such as hf-hub:..., for which timm would ask the network.
+        raise ValueError(f"timm has no model {name!r}")
     arguments = dict(arguments)
     stem = arguments.pop("stem", None)
     model = timm.create_model(name, **arguments)
@@ -93,6 +129,18 @@ def check_reachable(name: str) -> None:
             f"the weights of timm's {name!r} are not on this machine, and {host.hostname} cannot be reached to "
             f"download them: {error}"
         ) from None
+
+
+def check_sizes(arguments: dict[str, Any], what: str) -> None:
+    """Raises UserError for sizes that no backbone has: timm would fail in the first step, or build for hours.
+
+    what: what the arguments are called, for the message.
+    """
+    for key, value in arguments.items():
+        most = next((most for kind, most in LARGEST.items() if kind in key), None)
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if most and isinstance(size, int) and not isinstance(size, bool) and not 1 <= size <= most:
+                raise UserError(f"{what}.{key}: expected sizes from 1 to {most:,}, got {value}")
 
 
 def without_origins(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -227,12 +275,16 @@ def rebuild(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     stem = {"stem": description["stem"]} if "stem" in description else {}
     # Those of earlier versions may name the file that the run began with.
     arguments = {**without_origins(description["arguments"]), **stem}
+    check_sizes(arguments, "arguments")
     try:
-        with torch.random.fork_rng(devices=[]):
+        # What is described may be anything: timm's builders raise whatever Python does.
+        with torch.random.fork_rng(devices=[]), Bounded():
             model = create(description["model"], arguments)
         model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"expected the weights of timm's {description['model']!r} with {arguments}: {reason}") from None
     return model.eval()
 
@@ -255,11 +307,13 @@ def from_checkpoint(saved: dict[str, Any]) -> dict[str, tuple[dict[str, Any], di
     """The descriptions and state_dicts of the encoders in a run's checkpoint, by name; empty where it has none."""
     # Earlier versions knew of one encoder alone.
     found = saved.get("backbones") or ({MAIN: saved["backbone"]} if saved.get("backbone") else {})
+    if not isinstance(found, dict):
+        raise UserError("the checkpoint describes no encoder: its backbones are no mapping")
     encoders = {}
     for name, description in found.items():
-        prefix = description["prefix"]
-        parts = {key.removeprefix(prefix): value for key, value in saved["parts"].items() if key.startswith(prefix)}
-        encoders[name] = (description, parts)
+        prefix = _checked(description, f"the checkpoint's encoder {name}").get("prefix", "")
+        parts = saved["parts"].items() if isinstance(saved.get("parts"), dict) else ()
+        encoders[name] = (description, {k.removeprefix(prefix): v for k, v in parts if str(k).startswith(prefix)})
     return encoders
 
 
@@ -271,13 +325,22 @@ def read(folder: Path | str, name: str = MAIN) -> tuple[dict[str, Any], dict[str
     file, weights = files(folder, name)
     if not (file.is_file() and weights.is_file()):
         raise _nothing(folder, name)
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    return _checked(read_json(file), str(file)), read_file(weights)
+
+
+def _checked(description: Any, where: str) -> dict[str, Any]:
+    """What describes an encoder. Raises UserError where it does not: it may be anybody's."""
     if not (isinstance(description, dict) and {"model", "arguments", "mean", "std"} <= description.keys()):
-        raise UserError(f"{file} describes no encoder: expected model, arguments, mean and std")
-    return description, read_file(weights)
+        raise UserError(f"{where} describes no encoder: expected model, arguments, mean and std")
+    try:
+        _Description.model_validate_json(json.dumps(description))
+    except (ValidationError, TypeError) as error:
+        found = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        place = ".".join(map(str, found["loc"]))
+        raise UserError(f"{where} describes no encoder: {place + ': ' if place else ''}{found['msg']}") from None
+    if len(description["mean"]) != len(description["std"]) or 0 in description["std"]:
+        raise UserError(f"{where} describes no encoder: expected a mean and a std above 0 for each channel")
+    return description
 
 
 def _nothing(folder: Path | str, name: str) -> UserError:

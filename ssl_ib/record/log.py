@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..config.outside import json_object
 from ..errors import UserError
 from .files import replace
 
@@ -77,19 +78,7 @@ class RunLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row so far, oldest first, without a last line cut short. Raises UserError for any other broken line."""
-        if self._path is None:
-            return [dict(row) for row in self._memory]
-        lines = self._path.read_bytes().splitlines()
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                if number == len(lines):
-                    break
-                raise UserError(f"{self._path}, line {number}: expected a JSON object, got {line[:80]!r}") from None
-            rows.append(with_numbers(row))
-        return rows
+        return [dict(row) for row in self._memory] if self._path is None else read_rows(self._path)
 
     def sync(self) -> None:
         """Has the rows on the disk, so that no checkpoint outlives those before it, whatever happens to the machine."""
@@ -133,6 +122,25 @@ class RunLog:
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         replace(self._path, "".join(map(_line, rows)))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, oldest first, without a last line cut short.
+
+    Raises UserError for any other line that is no object with a step and an epoch.
+    """
+    lines, rows = path.read_bytes().splitlines(), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = with_numbers(json_object(line))
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}") from None
+        if not all(isinstance(row.get(key), int | float) for key in ("step", "epoch")):
+            raise UserError(f"{path}, line {number}: expected numbers step and epoch, got {line[:80]!r}")
+        rows.append(row)
+    return rows
 
 
 def with_numbers(data: dict[str, Any]) -> dict[str, Any]:

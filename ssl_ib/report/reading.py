@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from array import array
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.outside import NotYaml, parse_yaml
+from ..config.outside import NotYaml, json_object, parse_yaml
 from ..errors import UserError
 from ..record.about import ABOUT
 from ..record.log import NON_FINITE, with_numbers
@@ -97,7 +96,7 @@ def read_run(path: Path, name: str) -> RunData:
     run = RunData(path, name)
     run.config = _data(run, "config.yaml", parse_yaml)
     run.environment, run.about, run.results = (
-        _data(run, file, json.loads) for file in ("environment.json", ABOUT, "results.json")
+        _data(run, file, json_object) for file in ("environment.json", ABOUT, "results.json")
     )
     _metrics(run)
     run.evals = [line for line in _lines(run, "evals.jsonl") if isinstance(line.get("protocol"), str)]
@@ -130,7 +129,7 @@ def _lines(run: RunData, file: str) -> Iterator[dict[str, Any]]:
     with path.open("rb") as lines:
         for line in lines:
             try:
-                row = json.loads(line)
+                row = json_object(line)
             except ValueError:
                 row = None
             if isinstance(row, dict):

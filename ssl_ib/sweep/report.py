@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..config.outside import read_bytes
+from ..config.outside import json_object
 from ..errors import UserError
 from ..record.log import with_numbers
+from ..record.results import read_results
 from ..run import FIRST
 from .points import CASE, Axis, Point, Run
 
@@ -28,8 +27,6 @@ _TAIL = 1 << 16
 
 #: The status of a run that is done, and whose numbers cannot be read.
 DAMAGED = "damaged"
-#: Bytes that a file of results may have.
-MOST_BYTES = 1 << 24
 
 
 @cache
@@ -78,34 +75,12 @@ def read_metrics(folder: Path) -> tuple[dict[str, float], list[str]]:
 
     Raises UserError where one of the files is damaged, which it names.
     """
-    results = _object(folder / "results.json")
+    results = read_results(folder)
     found = _last_rows(folder / "metrics.jsonl")
     for name in (*FIRST, "raw_pixels", "chance"):
-        found |= {f"{name}/{key}": value for key, value in _part(results, name, folder).items()}
-    trained = _part(results, "trained", folder)
-    seconds = results.get("seconds")
-    if not isinstance(seconds, int | float) or not isinstance(results.get("step"), int):
-        raise UserError(f"{folder / 'results.json'} is damaged: it has no seconds or no step")
+        found |= {f"{name}/{key}": value for key, value in results.get(name, {}).items()}
+    trained, seconds = results.get("trained", {}), results["seconds"]
     return {**found, **trained, "seconds": seconds, "minutes": seconds / 60, "step": results["step"]}, list(trained)
-
-
-def _object(path: Path, text: bytes | None = None) -> dict[str, Any]:
-    """The JSON object in a file, or in a line of it."""
-    try:
-        found = json.loads(read_bytes(path, MOST_BYTES) if text is None else text)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{path} is damaged: {reason}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: expected an object, got {type(found).__name__}")
-    return with_numbers(found)
-
-
-def _part(results: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
-    found = results.get(name, {})
-    if not isinstance(found, dict):
-        raise UserError(f"{folder / 'results.json'} is damaged: {name} is no object")
-    return found
 
 
 def _last_rows(path: Path) -> dict[str, float]:
@@ -117,7 +92,10 @@ def _last_rows(path: Path) -> dict[str, float]:
         lines = file.read().splitlines()[1 if start else 0 :]
     found: dict[str, float] = {}
     for line in lines:
-        found |= _object(path, line)
+        try:
+            found |= with_numbers(json_object(line))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
     found = {key: value for key, value in found.items() if key not in ("step", "epoch")}
     return {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 

@@ -204,9 +204,11 @@ def test_the_card_says_what_was_evaluated_and_no_path(tmp_path):
         yaml.dump({"recipe": "r", "source": {"name": "folder", "path": "/home/me/photos"}})
     )
     results = {"initial": {"knn/top1": 0.25}, "trained": {"knn/top1": 0.5, "held_out/loss": 1.0}, "step": 1200}
+    results["seconds"] = 60.0
     (run / "results.json").write_text(json.dumps(results))
     encoder = ssl_ib.load(saved(tmp_path, *VIT[:1], **VIT[1]))
     line = {"protocol": "knn", "metric": "top1", "spread": 0.01, "weights": fingerprint_of_weights(encoder.model)}
+    line |= {"ssl_ib": "1.0", "seconds": 2.0}
     lines = [line | {"value": 0.75, "settings": {"k": 5, "source": None}}]
     lines += [line | {"value": 0.5, "settings": {"k": 20, "source": {"path": "/home/me/others"}}}]
     lines += [line | {"value": 0.125, "settings": {}, "weights": "other"}]

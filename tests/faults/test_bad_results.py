@@ -1,10 +1,15 @@
-"""A sweep with a damaged file of results: which file it is, and the other runs in the table."""
+"""Files of results, of evaluations and of encoders that are damaged: which one it is, and the rest goes on."""
 
 import json
+from pathlib import Path
 
 import pytest
+from harness import save_encoder
 
+import ssl_ib
 from ssl_ib.errors import UserError
+from ssl_ib.evals.results import Results
+from ssl_ib.record.log import RunLog
 from ssl_ib.sweep import report
 from ssl_ib.sweep.points import Point, Run
 from ssl_ib.sweep.report import Report, read_metrics
@@ -20,6 +25,10 @@ RESULTS = {
     "a part is no object": (
         json.dumps(GOOD | {"trained": 3}).encode(),
         "results.json is damaged: trained is no object",
+    ),
+    "a number is none": (
+        json.dumps(GOOD | {"trained": {"knn/top1": []}}).encode(),
+        "results.json is damaged: knn/top1 of trained is no number",
     ),
     "no seconds": (b"{}", "results.json is damaged: it has no seconds or no step"),
     "seconds in words": (json.dumps(GOOD | {"seconds": "a"}).encode(), "it has no seconds or no step"),
@@ -39,6 +48,43 @@ def test_damaged_metrics_are_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b"\n")
     with pytest.raises(UserError, match="metrics.jsonl is damaged: "):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"3", b"{}", b'{"step": "1", "epoch": 0}', b'{"step": 1}'])
+def test_damaged_metrics_are_named_by_what_resumes(tmp_path, line):
+    """The last line alone may have been cut short; nothing is changed before that is known."""
+    (tmp_path / "metrics.jsonl").write_bytes(line + b'\n{"step": 1, "epoch": 0.5}\n')
+    with pytest.raises(UserError, match="metrics.jsonl, line 1: expected "):
+        RunLog(tmp_path, ())
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(line)
+
+
+def test_what_is_no_result_of_an_evaluation_is_computed_again(tmp_path):
+    good = {"protocol": "knn", "settings": {}, "weights": "a", "metric": "top1", "ssl_ib": "1", "seconds": 2.0}
+    others = [b"\xff", b"[" * 100_000, b"3", b"{}", json.dumps(good | {"settings": 3}).encode()]
+    (tmp_path / "evals.jsonl").write_bytes(b"\n".join([*others, json.dumps(good).encode()]) + b"\n")
+    assert Results(tmp_path / "evals.jsonl").lines == [good]
+
+
+#: What describes no encoder, and what is said of it.
+NO_ENCODERS = {
+    "a network's": ({"model": "hf-hub:somebody/model"}, "timm has no model 'hf-hub:somebody/model'"),
+    "arguments": ({"arguments": {"nonsense": 1}}, "nonsense"),
+    "endless": ({"arguments": {"depth": 10**9}}, "arguments.depth: expected sizes from 1 to 1,024"),
+    "statistics": ({"mean": ["a"]}, "describes no encoder: mean.0: Input should be a valid number"),
+    "no spread": ({"std": [0.0, 1.0, 1.0]}, "expected a mean and a std above 0 for each channel"),
+    "fewer channels": ({"mean": [0.5]}, "expected a mean and a std above 0 for each channel"),
+    "preprocessing": ({"preprocessing": {"size": 0}}, "describes no encoder: preprocessing.size: "),
+}
+
+
+@pytest.mark.parametrize("change, says", NO_ENCODERS.values(), ids=NO_ENCODERS)
+def test_what_describes_no_encoder(tmp_path, change, says):
+    out = Path(save_encoder(tmp_path / "run", "vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=3))
+    file = out / "backbone.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=says):
+        ssl_ib.load(out)
 
 
 def test_one_damaged_run_costs_the_sweep_no_other(tmp_path, capsys):
