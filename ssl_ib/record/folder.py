@@ -5,6 +5,7 @@ Nothing here changes the folder but `claim`, which comes after every check.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -83,8 +84,7 @@ def examine(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[st
 
 def _problem(state: Any, config: Config) -> str | None:
     """Why a checkpoint is not one that the run can continue from; None where it is."""
-    kinds = {"step": int, "images": int, "parts": dict, "optimizer": dict, "results": dict, "seconds": (int, float)}
-    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in kinds.items()):
+    if not _is_checkpoint(state):
         return "it is no checkpoint of a run"
     if not any(name in state["results"] for name in FIRST):
         return "it is no checkpoint of a run: it has no first evaluation"
@@ -94,6 +94,27 @@ def _problem(state: Any, config: Config) -> str | None:
         return f"it is another run's: {other[0]} here"
     spoiled = not_numbers(state)
     return f"it holds NaN: {spoiled[0]}{f' and {len(spoiled) - 1} more' * (len(spoiled) > 1)}" if spoiled else None
+
+
+def _is_checkpoint(state: Any) -> bool:
+    """Whether something has the form of a checkpoint; an earlier version's may lack some of it."""
+    kinds = {"step": int, "images": int, "parts": dict, "optimizer": dict, "results": dict, "seconds": (int, float)}
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        return False
+    optional = {"config": dict, "fingerprint": dict, "backbones": dict, "rows": int}
+    if any(key in state and not isinstance(state[key], kind) for key, kind in optional.items()):
+        return False
+    inner = [*state["results"].values(), state["optimizer"].get("state")]
+    if not all(isinstance(value, dict) for value in inner):
+        return False
+    if not all(isinstance(value, dict) for value in state["optimizer"]["state"].values()):
+        return False
+    try:
+        # No tensor is compared with a text.
+        json.dumps([state.get(key) for key in ("config", "fingerprint", "results")])
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _shared(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

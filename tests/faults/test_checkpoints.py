@@ -38,6 +38,9 @@ def spoil(state):
 STRANGERS = {
     "a list": (lambda state: [1, 2], "it is no checkpoint of a run"),
     "weights alone": (lambda state: state["parts"], "it is no checkpoint of a run"),
+    "no record": (lambda state: state.update(rows="3"), "it is no checkpoint of a run"),
+    "no moments": (lambda state: state["optimizer"].update(state={0: 1.5}), "it is no checkpoint of a run"),
+    "tensors for settings": (lambda state: state["config"].update(seed=torch.zeros(2)), "it is no checkpoint of a run"),
     "no results": (lambda state: state["results"].clear(), "it has no first evaluation"),
     "another seed": (lambda state: state["config"].update(seed=5), "it is another run's: seed: 5 -> 0 here"),
     "another rate": (
