@@ -75,6 +75,8 @@ class Encoder(nn.Module):
                 self.fix_positions()
         elif positions == "sincos":
             raise UserError(f"positions=sincos needs a vision transformer, and {name!r} is none: use positions=learned")
+        else:
+            self.check(shape)
 
     def _create(self, height: int, width: int) -> nn.Module:
         if not timm.is_model(self.name):
@@ -129,22 +131,27 @@ class Encoder(nn.Module):
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises UserError where the backbone cannot read a view of this shape."""
         self._image(shape)
-        if shape[0] != self.channels:
-            raise UserError(
-                f"backbone {self.name!r} reads views of {self.channels} channels, and this one has {shape[0]}"
-            )
+        self._check_channels(shape[0])
         if self.is_vit:
             self.grid(shape)
             return
         try:
             self.backbone.eval()(torch.zeros(1, *shape))
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # timm builds what it cannot run: a ResNet of three stages, say.
             raise UserError(
                 f"{self.name!r} cannot read a view of {shape[1]} x {shape[2]} pixels ({error}): choose larger views "
-                "(views.size, and views.local_size of local crops), or another backbone"
+                "(views.size, and views.local_size of local crops), another backbone, or other backbone_args"
             ) from None
         finally:
             self.backbone.train()
+
+    def _check_channels(self, channels: int) -> None:
+        if channels != self.channels:
+            raise UserError(
+                f"backbone {self.name!r} reads views of {self.channels} channels, and this one has {channels}"
+            )
 
     def fix_positions(self) -> None:
         """Replaces learned positions by fixed sines and cosines; those of pretrained weights stay, and are fixed too.
@@ -245,6 +252,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         """Tokens (None for a backbone that has none) and the features [B, D], or [B*N, D] of N masks an image."""
+        self._check_channels(images.shape[1])
         if self.is_vit:
             tokens = self.tokens(images, keep)
             return tokens, self.pooled(tokens)

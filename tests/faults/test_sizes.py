@@ -78,3 +78,13 @@ def test_weights_that_cannot_be_downloaded_are_said_at_once(tmp_path, monkeypatc
     assert main([*VIT, "model.backbone_args.pretrained=true", "--dry-run"]) == 2
     message = capsys.readouterr().err
     assert "are not on this machine" in message and "cannot be reached to download them: Name or service" in message
+
+
+def test_what_timm_builds_and_cannot_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for recipe in ("simclr_digits", "view_generator_supervised_rgb"):
+        stages = ["model.backbone=resnet18", "model.backbone_args={layers: [2, 2]}"]
+        assert main([recipe, "source=digits", *stages, "--dry-run"]) == 2
+        assert "'resnet18' cannot read a view of" in capsys.readouterr().err
+    assert main(["svib_cifar10", "source=digits", "views=frequency_split", "--dry-run"]) == 2
+    assert "reads views of 3 channels, and this one has 6" in capsys.readouterr().err
