@@ -110,6 +110,7 @@ setup(
             "faster-coco-eval",
             "selenium",
             "axe-core-python",
+            "hypothesis",
         ],
         "wandb": ["wandb"],
         "embed": ["pyarrow"],
