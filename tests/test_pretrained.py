@@ -244,13 +244,7 @@ def test_a_model_with_two_encoders(tmp_path):
     }
     with torch.no_grad():
         model.twin.backbone.conv1[0].weight.fill_(0.5)
-    lines = finish(
-        tmp_path,
-        instance.run,
-        [{"step": 1, "loss": 1.0}],
-        {"untrained": {}, "trained": {}, "seconds": 1.0},
-        instance.online.evaluating,
-    )
+    lines = finish(tmp_path, instance.run, {"untrained": {}, "trained": {}, "seconds": 1.0})
     assert "the encoder first, with timm alone" in lines[0] and "second.json" in lines[1]
     for source in (tmp_path, instance.save()):
         with pytest.raises(UserError, match="holds the encoders first, second: say which, with name="):
