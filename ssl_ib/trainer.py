@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import cached_property
@@ -130,7 +131,10 @@ class Trainer:
         if not self.run.model.own_batch_norm:
             module = distributed.with_common_batch_norm(module, self.run.device)
         devices = [self.run.device.index] if self.run.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # Its successor in later versions of torch still copies the main process's buffers, once.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
     @cached_property
     def log(self) -> RunLog:
