@@ -36,12 +36,12 @@ def parts():
     return sys.modules["ssl_ib_plugin_parts"]
 
 
-def train(out: Path, *arguments: str, draw: bool = False) -> int:
+def train(out: Path, *arguments: str, draw: bool = False, recipe: str = TINY) -> int:
     """Runs the command line in this process; returns its exit code. Without `draw`, no figures: half of its time."""
     with pytest.MonkeyPatch.context() as patch:
         for name in () if draw else FIGURES:
             patch.setattr(f"ssl_ib.record.{name}", lambda *given, **more: None)
-        return main([TINY, "--plugin", PARTS, "--out", str(out), *arguments])
+        return main([recipe, "--plugin", PARTS, "--out", str(out), *arguments])
 
 
 def environment(**more: str) -> dict[str, str]:

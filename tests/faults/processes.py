@@ -11,24 +11,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import train
+from harness import TINY, train
 from ranks import PRELOADED
 
 #: Slow enough that a test meets it half way, and short where it is let go on.
 SLOW = ("criterion=queued", "checkpoint.every_steps=1")
+#: Seconds that a run may take to go on or to end.
+PATIENCE = 60.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*PRELOADED, "harness", "ssl_ib.api"])
 
 
 class Running:
-    """A run that was started in the folder `out`, beside which its output lies in a file."""
+    """A run that was started in the folder `out`, beside which its output lies in a file.
 
-    def __init__(self, out: Path, *arguments: str, pause: float = 0.0, stdout: str | None = None):
+    pause: seconds by which the steps of some criterions are slowed down. variables: of the environment.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *arguments: str,
+        pause: float = 0.0,
+        stdout: str | None = None,
+        recipe: str = TINY,
+        **variables: str,
+    ):
         self.out = out
+        variables["SSL_IB_TEST_PAUSE"] = str(pause)
         self.log = out.with_name(f"{out.name}.{time.monotonic_ns()}.log")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-            self.process = _CONTEXT.Process(target=_run, args=(out, arguments, str(pause), self.log, stdout))
+            self.process = _CONTEXT.Process(target=_run, args=(out, arguments, variables, self.log, stdout, recipe))
             self.process.start()
 
     def send(self, signum: signal.Signals) -> None:
@@ -36,7 +50,7 @@ class Running:
 
     def code(self) -> int:
         """The exit code, when it has ended; -n where signal n has killed it."""
-        self.process.join(60)
+        self.process.join(PATIENCE)
         assert self.process.exitcode is not None, self.said()
         return self.process.exitcode
 
@@ -46,7 +60,8 @@ class Running:
     def reach(self, step: int) -> None:
         """Waits until the run has recorded the step."""
         metrics = self.out / "metrics.jsonl"
-        for _ in range(6000):
+        begun = time.monotonic()
+        while time.monotonic() - begun < PATIENCE:
             with suppress(FileNotFoundError):
                 if f'"step": {step},' in metrics.read_text():
                     return
@@ -59,8 +74,10 @@ class Running:
         self.process.join()
 
 
-def _run(out: Path, arguments: tuple[str, ...], pause: str, log: Path, stdout: str | None) -> None:
-    os.environ["SSL_IB_TEST_PAUSE"] = pause
+def _run(
+    out: Path, arguments: tuple[str, ...], variables: dict[str, str], log: Path, stdout: str | None, recipe: str
+) -> None:
+    os.environ |= variables
     # The tests may have been started with it ignored, as `nohup` does.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # As in the tests' own process: with other threads sums are rounded otherwise.
@@ -70,4 +87,4 @@ def _run(out: Path, arguments: tuple[str, ...], pause: str, log: Path, stdout: s
     os.dup2(file if stdout is None else os.open(stdout, os.O_WRONLY | os.O_NOCTTY), 1)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
-    sys.exit(train(out, *arguments))
+    sys.exit(train(out, *arguments, recipe=recipe))
