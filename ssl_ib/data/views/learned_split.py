@@ -95,6 +95,11 @@ def _generator_of(run: str) -> dict[str, Any]:
         there = "that folder holds no run (no config.yaml)" if folder.is_dir() else "there is no such folder"
         raise UserError(f"run={run}: {there}: {advice} (`ssl-ib-train view_generator_semi_ydbdr` trains one)")
     file = folder / "checkpoints" / "last.pt"
+    if not file.is_file() and (folder / "checkpoints" / "last").is_dir():
+        raise UserError(
+            f"run={run}: the run's last checkpoint is that of a sharded run, which is not read here: train it with "
+            "parallel=ddp, or in one process"
+        )
     if not file.is_file():
         raise UserError(f"run={run}: the run has no checkpoint yet: wait for its first, or {advice}")
     try:

@@ -1,0 +1,84 @@
+"""Sharded runs, as a user starts them: killed at any place, and continued by another number of processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import ROOT, STEPS, command, environment, evaluations, losses, rows, train, wait_for_step
+from test_auto_resume import _rank
+
+from ssl_ib.record.weights import read_file
+
+#: Nothing that goes by the process: batch norm of its own rows.
+SAME = ("model.projector_norm=false", "model.projector_layers=1", "batch_size=96", "device=cpu")
+LONG = (*SAME, "epochs=3", "eval.every_epochs=3", "checkpoint.every_steps=2", "--auto-resume")
+
+
+def torchrun(out: Path, ranks: int, *arguments: str, script: list[str] | None = None) -> subprocess.Popen:
+    words = command(out, *LONG, "parallel=fsdp", *arguments)[2:]
+    words = ["-m", *words] if script is None else [*script, *words[1:]]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*launcher, *words],
+        env=environment(),
+        cwd=out.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def assert_like_one_process(out: Path, folder: Path) -> None:
+    """Every step is there once, and losses and weights are those of one process that nothing disturbed."""
+    one = folder / "one"
+    assert train(one, *LONG) == 0
+    assert [step for step, _ in losses(out)] == [step for step, _ in losses(one)]
+    theirs, ours = (torch.tensor([loss for _, loss in losses(place)]) for place in (one, out))
+    # Of float32: sums in another order, and what some 40 steps of AdamW make of it.
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+    assert len(evaluations(out)) == len(evaluations(one))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_and_three_processes_and_then_one(tmp_path):
+    out = tmp_path / "run"
+    first = torchrun(out, 2)
+    try:
+        wait_for_step(out, first, 6)
+        os.kill(_rank(first.pid, 1), signal.SIGKILL)
+        first.communicate(timeout=120)
+        second = torchrun(out, 3)
+        wait_for_step(out, second, STEPS + 8)
+        second.terminate()
+        said = second.communicate(timeout=120)[0]
+    finally:
+        first.kill()
+    assert "resumed    at step" in said
+    # One process reads the shards, and writes a file again.
+    assert (out / "checkpoints" / "last").is_dir()
+    assert train(out, *LONG) == 0
+    assert (out / "checkpoints" / "last.pt").is_file() and not (out / "checkpoints" / "last").exists()
+    assert_like_one_process(out, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["before", "after", "last"])
+def test_a_kill_within_a_save(place, tmp_path):
+    out = tmp_path / "run"
+    script = [str(ROOT / "tests" / "faults" / "dies_in_save.py"), place]
+    process = torchrun(out, 2, script=script)
+    process.communicate(timeout=200)
+    assert process.returncode != 0 and not (out / "results.json").exists()
+    # The one before is whole.
+    saved = read_file(out / "checkpoints" / "last")
+    assert saved["step"] == 2
+    process = torchrun(out, 3)
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, said
+    assert "resumed    at step" in said and rows(out)
+    assert not list((out / "checkpoints").glob("*.tmp"))
+    assert_like_one_process(out, tmp_path)
