@@ -9,6 +9,7 @@ Work that each process does alone, such as an evaluation, needs all weights in i
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from . import distributed
-from .errors import UserError
+from .errors import EndedElsewhere, UserError
 from .part import Step, parts
 from .record import shards
+
+_logger = logging.getLogger(__name__)
 
 
 def mesh(parallel: str, device: torch.device) -> DeviceMesh | None:
@@ -34,7 +37,10 @@ def mesh(parallel: str, device: torch.device) -> DeviceMesh | None:
     Raises UserError where the machines have not as many processes each, or one each.
     """
     world = distributed.world_size()
-    if parallel not in ("fsdp", "hybrid") or world == 1:
+    if parallel not in ("fsdp", "hybrid"):
+        return None
+    if world == 1:
+        _logger.info("parallel=%s: there is one process, so nothing is sharded; torchrun starts several", parallel)
         return None
     local = world if parallel == "fsdp" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if local == 1 or world % local:
@@ -59,6 +65,8 @@ class Sharded:
         found = {id(unit): unit for part in parts(step.model, step.criterion) for unit in part.shards()}
         self.units = list(found.values())
         self._check()
+        # The forwards alone: what brings the weights together stays outside the graphs.
+        self._compiled = [torch.compile(unit.forward) for unit in self.units] if compiled else []
         for parameter in step.parameters():
             # torch cuts no others; those of convolutions may lie in another order.
             parameter.data = parameter.data.contiguous()
@@ -68,11 +76,7 @@ class Sharded:
             policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16 if bf16 and not normalises else None,
                 reduce_dtype=torch.float32 if bf16 and not normalises else None,
-                cast_forward_inputs=False,
             )
-            if compiled:
-                # The forward alone: what brings the weights together stays outside the graph.
-                unit.forward = torch.compile(unit.forward)
             fully_shard(unit, mesh=mesh, mp_policy=policy)
         fully_shard(step, mesh=mesh)
         # Nobody changes a step's outputs in place.
@@ -98,6 +102,27 @@ class Sharded:
                         f"parallel=fsdp: {former} and {names[id(unit)]} have a parameter in common, so that they "
                         "cannot be sharded apart: leave both out of `shards` of their part"
                     )
+
+    def __call__(self, *given: Any) -> Any:
+        """The step's answer. Raises UserError where a part reads weights that are in shards at the time."""
+        # For a step alone: an evaluation has other shapes, and looks into the blocks.
+        for unit, forward in zip(self.units, self._compiled, strict=False):
+            unit.forward = forward
+        try:
+            return self.module(*given)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            if not distributed.is_main():
+                raise EndedElsewhere("all processes have failed alike, and process 0 shows the error") from error
+            raise UserError(
+                "parallel=fsdp: a part reads weights while they are in shards. A module that its `shards` names must "
+                "be run by calling it, and its weights be read nowhere else: leave it out there (`shards` of "
+                "ssl_ib.Part; without one of its own, a part's blocks and heads are taken), or use parallel=ddp"
+            ) from error
+        finally:
+            for unit, _ in zip(self.units, self._compiled, strict=False):
+                del unit.forward
 
     def _modules(self) -> list[FSDPModule]:
         return [self.module, *self.units]

@@ -121,10 +121,10 @@ class Trainer:
         return sharded
 
     @cached_property
-    def step_module(self) -> nn.Module:
+    def step_module(self) -> nn.Module | Sharded:
         """Model and criterion in one; DDP is made with the first step, when no process can fail alone any more."""
         if self.sharded is not None:
-            return self.sharded.module
+            return self.sharded
         module = Step(self.run.model, self.run.criterion)
         if self.config.parallel != "ddp" or distributed.world_size() == 1:
             return module

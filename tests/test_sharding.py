@@ -12,9 +12,13 @@ from harness import without_files
 from ranks import answers_of, join
 from torch import nn
 
-from ssl_ib import distributed, sharding
+import ssl_ib
+from ssl_ib import RunInfo, api, distributed, sharding
 from ssl_ib.config.config import configure
 from ssl_ib.config.registry import CRITERIONS, MODELS
+from ssl_ib.models.moco import MoCo
+from ssl_ib.models.student_teacher import StudentTeacher
+from ssl_ib.part import Step, parts
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
 
@@ -184,3 +188,114 @@ def test_every_model_and_criterion_is_among_them():
         ours = [name for name in registry.names() if registry[name].__module__.startswith("ssl_ib.")]
         missing = [name for name in ours if (kind, name) not in seen]
         assert not missing, f"no recipe with the {kind} {', '.join(missing)}: add one to RECIPES"
+
+
+SIZES = ((3, 16, 16),) * 2
+
+
+def names(part) -> list[str]:
+    """What `shards` of the parts inside gives, by name."""
+    known = {id(module): name for name, module in part.named_modules()}
+    return sorted(known[id(unit)] for each in parts(part) for unit in each.shards())
+
+
+def test_blocks_and_heads_are_found():
+    vit = {"backbone": "vit_tiny_patch16_224", "backbone_args": BACKBONES["vit"]}
+    model = StudentTeacher(RunInfo(SIZES, 4), **vit, head_hidden=8, head_dim=4, prototypes=6)
+    nets = ["student.backbone", "teacher.networks.0.backbone"]
+    assert names(model) == sorted(
+        [f"{n}.blocks.{i}" for n in nets for i in (0, 1)] + ["head.mlp", "teacher.networks.1.mlp"]
+    )
+    # Of blocks inside blocks the inner ones, and of what is inside them nothing more.
+    resnet = MoCo(RunInfo(SIZES, 4), backbone="resnet18", backbone_args=BACKBONES["resnet"], momentum=None)
+    expected = [f"encoder.backbone.layer{layer}.{i}" for layer in (1, 2, 3, 4) for i in (0, 1)]
+    assert names(resnet) == sorted([*expected, "projector"])
+
+
+class Odd(ssl_ib.Model):
+    """Two layers that `shards` finds, and what a test does to them."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.head = kind, nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        if kind == "in common":
+            self.tail = nn.Sequential(self.head[0])
+        elif kind == "a number":
+            self.gain = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, batch):
+        x = batch.views[0]
+        return {"projection": [x @ self.head[0].weight if self.kind == "read" else self.head(x)]}
+
+    def encode(self, images):
+        return self.head(images)
+
+
+class Mean(ssl_ib.Criterion):
+    requires = frozenset({"projection"})
+
+    def forward(self, outputs, batch, progress):
+        return ssl_ib.Loss.weighted(mean=(outputs["projection"][0].square().mean(), 1.0))
+
+
+def oddly(rank: int, port: int, path: str) -> None:
+    join(rank, 2, port)
+    mesh, said = sharding.mesh("fsdp", torch.device("cpu")), {}
+    batch = ssl_ib.Batch([torch.ones(2, 4)], [None], torch.arange(2), torch.zeros(2))
+    for kind in ("read", "in common", "a number", "fine"):
+        try:
+            sharded = sharding.Sharded(Step(Odd(kind), Mean()), mesh, kind == "fine", False)
+            _, loss = sharded(batch, ssl_ib.Progress(0, 0, 1, 1))
+            loss.total.backward()
+            assert sharded.module.model.head[0].weight.grad.to_local().shape == (2, 4)
+            with sharded.gathered():
+                # Alone, and of bfloat16 where the policy says so.
+                assert rank or sharded.module.model.head[0].weight.dtype == torch.bfloat16
+                assert rank or sharded.module.model.encode(torch.ones(1, 4)).shape == (1, 4)
+            assert sharded.module.model.head[0].weight.dtype == torch.float32
+        except ssl_ib.UserError as error:
+            said[kind] = str(error)
+    torch.save(said, f"{path}/{rank}.pt")
+    distributed.shutdown()
+
+
+def test_what_cannot_be_sharded_is_said(tmp_path):
+    first, second = answers_of(oddly, 2, tmp_path)
+    assert list(first) == ["read", "in common", "a number"]
+    assert "reads weights while they are in shards" in first["read"] and "`shards` of ssl_ib.Part" in first["read"]
+    assert "process 0 shows the error" in second["read"]
+    assert "model.head and model.tail have a parameter in common" in first["in common"]
+    assert "model.gain has no dimension: make it [1]" in first["a number"]
+
+
+@pytest.mark.parametrize("here, said", [("1", "got 1 of 4"), ("3", "got 3 of 4")])
+def test_machines_of_unequal_processes_are_refused(here, said, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    with pytest.raises(ssl_ib.UserError, match=f"{said} on this one: use parallel=fsdp"):
+        sharding.mesh("hybrid", torch.device("cpu"))
+
+
+def test_one_process_shards_nothing(caplog):
+    caplog.set_level("INFO")
+    assert sharding.mesh("fsdp", torch.device("cpu")) is None and "nothing is sharded" in caplog.text
+    assert sharding.mesh("ddp", torch.device("cpu")) is None
+
+
+def differs(rank: int, port: int, path: str) -> None:
+    join(rank, 2, port)
+    said = ""
+    try:
+        more = ["optim.lr=0.5", "device=cpu"] if rank else ["device=auto"]
+        api._check_alike(configure("simclr_digits", more, []))
+    except ssl_ib.UserError as error:
+        said = f"{type(error).__name__}: {error}"
+    torch.save({"said": said}, f"{path}/{rank}.pt")
+    distributed.shutdown()
+
+
+def test_processes_of_different_configurations_are_refused(tmp_path):
+    first, second = (answer["said"] for answer in answers_of(differs, 2, tmp_path))
+    assert second.startswith("UserError: process 1 does not run what process 0 runs")
+    assert "optim.lr: 0.002 -> 0.5." in second and "device" not in second
+    assert first.startswith("EndedElsewhere: process 1 has failed")

@@ -163,8 +163,9 @@ class Config(Section):
     `accumulate` cuts it into so many forward passes of each. device is auto, cpu, cuda or cuda:N. workers decode
     streamed images, and one that gives nothing for `worker_timeout` seconds ends the run; log_every counts the steps
     from one row of `metrics.jsonl` to the next (a short run logs 20 rows at least), and logger says who gets a copy of
-    the rows. deterministic takes, on CUDA, slower operations that give the same numbers every time. parallel=ddp is for
-    processes that torchrun starts. plugins are imported before the parts are looked up.
+    the rows. deterministic takes, on CUDA, slower operations that give the same numbers every time. parallel is for
+    processes that torchrun starts: with ddp each has all weights, with fsdp they share them, with hybrid those of a
+    machine do (docs/scale.md). plugins are imported before the parts are looked up.
     """
 
     recipe: str

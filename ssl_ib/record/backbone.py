@@ -216,7 +216,11 @@ def save_backbone(module: nn.Module, description: dict[str, Any], folder: Path |
     if distributed.is_main():
         Path(folder).mkdir(parents=True, exist_ok=True)
         fresh = weights.with_name(f"{weights.name}.tmp")
+        # save_file makes files that nobody else may read.
+        fresh.touch()
+        mode = fresh.stat().st_mode
         safetensors.torch.save_file(tensors, fresh, metadata={"format": "pt"})
+        fresh.chmod(mode)
         os.replace(fresh, weights)
         replace(description_file, json.dumps(description, indent=2) + "\n")
     return weights
