@@ -19,6 +19,9 @@ from ssl_ib import distributed
 PRELOADED = ["torch", "torch.distributed", "timm", "ssl_ib.trainer", "ssl_ib.criterions", "ssl_ib.models", "pytest"]
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
+#: With how many processes each criterion is compared with one: two, and among the slow tests an odd number.
+RANKS = [2, pytest.param(3, marks=pytest.mark.slow)]
+
 
 def join(rank: int, ranks: int, port: int) -> None:
     """Makes this process one of a group of them, on one thread."""

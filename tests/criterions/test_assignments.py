@@ -4,10 +4,11 @@ Shapes: N rows, K prototypes.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from ranks import answers_of, join
+from ranks import RANKS, answers_of, join
 
 from ssl_ib import Progress, distributed
 from ssl_ib.criterions.assignments import OCCUPANCY_EPOCHS, Assignments
@@ -116,17 +117,19 @@ def test_occupancy(epochs):
     assert torch.equal(kept[half + 1 :], equal.expand(len(kept) - half - 1, -1))
 
 
-def share(rank: int, port: int, folder: str) -> None:
-    join(rank, 2, port)
-    part, p = Assignments(5).double(), softmax(6, 5)[3 * rank : 3 * rank + 3]
+def share(rank: int, port: int, folder: str, ranks: int) -> None:
+    join(rank, ranks, port)
+    rows = 6 // ranks
+    part, p = Assignments(5).double(), softmax(6, 5)[rows * rank : rows * (rank + 1)]
     seen(part, p, steps=2)
     torch.save(part.state_dict(), f"{folder}/{rank}.pt")
     distributed.shutdown()
 
 
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize("ranks", RANKS)
+def test_processes_are_one(tmp_path, ranks):
     part = Assignments(5).double()
     seen(part, softmax(6, 5), steps=2)
-    for answer in answers_of(share, 2, tmp_path):
+    for answer in answers_of(partial(share, ranks=ranks), ranks, tmp_path):
         for name, value in part.state_dict().items():
             torch.testing.assert_close(answer[name], value, msg=name, equal_nan=True)

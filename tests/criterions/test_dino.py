@@ -4,11 +4,12 @@ Shapes: B images, V student views of which the first G are also the teacher's, K
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from harness import PARTS, TINY
-from ranks import answers_of, join
+from ranks import RANKS, answers_of, join
 
 from ssl_ib import Batch, Progress, RunInfo, UserError, distributed
 from ssl_ib.config.config import resolve
@@ -21,7 +22,7 @@ from ssl_ib.part import Context, detached
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
 
-B, K = 4, 6
+B, K = 6, 5
 PROGRESS = Progress(3, 1, 20, 10)
 CONTEXT = Context(PROGRESS, lambda *a: None, lambda p: None)
 BATCH = Batch([], [], torch.arange(B), torch.arange(B))
@@ -160,7 +161,7 @@ def test_one_view_has_nobody_to_teach_it():
             pairs(students, teachers)
 
 
-# --- two processes
+# --- several processes
 
 
 def learned(images: slice) -> dict[str, torch.Tensor]:
@@ -176,16 +177,18 @@ def learned(images: slice) -> dict[str, torch.Tensor]:
     return {"loss": distributed.all_reduce_mean(loss.detach()), "gradient": shares, **criterion.state_dict()}
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    join(rank, 2, port)
-    torch.save(learned(slice(2 * rank, 2 * rank + 2)), f"{folder}/{rank}.pt")
+def work(rank: int, port: int, folder: str, ranks: int) -> None:
+    join(rank, ranks, port)
+    share = B // ranks
+    torch.save(learned(slice(share * rank, share * (rank + 1))), f"{folder}/{rank}.pt")
     distributed.shutdown()
 
 
-def test_two_processes_are_one(tmp_path):
-    expected = learned(slice(0, 4))
+@pytest.mark.parametrize("ranks", RANKS)
+def test_processes_are_one(tmp_path, ranks):
+    expected = learned(slice(0, B))
     assert expected["center"].abs().max() > 0.01
-    for found in answers_of(work, 2, tmp_path):
+    for found in answers_of(partial(work, ranks=ranks), ranks, tmp_path):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
 

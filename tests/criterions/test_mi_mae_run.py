@@ -1,11 +1,13 @@
-"""MI-MAE in a run: what each term trains of the model, mistakes of a recipe, and two processes against one.
+"""MI-MAE in a run: what each term trains of the model, mistakes of a recipe, and several processes against one.
 
 Shapes: B images, N masks an image, K visible patches of L, Dx width of a visible token, D width of a latent.
 """
 
+from functools import partial
+
 import pytest
 import torch
-from ranks import answers_of, join
+from ranks import RANKS, answers_of, join
 from test_mi_mae import (
     ALONE,
     DX,
@@ -158,10 +160,9 @@ def test_a_class_token_is_needed_where_it_is_the_latent():
     assert all(moved(gradients) for gradients in learn(run).values())
 
 
-# --- two processes
+# --- several processes
 
 
-RANKS = 2
 VARIANTS = {
     "default": {"gate": "none"},
     "no_siblings": {"gate": "none", "nce_denom": "no_siblings", "nce_norm": "pairs"},
@@ -201,9 +202,9 @@ class Linear(Model):
         raise NotImplementedError
 
 
-def share(rank: int | None) -> Batch:
-    """One process's half of the batch, or all of it."""
-    batch = draw_batch(images=2 * RANKS)
+def share(rank: int | None, ranks: int) -> Batch:
+    """One process's part of the batch, or all of it."""
+    batch = draw_batch(images=2 * ranks)
     rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
     m = batch.masks[0]
     masks = [Masks(m.keep[rows], m.mask[rows])]
@@ -213,23 +214,30 @@ def share(rank: int | None) -> Batch:
 def step_of(name: str, gate_eps: float = 0.5) -> Step:
     torch.manual_seed(0)
     model = Linear()
-    torch.manual_seed(2)  # with which one half's L_min is below 0 and the other's is not
+    torch.manual_seed(2)  # with which one part's L_min is below 0 and another's is not
     criterion = MIMAE(info(), gate_eps=gate_eps, gate_momentum=0.0, **VARIANTS[name])
     return Step(model, criterion).double()
 
 
-def threshold() -> float:
-    """Just above the whole batch's loss, and between those of its halves."""
+def term_of_parts(name: str, ranks: int) -> tuple[list[float], float]:
+    """A term of each process's part of the batch, and of the whole."""
     with torch.no_grad():
-        losses = [step_of("default")(share(part), PROGRESS)[1].terms["reconstruction"].item() for part in (0, 1, None)]
-    low, high = sorted(losses[:2])
-    assert low < losses[2] < losses[2] + 1e-6 < high
-    return losses[2] + 1e-6
+        found = [
+            step_of("default")(share(part, ranks), PROGRESS)[1].terms[name].item() for part in (*range(ranks), None)
+        ]
+    return found[:-1], found[-1]
 
 
-def one_step(name: str, batch: Batch, parallel: bool = False) -> dict[str, torch.Tensor]:
+def threshold(ranks: int) -> float:
+    """Just above the whole batch's loss, and between those of its parts."""
+    parts, whole = term_of_parts("reconstruction", ranks)
+    assert min(parts) < whole < whole + 1e-6 < max(parts)
+    return whole + 1e-6
+
+
+def one_step(name: str, batch: Batch, ranks: int, parallel: bool = False) -> dict[str, torch.Tensor]:
     """Terms and gradients of a second step, whose gate has seen the first."""
-    step = step_of(name, threshold())
+    step = step_of(name, threshold(ranks))
     wrapped = DistributedDataParallel(step) if parallel else step
     for number in range(2):
         step.zero_grad(set_to_none=True)
@@ -241,31 +249,35 @@ def one_step(name: str, batch: Batch, parallel: bool = False) -> dict[str, torch
     return found | {"running_mean": step.criterion.gate.running_mean}
 
 
-def work(rank: int, port: int, path: str) -> None:
-    join(rank, RANKS, port)
-    torch.save({name: one_step(name, share(rank), parallel=True) for name in VARIANTS}, f"{path}/{rank}.pt")
+def work(rank: int, port: int, path: str, ranks: int) -> None:
+    join(rank, ranks, port)
+    found = {name: one_step(name, share(rank, ranks), ranks, parallel=True) for name in VARIANTS}
+    torch.save(found, f"{path}/{rank}.pt")
     distributed.shutdown()
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> list[dict]:
-    return answers_of(work, RANKS, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module", params=RANKS)
+def answers(request, tmp_path_factory) -> list[dict]:
+    return answers_of(partial(work, ranks=request.param), request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_two_ranks_learn_what_one_process_learns(name, answers):
+def test_ranks_learn_what_one_process_learns(name, answers):
+    ranks = len(answers)
     if name.startswith("apart"):  # each learns from its own images, and the gradients are averaged
-        halves = [one_step(name, share(rank)) for rank in range(RANKS)]
-        expected = {key: (halves[0][key] + halves[1][key]) / 2 for key in halves[0]}
+        parts = [one_step(name, share(rank, ranks), ranks) for rank in range(ranks)]
+        expected = {key: sum(part[key] for part in parts) / ranks for key in parts[0]}
     else:
-        expected = one_step(name, share(None))
+        expected = one_step(name, share(None, ranks), ranks)
     if name == "clamped":
-        free = [step_of("default")(share(part), PROGRESS)[1].terms["min"] for part in (0, 1, None)]
-        assert free[0] < 0 < free[2] < free[1] and expected["min"].item() == pytest.approx(free[2].item())
+        parts, whole = term_of_parts("min", ranks)
+        assert min(parts) < 0 < max(parts) and expected["min"].item() == pytest.approx(max(whole, 0.0))
     assert expected["grad/model.encode_.weight"].abs().sum() > 0.01
     for answer in answers:
         assert set(answer[name]) == set(expected)
         for key, value in expected.items():
+            # Shares of patches are float32, which has halves and no thirds.
+            near = 1e-6 if key.startswith("mask_") and ranks == 3 else 1e-9
             torch.testing.assert_close(
-                answer[name][key], value, rtol=1e-9, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}"
+                answer[name][key], value, rtol=near, atol=near / 100, msg=lambda m, k=key: f"{k}: {m}"
             )

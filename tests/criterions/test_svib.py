@@ -5,17 +5,17 @@ Shapes: B images, V student views of which the first G are also the teacher's, K
 
 import itertools
 import math
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import PARTS, TINY, assert_same_run, checkpoint, losses, train
+from ranks import RANKS, answers_of, join
 
 from ssl_ib import Batch, Progress, RunInfo, UserError, distributed, ops, random
 from ssl_ib.config.config import resolve
@@ -582,12 +582,12 @@ def test_a_resumed_run_does_not_repeat_it(whole, tmp_path, monkeypatch, at):
     shutil.rmtree(out)
 
 
-# --- two processes
+# --- several processes
 
 
 def learned(parallel: bool, rows: slice) -> dict[str, torch.Tensor]:
     """The loss, the student's gradient, and the running statistics of two steps."""
-    outputs = draw_outputs(images=4)
+    outputs = draw_outputs(images=6)
     outputs = {name: [z.detach()[rows].requires_grad_(name == "student") for z in v] for name, v in outputs.items()}
     criterion = build(center=True, q="ema_marginal", usage_momentum=0.5)
     step(criterion, outputs)
@@ -601,12 +601,11 @@ def learned(parallel: bool, rows: slice) -> dict[str, torch.Tensor]:
     }
 
 
-def work(rank: int, port: int, path: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    distributed.initialise("cpu")
-    answers = learned(True, slice(2 * rank, 2 * rank + 2))
-    trainer = Trainer(build_run(resolve(TINY, SMALL, load_plugins([PARTS]))), None)
+def work(rank: int, port: int, path: str, ranks: int) -> None:
+    join(rank, ranks, port)
+    share = 6 // ranks
+    answers = learned(True, slice(share * rank, share * (rank + 1)))
+    trainer = Trainer(build_run(resolve(TINY, (*SMALL, "batch_size=192"), load_plugins([PARTS]))), None)
     # Two steps end the first epoch, of three, as in a dry run.
     trainer.last_step = 2
     trainer.fit()
@@ -621,31 +620,20 @@ def work(rank: int, port: int, path: str) -> None:
     distributed.shutdown()
 
 
-def in_two_processes(*arguments) -> None:
-    # Imports are most of their time: one server does them for both.
-    multiprocessing.set_forkserver_preload(["ssl_ib.trainer"])
-    torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="forkserver")
+@pytest.fixture(scope="module", params=RANKS)
+def ranks(request, tmp_path_factory) -> list[dict]:
+    return answers_of(partial(work, ranks=request.param), request.param, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    in_two_processes(port, str(path))
-    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def test_two_processes_learn_what_one_does(ranks):
-    for name, expected in learned(False, slice(0, 4)).items():
+def test_processes_learn_what_one_does(ranks):
+    for name, expected in learned(False, slice(0, 6)).items():
         for answer in ranks:
             torch.testing.assert_close(answer[name], expected, rtol=1e-10, atol=1e-12, equal_nan=True)
 
 
-def test_two_processes_get_the_same_new_prototypes(ranks):
-    first, second = ranks
-    assert torch.equal(first["prototypes"], second["prototypes"])
+def test_processes_get_the_same_new_prototypes(ranks):
+    first, *others = ranks
+    assert all(torch.equal(first["prototypes"], other["prototypes"]) for other in others)
     torch.testing.assert_close(first["prototypes"], first["features"])
     for answer in ranks:
         assert torch.equal(answer["usage_of_run"], torch.full((20,), 0.05)) and not answer["state"]
