@@ -281,7 +281,7 @@ class Trainer:
         with self._phase("waiting"):
             means = distributed.all_reduce_mean(torch.stack(list(sums.values()))).tolist()
         row = {**dict(zip(sums, means, strict=True)), "lr": self.lr}
-        self._check_finite(row, sample)
+        self._check_finite(row, sample, sums["loss"])
         with self._phase("optimiser"):
             self.optimizer.step()
         self.step += 1
@@ -358,10 +358,11 @@ class Trainer:
 
     # Trouble
 
-    def _check_finite(self, row: dict[str, float], sample: Sample) -> None:
-        """Stops a run that is lost before the bad gradient reaches the weights.
+    def _check_finite(self, row: dict[str, float], sample: Sample, loss: Tensor) -> None:
+        """Stops a run that is lost before the bad gradient reaches the weights; `loss` is this process's own.
 
-        Nothing is saved: the step is half done, and the last checkpoint leads to it again, bit for bit.
+        The main process says it. Nothing is saved: the step is half done, and the last checkpoint leads to it again,
+        bit for bit.
         """
         lost = [name for name in ("loss", "gradient_norm") if not math.isfinite(row[name])]
         if not lost:
@@ -372,13 +373,18 @@ class Trainer:
         message = f"the {'loss' if 'loss' in lost else 'gradient'} is no longer finite at step {self.step}: "
         message += f"{', '.join(bad)} ({values}); learning rate {self.lr:.3g}"
         index = distributed.gather(sample.index).tolist()
-        if self.out is not None:
-            path = self.out / "bad_batch.txt"
-            if self.main:
+        finite = distributed.gather(loss.isfinite().long()[None]).tolist()
+        if 0 < sum(finite) < len(finite):
+            message += f"; in process {', '.join(str(number) for number, ok in enumerate(finite) if not ok)} alone"
+        with distributed.together():
+            if not self.main:
+                return
+            if self.out is not None:
+                path = self.out / "bad_batch.txt"
                 path.write_text("".join(f"{i}\n" for i in index))
-            message += f". The batch's image numbers are in {path}"
-            message += f", the last good checkpoint is {checkpoint.last(self.out / 'checkpoints')}"
-        raise UserError(message)
+                message += f". The batch's image numbers are in {path}"
+                message += f", the last good checkpoint is {checkpoint.last(self.out / 'checkpoints')}"
+            raise UserError(message)
 
     # Saving
 
@@ -437,7 +443,7 @@ class Trainer:
             "backbones": self._backbones,
             "rows": self.log.count,
         }
-        if spoiled := self._spoiled(state):
+        if spoiled := _some([*self._infinite(), *checkpoint.not_numbers(state)]):
             last = checkpoint.last(self.out / "checkpoints")
             good = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
             raise UserError(
@@ -448,12 +454,10 @@ class Trainer:
         self._check_folder()
         return state
 
-    def _spoiled(self, state: dict[str, Any]) -> str:
-        """The parameters that are not finite, and what else of a checkpoint is NaN, in words; "" where all is well."""
-        rows = {name: distributed.local(parameter) for name, parameter in self.state.named_parameters()}
-        bad = [name for name, parameter in rows.items() if not parameter.isfinite().all()]
-        bad = list(dict.fromkeys([*bad, *checkpoint.not_numbers(state)]))
-        return ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    def _infinite(self) -> list[str]:
+        """The parameters that are not finite; of a sharded one this process knows its own rows."""
+        named = self.state.named_parameters()
+        return [name for name, parameter in named if not distributed.local(parameter).isfinite().all()]
 
     @cached_property
     def _fingerprint(self) -> dict[str, int]:
@@ -510,11 +514,18 @@ class Trainer:
             raise UserError(
                 f"--resume: the checkpoint fits the parts no more; has their code changed? {error}"
             ) from None
-        if spoiled := self._spoiled(state):
+        # Whether it holds NaN was seen when it was chosen.
+        if spoiled := _some(self._infinite()):
             raise UserError(f"--resume: the checkpoint is not finite: {spoiled}")
         self.step, self.results = state["step"], state["results"]
         self.began -= state["seconds"]
         self.log.truncate(self.step, state.get("rows", 0) if self.main else 0)
+
+
+def _some(names: list[str]) -> str:
+    """The first three of the names, each once, and how many more there are; "" for none."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _scalars(loss: Loss, device: torch.device) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -19,6 +20,8 @@ from ..errors import EndedElsewhere, UserError
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 #: Seconds that a process outlives another's error. torchrun ends all as soon as one ends, and that has to speak first.
 PATIENCE = 5.0
+#: How gloo and NCCL say that another process of the group is there no more.
+_LOST = re.compile(r"gloo/transport|connection (was likely )?(closed|reset)|ncclRemoteError", re.IGNORECASE)
 #: What `_end` calls the command.
 _program = ""
 
@@ -82,6 +85,15 @@ def _code(program: str, run: Callable[[], int], interrupted: str) -> int:
         if error.errno not in REFUSALS:
             raise
         message, code = str(error), 2
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not _LOST.search(str(error)):
+            raise
+        process, reason = os.environ["RANK"], str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        message = f"another process has ended, and process {process} cannot go on without it ({reason})"
+        with _told(sys.stderr):
+            print(f"{program}: {message}", file=sys.stderr, flush=True)
+        time.sleep(PATIENCE)
+        return 2
     except SystemExit as error:
         # Nothing here calls it; a run that ends like this would pass for a finished one.
         place = traceback.extract_tb(error.__traceback__)[-1]

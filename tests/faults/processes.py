@@ -14,10 +14,12 @@ import torch
 from harness import TINY, train
 from ranks import PRELOADED
 
+from ssl_ib.cli import exits
+
 #: Slow enough that a test meets it half way, and short where it is let go on.
 SLOW = ("criterion=queued", "checkpoint.every_steps=1")
 #: Seconds that a run may take to go on or to end.
-PATIENCE = 60.0
+PATIENCE = 300.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*PRELOADED, "harness", "ssl_ib.api"])
 
@@ -78,6 +80,8 @@ def _run(
     out: Path, arguments: tuple[str, ...], variables: dict[str, str], log: Path, stdout: str | None, recipe: str
 ) -> None:
     os.environ |= variables
+    # There is no torchrun, which would end the others.
+    exits.PATIENCE = 0.0
     # The tests may have been started with it ignored, as `nohup` does.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # As in the tests' own process: with other threads sums are rounded otherwise.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssl_ib import Criterion, Loss, Model, RunInfo, register_criterion, register_model
+from ssl_ib import Criterion, Loss, Model, RunInfo, distributed, register_criterion, register_model
 from ssl_ib.config.hints import Count, PositiveInt
 
 #: What the criterion `recorded` was asked, in order: (hook, step, epoch), and its `amount` then.
@@ -106,17 +106,26 @@ class Recorded(Criterion):
 
 @register_criterion("broken")
 class Broken(Criterion):
-    """Another criterion, that breaks at step `at`: its loss, its gradient alone, or a running statistic as well."""
+    """Another criterion, that breaks at step `at`: its loss, its gradient alone, or a running statistic as well.
 
-    def __init__(self, inner: Criterion, at: Count = 3, what: Literal["loss", "gradient", "statistic"] = "loss"):
+    rank: the only process in which it does. Default: all.
+    """
+
+    def __init__(
+        self,
+        inner: Criterion,
+        at: Count = 3,
+        what: Literal["loss", "gradient", "statistic"] = "loss",
+        rank: Count | None = None,
+    ):
         super().__init__()
-        self.inner, self.at, self.what = inner, at, what
+        self.inner, self.at, self.what, self.rank = inner, at, what, rank
         self.requires = inner.requires
         self.norm = nn.BatchNorm1d(16, affine=False)
 
     def forward(self, outputs, batch, progress):
         loss = self.inner(outputs, batch, progress)
-        broken = progress.step == self.at
+        broken = progress.step == self.at and self.rank in (None, distributed.rank())
         z = outputs["projection"][0]
         spread = self.norm(z * float("nan") if broken and self.what == "statistic" else z).square().mean()
         if broken and self.what == "gradient":
