@@ -26,9 +26,9 @@ from .config.recipe import named, read_recipe
 from .config.registry import build_part, check_part
 from .data.decode import ENDINGS, Unreadable, decode_file, image_files, pixels, read_image
 from .data.views import Augment, Crops, Views
-from .data.views.resample import Interpolation
 from .device import choose_device
 from .errors import ConfigError, UserError, nearest
+from .ops.pixels.resample import Interpolation
 from .record import backbone as record
 from .record import shards
 from .record.checkpoint import last as last_checkpoint

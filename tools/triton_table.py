@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernels"))
 
-MODULES = ("token_gather", "token_scatter", "patch_embed_gather", "masked_patch_mse", "lse", "posterior")
+MODULES = ("token_gather", "token_scatter", "patch_embed_gather", "masked_patch_mse", "lse", "posterior", "augment")
 CAPABILITIES = (80, 90, 100)
 #: Bytes of shared memory that a block may have.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -18,6 +18,7 @@ SPELLINGS = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
     torch.bool: "*i1",
 }
 

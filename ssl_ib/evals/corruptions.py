@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from .. import random
-from ..data.views.resample import gaussian_blur
 from ..errors import UserError, nearest
+from ..ops.pixels.resample import gaussian_blur
 
 #: AlexNet's errors on ImageNet-C, the mean over the severities, in [0, 1].
 ALEXNET = {

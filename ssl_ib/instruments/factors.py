@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..data.views import colour, resample
 from ..errors import UserError, nearest
 from ..evals.protocol import Split
+from ..ops.pixels import colour, resample
 from ..types import Sample
 
 #: The share of each side that a moved window spans.

@@ -8,9 +8,11 @@ from .contrastive import info_nce, info_nce_parts
 from .mixture import gmm_assign, gmm_crops, gmm_lse, gmm_posterior
 from .patches import masked_patch_mse, patch_embed_gather, patchify
 from .tokens import token_gather, token_scatter
+from .views import augment
 
 __all__ = [
     "BACKENDS",
+    "augment",
     "gmm_assign",
     "gmm_crops",
     "gmm_lse",

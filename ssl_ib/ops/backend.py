@@ -126,28 +126,36 @@ def _unbuilt() -> str | None:
     return None
 
 
-def choose(op: str, tensor: Tensor, work: int) -> str:
+def choose(op: str, tensor: Tensor, work: int, dtype: torch.dtype | None = None) -> str:
     """The backend that `op` runs on under the current choice.
 
-    tensor: gives device and dtype; work: the op's size, in the unit of its row of the table.
+    tensor: gives the device, and where `dtype` does not, the dtype; work: the op's size, in the unit of its row of the
+    table.
     Raises UserError where a backend was asked for that cannot run such tensors.
     While a graph is compiled the answer may be "auto", which its operators resolve whenever they run: the graph then
     depends on no size, and on nothing that is asked of the machine.
     """
-    choice = wanted()
+    asked = wanted()
+    choice = crossover.INSTEAD.get((op, asked), asked)
     if torch.compiler.is_compiling():
         return choice
-    device = tensor.device.type
+    device, dtype = tensor.device.type, dtype or tensor.dtype
     if choice != "auto":
-        reason = why_not(choice, device, tensor.dtype)
+        reason = why_not(choice, device, dtype)
         if reason is not None:
-            raise UserError(f"{op}: the backend {choice!r} was asked for and cannot run: {reason}")
+            raise UserError(f"{op}: the backend {asked!r} was asked for and cannot run: {reason}")
+        if choice != asked:
+            _say_once(op, device, choice, [f"{asked} has no such function"])
         return choice
-    best, obstacles = automatic(op, device, tensor.dtype, work)
-    if (op, device, best) not in _announced:
-        _announced.add((op, device, best))
-        _log.info("ops: %s runs on %s%s", op, best, f" ({'; '.join(obstacles)})" if obstacles else "")
+    best, obstacles = automatic(op, device, dtype, work)
+    _say_once(op, device, best, obstacles)
     return best
+
+
+def _say_once(op: str, device: str, backend: str, reasons: list[str]) -> None:
+    if (op, device, backend) not in _announced:
+        _announced.add((op, device, backend))
+        _log.info("ops: %s runs on %s%s", op, backend, f" ({'; '.join(reasons)})" if reasons else "")
 
 
 def autocast(tensor: Tensor) -> Tensor:
@@ -167,12 +175,12 @@ def library(kernel: str, backend: str) -> ModuleType:
     return extension.load()
 
 
-def function(kernel: str, name: str, backend: str, tensor: Tensor) -> Callable:
-    """The raw function `name` of a kernel on `backend` for such tensors; recorders hear of it.
+def function(kernel: str, name: str, backend: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Callable:
+    """The raw function `name` of a kernel on `backend` for such tensors (of `dtype`, if given); recorders hear of it.
 
     Raises UserError where the backend cannot run them.
     """
-    device, dtype = tensor.device.type, tensor.dtype
+    device, dtype = tensor.device.type, dtype or tensor.dtype
     if backend == "auto":
         backend, _ = automatic(kernel, device, dtype, None)
     reason = why_not(backend, device, dtype)

@@ -28,7 +28,11 @@ GPU = {
     "patch_embed_gather": ("triton", "cuda", "chunked"),
     "lse": ("triton", "cuda", "chunked"),
     "posterior": ("triton", "cuda", "chunked"),
+    "augment": ("triton", "reference"),
 }
+
+#: What runs in place of a backend that has no such function.
+INSTEAD = {("augment", "chunked"): "reference", ("augment", "cuda"): "triton"}
 
 
 #: The kernel behind an op, where it is not the op's own.
@@ -40,4 +44,6 @@ def order(op: str, device: str, work: int | None) -> tuple[str, ...]:
     kernel = KERNELS.get(op, op)
     if device == "cuda":
         return GPU[kernel]
+    if kernel not in CPU:
+        return ("reference",)
     return ("chunked",) if work is None or work >= CPU[kernel] else ("reference",)

@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from .. import __version__, distributed
 from ..config.hints import Count, PositiveInt
 from ..config.outside import read_json
-from ..data.views.resample import Interpolation
 from ..device import Bounded
 from ..errors import UserError
+from ..ops.pixels.resample import Interpolation
 from ..run import Run
 from .files import replace
 from .weights import read_file

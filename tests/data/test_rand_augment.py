@@ -9,8 +9,8 @@ from PIL import Image
 from timm.data import auto_augment
 
 from ssl_ib import UserError, random
-from ssl_ib.data.views import rand_augment
 from ssl_ib.data.views.rand_augment import OPS, PLAIN_OPS, STRENGTHS, RandAugment
+from ssl_ib.ops.pixels import levels
 
 THEIRS = {
     "autocontrast": "AutoContrast",
@@ -129,7 +129,7 @@ def test_strengths_are_those_at_magnitude_10():
 def test_cmcs_list_leaves_colours_alone():
     assert len(OPS) == 15 and len(PLAIN_OPS) == 8
     assert not {"colour", "brightness", "contrast", "invert", "solarize", "equalize", "posterize"} & {*PLAIN_OPS}
-    assert {*OPS} | {*PLAIN_OPS} == {*rand_augment.FUNCTIONS}
+    assert {*OPS} | {*PLAIN_OPS} == {*levels.FUNCTIONS}
 
 
 @pytest.mark.parametrize(

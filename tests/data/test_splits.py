@@ -5,10 +5,11 @@ import torch
 
 from ssl_ib import UserError, random
 from ssl_ib.data.sources.base import InMemory, Source
-from ssl_ib.data.views import Augment, colour_spaces, resample
+from ssl_ib.data.views import Augment, colour_spaces
 from ssl_ib.data.views.infomin import cmc
 from ssl_ib.data.views.jigsaw import Jigsaw
 from ssl_ib.data.views.splits import ColourSplit, FrequencySplit, Patches
+from ssl_ib.ops.pixels import resample
 from ssl_ib.types import Sample
 
 

@@ -10,9 +10,10 @@ from torchvision.transforms.v2 import functional as tv
 from ssl_ib import UserError, random
 from ssl_ib.config.registry import VIEWS, build_part, check_part, describe
 from ssl_ib.data.sources.base import InMemory, Source
-from ssl_ib.data.views import Augment, Crops, RandAugment, Views, colour
+from ssl_ib.data.views import Augment, Crops, RandAugment, Views
 from ssl_ib.data.views.rand_augment import OPS, PLAIN_OPS
 from ssl_ib.data.views.splits import Split
+from ssl_ib.ops.pixels import colour
 from ssl_ib.types import Sample
 
 STRONG = {"jitter": (0.4, 0.4, 0.2, 0.1), "grey_p": 0.2, "blur_p": 0.5, "solarise_p": 0.2, "interpolation": "bicubic"}

@@ -10,11 +10,11 @@ from torchvision.transforms.functional import resize
 
 from ssl_ib.cli.info import main
 from ssl_ib.data.sources.moving_mnist import MovingMNIST
-from ssl_ib.data.views import colour
 from ssl_ib.evals.protocol import Split
 from ssl_ib.info.decoding import Decoded
 from ssl_ib.instruments.factors import AUGMENTATION, at_levels, chosen, drawn, known
 from ssl_ib.instruments.probe_readings import Probed
+from ssl_ib.ops.pixels import colour
 from ssl_ib.types import Sample
 
 KEPT = "checkpoint.keep=1", "eval.linear.enabled=false"

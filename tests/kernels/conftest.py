@@ -14,7 +14,7 @@ import torch
 from interpreter import not_compiled, rounding, variants  # noqa: F401
 
 #: The modules whose kernels run.
-MODULES = ("test_triton_gather.py", "test_triton_softmax.py")
+MODULES = ("test_triton_augment.py", "test_triton_gather.py", "test_triton_softmax.py")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED

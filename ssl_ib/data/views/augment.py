@@ -9,48 +9,24 @@ Shapes: B images, H x W pixels of the source, h x w of a view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ... import random
+from ... import ops, random
 from ...errors import UserError
+from ...ops.pixels import resample
+from ...ops.views import Operation, Parameters, Steps
 from ...types import Sample
-from . import colour, resample
 from .base import Views
-from .rand_augment import Operations, RandAugment
-
-Operation = Literal["jitter", "grey", "blur", "solarise", "rand_augment"]
+from .boxes import full_sizes, sample_boxes
+from .rand_augment import RandAugment
 
 # A stream an operation, so that its draw does not depend on which other operations are on.
 _CROP, _FLIP, _JITTER, _ORDER, _GREY, _BLUR, _SOLARISE, _RAND_AUGMENT = range(8)
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What was drawn for one view of B images; on the CPU.
-
-    boxes:    int64 [B, 4], (top, left, height, width).
-    flip:     bool [B].
-    factors:  float32 [B, 4], brightness, contrast, saturation, hue; (1, 1, 1, 0) where there is no jitter.
-    order:    int64 [B, 4], the order of the four.
-    grey:     bool [B].
-    sigma:    float32 [B], the blur's width in pixels; 0 where there is none.
-    solarise: bool [B].
-    ops:      the operations of RandAugment, where the view has it.
-    """
-
-    boxes: Tensor
-    flip: Tensor
-    factors: Tensor
-    order: Tensor
-    grey: Tensor
-    sigma: Tensor
-    solarise: Tensor
-    ops: Operations | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +89,7 @@ class Augment:
         keys, sizes = keys.cpu(), sizes.cpu()
         sigma = random.uniform(random.fold(keys, _BLUR), 2, *self.blur_sigma)[:, 1]
         return Parameters(
-            boxes=resample.sample_boxes(random.fold(keys, _CROP), sizes, self.scale, self.ratio),
+            boxes=sample_boxes(random.fold(keys, _CROP), sizes, self.scale, self.ratio),
             flip=_chance(keys, _FLIP, self.flip),
             factors=self._factors(keys),
             order=random.permutation(random.fold(keys, _ORDER), 4),
@@ -132,33 +108,37 @@ class Augment:
         factors = low + (high - low) * random.uniform(random.fold(keys, _JITTER), 5)[:, 1:]
         return torch.where(_chance(keys, _JITTER, self.jitter_p)[:, None], factors, neutral)
 
-    def apply(self, images: Tensor, drawn: Parameters) -> Tensor:
-        """Makes the view: images uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1]."""
-        view = resample.resized_crop(images, drawn.boxes, self.size, drawn.flip, self.interpolation).clamp_(0.0, 1.0)
-        for operation in self.operations:
-            view = getattr(self, f"_{operation}")(view, drawn)
-        return view
+    @property
+    def steps(self) -> Steps:
+        """What is done to every image; operations that never happen are left out."""
+        happens = {
+            "jitter": self.jitter_p and any(self.jitter),
+            "grey": self.grey_p,
+            "blur": self.blur_p,
+            "solarise": self.solarise_p,
+            "rand_augment": self.rand_augment is not None and self.rand_augment.number,
+        }
+        return Steps(
+            self.size,
+            tuple(operation for operation in self.operations if happens[operation]),
+            self.interpolation,
+            self.blur_radius,
+            *(() if self.rand_augment is None else (self.rand_augment.ops, self.rand_augment.fill)),
+        )
 
-    def _jitter(self, view: Tensor, drawn: Parameters) -> Tensor:
-        if self.jitter_p and any(self.jitter):
-            return colour.colour_jitter(view, drawn.factors, drawn.order)
-        return view
+    def apply(self, images: Tensor, drawn: Parameters, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+        """Makes the view: images uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1], or normalised with mean
+        and std, where they are given."""
+        return ops.augment(images, self.steps, drawn, mean, std)
 
-    def _grey(self, view: Tensor, drawn: Parameters) -> Tensor:
-        return _on_rows(view, drawn.grey, colour.greyscale)
-
-    def _blur(self, view: Tensor, drawn: Parameters) -> Tensor:
-        blurred = drawn.sigma > 0
-        sigma = drawn.sigma[blurred]
-        return _on_rows(view, blurred, lambda x: resample.gaussian_blur(x, sigma, self.blur_radius).clamp_(0.0, 1.0))
-
-    def _solarise(self, view: Tensor, drawn: Parameters) -> Tensor:
-        return _on_rows(view, drawn.solarise, colour.solarise)
-
-    def _rand_augment(self, view: Tensor, drawn: Parameters) -> Tensor:
-        return view if drawn.ops is None or self.rand_augment is None else self.rand_augment.apply(view, drawn.ops)
-
-    def __call__(self, images: Tensor, keys: Tensor, sizes: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        images: Tensor,
+        keys: Tensor,
+        sizes: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
         """One view an image: uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1].
 
         keys:  int64 [B]; the same key draws the same parameters, whatever else is in the batch and on whatever device,
@@ -166,25 +146,15 @@ class Augment:
                units of 1e-7, of which RandAugment, that rounds to grey levels, can make such a level). Keys that are on
                the CPU already save a wait for the device.
         sizes: int64 [B, 2], (height, width) of images that lie padded in the top-left corner.
+        mean, std: what the view is normalised with, 3 numbers each; it is not, where they are left out.
         """
-        return self.apply(images, self.draw(keys, resample.full_sizes(images) if sizes is None else sizes))
+        drawn = self.draw(keys, full_sizes(images) if sizes is None else sizes)
+        return self.apply(images, drawn, mean, std)
 
 
 def _chance(keys: Tensor, stream: int, probability: float) -> Tensor:
     """True with the given probability, by the first draw of a stream: keys [B] -> bool [B]."""
     return random.uniform(random.fold(keys, stream), 1)[:, 0] < probability
-
-
-def _on_rows(images: Tensor, chosen: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Applies an operation in place to the images chosen (bool [B], on the CPU), and spends nothing on the others.
-
-    Returns the images.
-    """
-    rows = chosen.nonzero()[:, 0]
-    if len(rows):
-        rows = rows.to(images.device)
-        images[rows] = operation(images[rows])
-    return images
 
 
 class Crops(Views):
@@ -208,7 +178,7 @@ class Crops(Views):
         """Reads `sample.extra["size"]` where images are padded. See `Augment.__call__`."""
         sizes = sample.extra.get("size")
         drawn = zip(self.augments, keys, strict=True)
-        return [self._normalised(augment(sample.images, key, sizes)) for augment, key in drawn]
+        return [augment(sample.images, key, sizes, self._mean, self._std) for augment, key in drawn]
 
     def center(self, sample: Sample) -> Tensor:
         """Of the first view's size: the shorter side of the image is resized to size / crop_ratio, so that images of
@@ -233,6 +203,6 @@ def plain_crop(sample: Sample, size: int, crop_ratio: float, interpolation: resa
     Images uint8 [B, 3, H, W], padded where there is `extra["size"]` -> float32 [B, 3, size, size] in [0, 1].
     """
     sizes = sample.extra.get("size")
-    sizes = resample.full_sizes(sample.images) if sizes is None else sizes
+    sizes = full_sizes(sample.images) if sizes is None else sizes
     view = resample.centre_crop(sample.images, sizes, round(size / crop_ratio), size, interpolation)
     return view.clamp_(0.0, 1.0)

@@ -7,12 +7,12 @@ from __future__ import annotations
 from ...config.hints import Count, NonNegative, Positive, PositiveInt, Probability
 from ...config.registry import register_views
 from ...errors import UserError
+from ...ops.pixels.resample import Interpolation
 from .augment import Augment, Crops
 from .colour_spaces import Space
 from .jigsaw import CropsAndJigsaw, Jigsaw
 from .rand_augment import OPS, PLAIN_OPS, RandAugment
 from .recipes import Scale, Share
-from .resample import Interpolation
 from .splits import ColourSplit, FrequencySplit
 
 
@@ -51,7 +51,7 @@ def infomin(
                    `magnitude` and deviation `magnitude_std`, clipped to [0, 10], and fires with probability `op_p`.
     ops:           the operations that are drawn from.
     op_strengths:  what an operation does at magnitude 10, by its name, such as {rotate: 15}; the others do what they do
-                   in timm (see data/views/rand_augment.py).
+                   in timm (see ops/pixels/levels.py).
     jigsaw:        the third view: jigsaw_grid x jigsaw_grid squares of jigsaw_patch pixels, shuffled, each cut from its
                    cell of a crop of jigsaw_size pixels.
     """

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ... import random
 from ...errors import UserError
+from ...ops.pixels.resample import Interpolation, cut
 from ...types import Sample
 from .augment import Augment, Crops
-from .resample import Interpolation, cut, full_sizes
+from .boxes import full_sizes
 
 # Streams that no operation of Augment draws from.
 _OFFSETS, _ORDER = 100, 101

@@ -14,10 +14,10 @@ from torch import Tensor
 from ...config.hints import NonNegative, PositiveInt, Probability
 from ...config.registry import register_views
 from ...errors import UserError
+from ...ops.pixels.resample import Interpolation
 from .augment import Augment
 from .generator import Generator, Space
 from .recipes import Scale, Share
-from .resample import Interpolation
 from .splits import Split
 
 #: Where the generator of the model `view_generator` is among a checkpoint's parts.

@@ -15,8 +15,8 @@ from annotated_types import Interval
 from ...config.hints import Count, NonNegative, PositiveInt, Probability
 from ...config.registry import register_views
 from ...errors import UserError
+from ...ops.pixels.resample import Interpolation
 from .augment import Augment, Crops
-from .resample import Interpolation
 
 Share = Annotated[float, Interval(gt=0, le=1)]
 Scale = tuple[Share, Share]

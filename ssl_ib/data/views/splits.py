@@ -19,11 +19,13 @@ from ... import random
 from ...config.hints import Count, PositiveInt
 from ...config.registry import register_views
 from ...errors import UserError
+from ...ops.pixels import resample
 from ...types import Sample
 from ..sources.base import InMemory
-from . import colour_spaces, resample
+from . import colour_spaces
 from .augment import Augment, plain_crop
 from .base import Views
+from .boxes import full_sizes
 
 #: Training images that statistics are measured on, spread over the set: of a set in memory, and of one that streams.
 _MEASURED, _MEASURED_STREAMED = 2048, 512
@@ -184,7 +186,7 @@ class Patches(Views):
     def draw(self, sample: Sample, keys: list[Tensor]) -> list[Tensor]:
         """The first view's key decides where both patches lie."""
         sizes = sample.extra.get("size")
-        sizes = resample.full_sizes(sample.images) if sizes is None else sizes.cpu()
+        sizes = full_sizes(sample.images) if sizes is None else sizes.cpu()
         room = self._room(sizes, sample.index, "image")
         first = random.randint(keys[0].cpu(), 2, room + 1)
         corners = torch.stack([first, first + self.distance], 1)

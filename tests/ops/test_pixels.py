@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_ib import random
-from ssl_ib.data.views import colour, resample
+from ssl_ib.ops.pixels import colour, resample
 
 B = 12
 
