@@ -77,3 +77,21 @@ def shuffled(seed: int, epoch: int, n: int) -> Tensor:
     """The order in which an epoch visits n images: int64 [n], on the CPU."""
     zero = torch.zeros(1, dtype=torch.int64)
     return permutation(image_keys(seed, epoch, zero, stream=-1), n)[0]
+
+
+def shuffled_nearby(seed: int, epoch: int, part: Tensor, buffer: int) -> Tensor:
+    """An order that goes through one part after another, so that few parts are needed at a time: int64 [n].
+
+    The parts (shards) are shuffled and laid end to end, and each image moves back by up to `buffer` places. Any stretch
+    of the order so reads from parts that lie within `buffer` images of one another, plus the two at its ends.
+
+    part: the part of each of n images, int64 [n], ascending.
+    """
+    parts, sizes = part.unique_consecutive(return_counts=True)
+    order = shuffled(seed, epoch, len(parts))
+    begins = torch.empty_like(sizes)
+    begins[order] = sizes[order].cumsum(0) - sizes[order]
+    index = torch.arange(len(part))
+    place = (begins - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes) + index
+    moved = uniform(image_keys(seed, epoch, index, stream=-2), 1)[:, 0].double() * buffer
+    return (place + moved).argsort(stable=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .. import random
 from ..errors import UserError
 from ..types import Sample
 from .sources.base import ImageSet, Streamed, stratified
@@ -70,7 +69,7 @@ class Loader:
 
     def _numbers(self, epoch: int) -> Tensor:
         """This process's images by step: int64 [steps_per_epoch, B]."""
-        order = random.shuffled(self.seed, epoch, len(self.images))
+        order = self.images.order(self.seed, epoch)
         used = order[: self.steps_per_epoch * self.world_size * self.batch_size]
         return used.view(self.steps_per_epoch, self.world_size, self.batch_size)[:, self.rank]
 

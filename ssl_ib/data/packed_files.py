@@ -9,8 +9,6 @@ Training images come first, held-out ones after them.
 
 from __future__ import annotations
 
-import json
-import os
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch import Tensor
 from ..config.outside import kind_of
 from ..errors import UserError
 from .statistics import Statistics
+from .tables import Names, OtherFormat, Table, load_table, save_table
 
 PIXELS, INDEX = "images.bin", "index.safetensors"
 #: What the index says it is.
@@ -58,28 +57,15 @@ class Index:
 
 def save_index(index: Index, folder: Path) -> None:
     """Writes the index of the pixels in `folder`."""
-    from safetensors.torch import save
-
     tensors = {"sizes": index.sizes, "labels": index.labels, "checksums": index.checksums}
-    if index.names is not None:
-        tensors["names"] = torch.frombuffer(bytearray(b"\0".join(map(os.fsencode, index.names))), dtype=torch.uint8)
     known = {
-        "format": FORMAT,
         "classes": index.classes,
         "notes": index.notes,
         "train": index.train,
         "statistics": index.statistics,
-        "checksum": _checksum(tensors),
     }
-    (folder / INDEX).write_bytes(save(tensors, {"ssl_ib": json.dumps(known)}))
-
-
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    """CRC-32 of the index's tensors."""
-    found = 0
-    for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), found)
-    return found
+    names = None if index.names is None else Names.of(index.names)
+    save_table(Table(tensors, names, known), folder / INDEX, FORMAT)
 
 
 def read_index(folder: Path, key: str = "source.path") -> Index:
@@ -87,34 +73,28 @@ def read_index(folder: Path, key: str = "source.path") -> Index:
 
     key: what named the folder, for messages.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not (folder / INDEX).is_file() or not (folder / PIXELS).is_file():
         raise UserError(
             f"{key}: expected a packed set (a folder with {INDEX} and {PIXELS}), found {kind_of(folder)} at {folder}; "
             "ssl-ib-data pack writes one"
         )
     try:
-        with safe_open(folder / INDEX, "pt") as file:
-            known = json.loads((file.metadata() or {}).get("ssl_ib", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if known.get("format") != FORMAT:
-            raise UserError(f"{key}: {folder / INDEX} is no index of packed images: expected {FORMAT!r}")
-        if known["checksum"] != _checksum(tensors):
-            raise ValueError("its checksum is another")
-        names = tensors.get("names")
+        table = load_table(folder / INDEX, FORMAT)
+        tensors, known = table.tensors, table.known
         index = Index(
             tensors["sizes"],
             tensors["labels"],
             tensors["checksums"],
-            None if names is None else [os.fsdecode(name) for name in names.numpy().tobytes().split(b"\0")],
+            None if table.names is None else list(table.names),
             known["classes"],
             known["notes"],
             known["train"],
             tuple(tuple(numbers) for numbers in known["statistics"]),
         )
         expected, found = int(index.ends[-1]), (folder / PIXELS).stat().st_size
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except OtherFormat:
+        raise UserError(f"{key}: {folder / INDEX} is no index of packed images: expected {FORMAT!r}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{key}: {folder / INDEX} is damaged ({error}); pack the images anew") from None
     if expected != found:
         raise UserError(

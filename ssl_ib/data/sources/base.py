@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ... import random
 from ...errors import UserError
 from ...types import Sample
 from ..decode import Unreadable, decode_file, num_threads, pack
@@ -73,6 +74,10 @@ class ImageSet(ABC):
             sizes = torch.tensor([_size(self.file_size, name) for name in self.names], dtype=torch.int64)
             found["sizes"] = zlib.crc32(sizes.numpy().tobytes())
         return found
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The order in which an epoch visits the images, each of them once: int64 [n], the same in every process."""
+        return random.shuffled(seed, epoch, len(self))
 
     @abstractmethod
     def gather(self, index: Tensor) -> Sample:
@@ -202,12 +207,15 @@ class Streamed(ImageSet):
         index = torch.tensor([number for number, _, _ in found], dtype=torch.int64)
         return self.sample(*pack(images), index), unreadable
 
+    def decode(self, number: int) -> Tensor | Unreadable:
+        """One image, uint8 [3, H, W], or what is wrong with it; from any thread or process."""
+        return decode_file(self.read, self.names[number], self.max_side)
+
     def _nearest_readable(self, number: int) -> tuple[int, Tensor | None, list[Unreadable]]:
         """The first readable image from `number` on, its number, and the unreadable files before it."""
         skipped: list[Unreadable] = []
         while len(skipped) <= self.most_unreadable(len(self)):
-            name = self.names[number]
-            image = decode_file(self.read, name, self.max_side)
+            image = self.decode(number)
             if isinstance(image, Tensor):
                 return number, image, skipped
             skipped.append(image)

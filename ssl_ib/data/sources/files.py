@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from ...config.hints import Positive, PositiveInt, Ratio
 from ...device import require_memory
 from .. import statistics as known_statistics
-from ..decode import Unreadable, decode_file, num_threads, pack
+from ..decode import Unreadable, num_threads, pack
 from ..statistics import KNOWN, Statistics
 from . import layout
 from .base import MAX_UNREADABLE, ImageSet, InMemory, Source, Streamed, stratified
@@ -55,14 +54,13 @@ class Files(ABC):
         """What gives the size of a file in bytes; it holds nothing of the files themselves."""
 
 
-def _decode_block(read: Callable[[str], bytes], max_side: int, names: Sequence[str]) -> list[Tensor | Unreadable]:
-    return [decode_file(read, name, max_side) for name in names]
+def _decoded(images: Streamed) -> Iterator[list[Tensor | Unreadable]]:
+    """Decodes the images in order, a block at a time; the blocks after the first in threads, where that pays."""
+    blocks = [range(i, min(i + _BLOCK, len(images))) for i in range(0, len(images), _BLOCK)]
 
+    def work(numbers: range) -> list[Tensor | Unreadable]:
+        return [images.decode(number) for number in numbers]
 
-def _decoded(read: Callable[[str], bytes], names: Sequence[str], max_side: int) -> Iterator[list[Tensor | Unreadable]]:
-    """Decodes the files in order, a block at a time; the blocks after the first in threads, where that pays."""
-    blocks = [names[i : i + _BLOCK] for i in range(0, len(names), _BLOCK)]
-    work = partial(_decode_block, read, max_side)
     first = work(blocks[0])
     yield first
     largest = max((image[0].numel() for image in first if isinstance(image, Tensor)), default=0)
@@ -73,27 +71,20 @@ def _decoded(read: Callable[[str], bytes], names: Sequence[str], max_side: int) 
         yield from pool.map(work, blocks[1:])
 
 
-def hold(
-    read: Callable[[str], bytes],
-    split: Split,
-    classes: Sequence[str],
-    max_side: int,
-    most_bytes: float,
-    max_unreadable: float = MAX_UNREADABLE,
-) -> InMemory | None:
-    """Decodes a split into memory; None as soon as it is clear that it takes more than `most_bytes`.
+def hold(streamed: Streamed, most_bytes: float) -> InMemory | None:
+    """Decodes a set into memory; None as soon as it is clear that it takes more than `most_bytes`.
 
-    Unreadable files are left out, and the numbers close up. Raises UserError where they are more than
-    the share `max_unreadable`.
+    Unreadable images are left out, and the numbers close up. Raises UserError where they are more than the share
+    `max_unreadable` of the set.
     """
-    n = len(split.names)
+    n = len(streamed)
     # The canvas grows when a larger image turns up. Since n is known, one image is enough to refuse a large set.
     canvas = torch.empty(n, 3, 0, 0, dtype=torch.uint8)
     sizes = torch.zeros(n, 2, dtype=torch.int64)
     readable = torch.ones(n, dtype=torch.bool)
     unreadable: list[Unreadable] = []
     seen = held = 0
-    with closing(_decoded(read, split.names, max_side)) as blocks:
+    with closing(_decoded(streamed)) as blocks:
         for block in blocks:
             readable[seen : seen + len(block)] = torch.tensor([isinstance(image, Tensor) for image in block])
             seen += len(block)
@@ -117,10 +108,20 @@ def hold(
             rows = slice(held, held + len(images))
             canvas[rows, :, :height, :width], sizes[rows] = packed, packed_sizes
             held += len(images)
-    found = InMemory(canvas[:held], split.labels[readable], classes, sizes[:held], max_unreadable)
-    found.names = [name for name, ok in zip(split.names, readable.tolist(), strict=True) if ok]
+    labels, classes = streamed.labels[readable], streamed.classes
+    found = InMemory(canvas[:held], labels, classes, sizes[:held], streamed.max_unreadable)
+    found.names = [name for name, ok in zip(streamed.names, readable.tolist(), strict=True) if ok]
+    found.file_size = streamed.file_size
     found.record(unreadable, total=n)
     return found
+
+
+def held_where_it_fits(streamed: Streamed, memory_gb: float, what: str) -> ImageSet:
+    """The set decoded into memory where that takes at most `memory_gb` (in 1e9 bytes), else as it is, which is said."""
+    found = hold(streamed, memory_gb * 1e9)
+    if found is None:
+        log.info("%s: %d images stream, as they take more than %g GB decoded", what, len(streamed), memory_gb)
+    return streamed if found is None else found
 
 
 def _printable(text: str) -> str:
@@ -198,10 +199,6 @@ class FileSource(Source):
     def _images(self, split: Split) -> ImageSet:
         assert self._files is not None and self._layout is not None
         read, classes = self._files.read, self._layout.classes
-        images: ImageSet | None = hold(read, split, classes, self.max_side, self.memory_gb * 1e9, self.max_unreadable)
-        if images is None:
-            count = len(split.names)
-            log.info("%s: %d images stream, as they take more than %g GB decoded", self.path, count, self.memory_gb)
-            images = Streamed(read, split.names, split.labels, classes, self.max_side, self.max_unreadable)
+        images = Streamed(read, split.names, split.labels, classes, self.max_side, self.max_unreadable)
         images.file_size = self._files.sizer()
-        return images
+        return held_where_it_fits(images, self.memory_gb, self.path)
