@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -60,13 +60,28 @@ def is_image(name: str) -> bool:
     return not hidden and os.path.splitext(name)[1].lower() in _endings()
 
 
-def image_files(root: Path, left_out: list[str] | None = None) -> Iterator[str]:
+@dataclass
+class Visited:
+    """What was met on the way through a folder: from this one sees whether another way would be the same.
+
+    folders:  each folder that was read, relative to the root, with its device, number and time of change.
+    left_out: links to folders that are read already, with the device and number of what they lead to.
+    loose:    links that lead to no folder and are not named like an image.
+    """
+
+    folders: list[tuple[str, int, int, int]] = field(default_factory=list)
+    left_out: list[tuple[str, int, int]] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
+
+
+def image_files(root: Path, visited: Visited | None = None) -> Iterator[str]:
     """The relative paths of the image files below `root`, in no order, through symbolic links too.
 
     Each real folder is read once, by its own path where it has one below `root`. Links to a folder that is read
-    already, or that `root` lies in, lead to the same images again: they are passed over, and added to `left_out`.
-    Raises UserError where a folder cannot be read: what is in it would be missing without a word.
+    already, or that `root` lies in, lead to the same images again: they are passed over. `visited` is told what
+    is met. Raises UserError where a folder cannot be read: what is in it would be missing without a word.
     """
+    visited = visited or Visited()
     above = root.resolve()
     seen = {identity(folder) for folder in above.parents}
     folders, links = [""], []
@@ -75,12 +90,14 @@ def image_files(root: Path, left_out: list[str] | None = None) -> Iterator[str]:
         linked = not folders
         below = links.pop() if linked else folders.pop()
         try:
-            here = identity(root / below)
+            state = (root / below).stat()
+            here = state.st_dev, state.st_ino
             if here in seen:
-                if left_out is not None:
-                    left_out.append(below)
+                visited.left_out.append((below, *here))
                 continue
             seen.add(here)
+            # From before it is read: a change in between leaves another time.
+            visited.folders.append((below, *here, state.st_mtime_ns))
             with os.scandir(root / below) as entries:
                 found = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
@@ -91,6 +108,8 @@ def image_files(root: Path, left_out: list[str] | None = None) -> Iterator[str]:
                 (links if entry.is_symlink() else folders).append(name)
             elif is_image(name):
                 yield name
+            elif entry.is_symlink():
+                visited.loose.append(name)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -151,6 +170,8 @@ def decode_file(read: Callable[[str], bytes], name: str, max_side: int | None) -
     """Reads and decodes one file: uint8 [3, H, W], or what was wrong with it."""
     try:
         return decode(read(name), max_side)
+    except UserError:  # About more than this image.
+        raise
     except UnidentifiedImageError:
         return Unreadable(name, "not an image that Pillow knows")
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes, and so do archives.

@@ -48,6 +48,10 @@ class Names(Sequence[str]):
             return list(self.rows(torch.arange(len(self))[number]))
         return os.fsdecode(self.joined[self._begins[number] : self._ends[number]].numpy().tobytes())
 
+    def tobytes(self) -> bytes:
+        """The names joined by NULs."""
+        return b"\0".join(map(os.fsencode, self))
+
     def __iter__(self) -> Iterator[str]:
         joined = self.joined.numpy().tobytes()
         for begin, end in zip(self._begins.tolist(), self._ends.tolist(), strict=True):
@@ -84,7 +88,7 @@ def save_table(table: Table, path: Path, what: str) -> None:
 
     tensors = dict(table.tensors)
     if table.names is not None:
-        tensors["names"] = table.names.joined
+        tensors["names"] = _bytes(table.names.tobytes())
     known = {"format": what, **table.known, "checksum": _checksum(tensors)}
     path.write_bytes(save(tensors, {"ssl_ib": json.dumps(known)}))
 

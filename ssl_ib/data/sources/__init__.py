@@ -1,3 +1,3 @@
 """Where images come from: one registered source a file."""
 
-from . import archive, digits, folder, moving_mnist, packed  # noqa: F401
+from . import archive, digits, folder, hf, moving_mnist, packed, webdataset  # noqa: F401

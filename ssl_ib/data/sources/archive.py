@@ -20,6 +20,7 @@ from typing import IO, Any
 from ...config.outside import kind_of, user_path
 from ...config.registry import register_source
 from ...errors import UserError
+from .. import tars
 from ..decode import ENDINGS, MOST_BYTES, is_image
 from .files import Files, FileSource
 
@@ -35,8 +36,6 @@ _COMPRESSED = {
 _KINDS = (".tar", *_COMPRESSED, ".zip")
 #: Bytes decompressed at a time.
 _PIECE = 1 << 24
-#: Members of an archive; each takes memory before one is read.
-MOST_MEMBERS = 20_000_000
 
 
 def _kind(path: Path) -> str | None:
@@ -55,24 +54,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The image files in a tar with their normalised names ("./a/b.png" is "a/b.png").
-
-    Raises ReadError where the tar has no end, so that one that was cut short does not pass for a smaller one.
-    """
-    count = 0
-    for member in tar:
-        count += 1
-        if count > MOST_MEMBERS:
-            raise tarfile.ReadError(f"more than {MOST_MEMBERS:,} members")
+    """The image files in a tar with their normalised names ("./a/b.png" is "a/b.png"); raises as `tars.members`."""
+    for member in tars.members(tar):
         name = posixpath.normpath(member.name)
         if member.isfile() and is_image(name):
             yield name, member
-    # tarfile takes whatever it cannot read for the end.
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(
-            f"it has no end after {count} members, at byte {tar.offset:,}: it was cut short or is damaged"
-        )
 
 
 def _bounded(size: int, offset: int = 0, end: float = math.inf) -> None:
@@ -144,8 +130,8 @@ class _ZipFiles(_ArchiveFiles):
         self.path = path
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         members = self._zip().infolist()
-        if len(members) > MOST_MEMBERS:
-            raise zipfile.BadZipFile(f"more than {MOST_MEMBERS:,} members")
+        if len(members) > tars.MOST_MEMBERS:
+            raise zipfile.BadZipFile(f"more than {tars.MOST_MEMBERS:,} members")
         listed = ((posixpath.normpath(info.filename), info) for info in members if not info.is_dir())
         super().__init__({name: info.filename for name, info in listed if is_image(name)})
 

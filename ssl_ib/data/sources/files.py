@@ -148,7 +148,8 @@ class FileSource(Source):
     ):
         self.path, self.labels, self.val_fraction, self.limit = path, labels, val_fraction, limit
         self.max_unreadable, self.max_side, self.memory_gb = max_unreadable, max_side, memory_gb
-        self._statistics = known_statistics.check(statistics) or known_statistics.recognise(path)
+        #: The known set whose mean and standard deviation are used, if it is one.
+        self.known_set = known_statistics.check(statistics) or known_statistics.recognise(path)
         self._files: Files | None = None
         self._layout: Layout | None = None
         self._sets: dict[str, ImageSet | None] = {}
@@ -174,22 +175,23 @@ class FileSource(Source):
         return self._set("val")
 
     def statistics(self) -> Statistics:
-        return KNOWN[self._statistics] if self._statistics else super().statistics()
+        return KNOWN[self.known_set] if self.known_set else super().statistics()
+
+    def files(self) -> tuple[Files, Layout]:
+        """The files, none of them read, and how they are divided and labelled."""
+        if self._files is None or self._layout is None:
+            files = self._files = self._list()
+            table = None if self._table is None else layout.read_table(self._table, files.names, files.top)
+            found = layout.arrange(files.names, files.top, self.val_fraction, self.labels, table)
+            train = found.train if self.limit is None else found.train.rows(stratified(found.train.labels, self.limit))
+            # Names of folders that are no UTF-8 cannot be printed, drawn or written; the files keep theirs.
+            classes, self.notes = ([_printable(text) for text in texts] for texts in (found.classes, found.notes))
+            self._layout = replace(found, train=train, classes=classes, notes=self.notes)
+        return self._files, self._layout
 
     def _set(self, name: str) -> ImageSet | None:
         if name not in self._sets:
-            if self._files is None:
-                files = self._files = self._list()
-                table = None if self._table is None else layout.read_table(self._table, files.names, files.top)
-                self._layout = layout.arrange(files.names, files.top, self.val_fraction, self.labels, table)
-                # Names of folders that are no UTF-8 cannot be printed, drawn or written; the files keep theirs.
-                classes, self.notes = (
-                    [_printable(text) for text in texts] for texts in (self._layout.classes, self._layout.notes)
-                )
-                self._layout = replace(self._layout, classes=classes, notes=self.notes)
-            split = getattr(self._layout, name)
-            if split is not None and name == "train" and self.limit is not None:
-                split = split.rows(stratified(split.labels, self.limit))
+            split = getattr(self.files()[1], name)
             self._sets[name] = None if split is None else self._images(split)
             if len(self._sets) == 2:
                 # A compressed archive's bytes are in memory: let them go.

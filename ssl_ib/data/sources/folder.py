@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -12,23 +11,14 @@ from ...config.outside import kind_of, user_path
 from ...config.registry import register_source
 from ...errors import UserError
 from ..decode import ENDINGS, image_files, read_image
+from ..listing import kept_list, list_images
 from .files import Files, FileSource
-
-log = logging.getLogger(__name__)
 
 
 class _FolderFiles(Files):
     def __init__(self, root: Path):
-        passed_over: list[str] = []
-        super().__init__(image_files(root, passed_over))
+        super().__init__(list_images(root))
         self.root = root
-        if passed_over:
-            log.info(
-                "%s: %d links to folders that are read already are passed over, such as %s",
-                root,
-                len(passed_over),
-                passed_over[0],
-            )
 
     def read(self, name: str) -> bytes:
         return read_image(self.root / name)
@@ -53,7 +43,8 @@ class Folder(FileSource):
     everything is passed through. Images without a label are trained on, and not scored. A run has no accuracies where
     there are fewer than two classes. Its heading shows the classes, or why there are none.
 
-    Symbolic links are followed, and each real folder is read once.
+    Symbolic links are followed, and each real folder is read once. The list of a folder of 20,000 images or more is
+    kept in the user's cache folder, and made again as soon as a folder in it has changed.
 
     Raises UserError where the folder is missing or holds no image, and for a table that does not fit the images.
 
@@ -86,7 +77,7 @@ class Folder(FileSource):
             found = kind_of(root)
             found = "a file (source=archive reads archives)" if found == "a file" else found
             raise UserError(f"source.path: expected a folder of images, found {found} at {root}")
-        if next(image_files(root), None) is None:
+        if kept_list(root) is None and next(image_files(root), None) is None:
             raise UserError(f"source.path: no image in {root} or its subfolders; what counts: {ENDINGS}")
 
     def _list(self) -> Files:

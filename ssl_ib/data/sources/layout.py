@@ -200,13 +200,23 @@ def arrange(
     everything = split(train)
     if val:
         return Layout(classes, everything, split(val), notes)
-    candidates = (everything.labels >= 0).nonzero()[:, 0] if known else torch.arange(len(train))
-    chosen = candidates[stratified(everything.labels[candidates], int(val_fraction * len(candidates)))]
+    kept, chosen = hold_out(everything.labels, val_fraction)
     if len(chosen) == 0:
         return Layout(classes, everything, None, notes)
-    kept = torch.ones(len(train), dtype=torch.bool)
+    return Layout(classes, everything.rows(kept), everything.rows(chosen), notes)
+
+
+def hold_out(labels: Tensor, val_fraction: float) -> tuple[Tensor, Tensor]:
+    """Divides n images into those that are trained on and a share that is held out: their numbers, int64 each.
+
+    Held out are labelled images, stratified by class; where none has a label, images spread over the whole set.
+    """
+    known = (labels >= 0).nonzero()[:, 0]
+    candidates = known if len(known) else torch.arange(len(labels))
+    chosen = candidates[stratified(labels[candidates], int(val_fraction * len(candidates)))]
+    kept = torch.ones(len(labels), dtype=torch.bool)
     kept[chosen] = False
-    return Layout(classes, everything.rows(kept.nonzero()[:, 0]), everything.rows(chosen), notes)
+    return kept.nonzero()[:, 0], chosen
 
 
 def _why_unlabelled(labels: str, paths: Mapping[str, Sequence[str]], table: Mapping[str, str] | None) -> str:
