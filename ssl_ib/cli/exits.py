@@ -22,6 +22,8 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, 
 PATIENCE = 5.0
 #: How gloo and NCCL say that another process of the group is there no more.
 _LOST = re.compile(r"gloo/transport|connection (was likely )?(closed|reset)|ncclRemoteError", re.IGNORECASE)
+#: What torch says where the machine's memory does not suffice.
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 #: What `_end` calls the command.
 _program = ""
 
@@ -85,15 +87,20 @@ def _code(program: str, run: Callable[[], int], interrupted: str) -> int:
         if error.errno not in REFUSALS:
             raise
         message, code = str(error), 2
-    except RuntimeError as error:
-        if "RANK" not in os.environ or not _LOST.search(str(error)):
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        if "RANK" in os.environ and _LOST.search(str(error)):
+            process, reason = os.environ["RANK"], reason.rpartition("] ")[2].partition(". ")[0]
+            message = f"another process has ended, and process {process} cannot go on without it ({reason})"
+            with _told(sys.stderr):
+                print(f"{program}: {message}", file=sys.stderr, flush=True)
+            time.sleep(PATIENCE)
+            return 2
+        # torch's own error of a GPU, and what it says of the machine's memory.
+        torchs = type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error)
+        if not (torchs or isinstance(error, MemoryError)):
             raise
-        process, reason = os.environ["RANK"], str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-        message = f"another process has ended, and process {process} cannot go on without it ({reason})"
-        with _told(sys.stderr):
-            print(f"{program}: {message}", file=sys.stderr, flush=True)
-        time.sleep(PATIENCE)
-        return 2
+        message = f"out of memory{': ' if reason else ''}{reason}; a smaller batch_size, or more accumulate, takes less"
     except SystemExit as error:
         # Nothing here calls it; a run that ends like this would pass for a finished one.
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -94,6 +94,7 @@ OVERRIDES = {
         f"source={{name: folder, path: images, labels: {NOBODY}.csv}}",
         "source.labels: there is no user",
     ),
+    "films": ("source={name: moving_mnist, sequences: 10}", "the source has films [10, 3, 64, 64]"),
     "many workers": ("workers=1000000", "workers: expected less than or equal to 1024"),
 }
 

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from faults.processes import SLOW
 from harness import STEPS, assert_same_run, checkpoint, environment, finished, parts, train
+
+from ssl_ib.cli.exits import exit_code
 
 
 @pytest.mark.parametrize("by", [signal.SIGHUP, signal.SIGUSR1])
@@ -84,6 +87,27 @@ def test_streams_that_were_closed_before_the_start(tmp_path):
     code = f"def opens():\n    held = open({str(file)!r}, 'w'); run()\n    return held.fileno()\n"
     done = python(PRINTS + code + "sys.exit(exit_code('p', opens))", "<&- >&- 2>&-")
     assert done.returncode > 2 and file.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_no_bug(capsys, error):
+    def runs_out():
+        raise error
+
+    assert exit_code("p", runs_out) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("p: out of memory") and said.count("\n") == 1 and str(error) in said
+    error.args = ("Boolean value of Tensor is ambiguous",)
+    if type(error) is RuntimeError:
+        with pytest.raises(RuntimeError):
+            exit_code("p", runs_out)
 
 
 @pytest.mark.parametrize("redirected", ["> /dev/full", "2> /dev/full", "> /dev/full 2>&1"])

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, configuration, given, seed, settings
 from hypothesis import strategies as st
 
 from ssl_ib import device, run
+from ssl_ib.config import plugins
 from ssl_ib.sweep import runner
 from ssl_ib.trainer import Trainer
 
@@ -106,6 +107,7 @@ def holds(target: str, main: Callable[[list[str]], int], *arguments: str, folder
         patch.setattr(Trainer, "fit", _reached)
         patch.setattr(runner, "run_all", lambda *given: ({}, 0))
         patch.setattr(run, "DRY_BATCH", 2)
+        patch.setattr(plugins, "entry_points", lambda group: ())  # Looking for them takes longer than many a case.
         patch.setattr(device, "free_memory", lambda device=None: MEMORY)
         with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]), _bounded():
             try:

@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 
 from ... import random
+from ...errors import UserError
 
 _TRIES = 10
 
 
 def full_sizes(images: Tensor) -> Tensor:
-    """The sizes of images without padding: int64 [B, 2], (H, W) in each row, on the CPU."""
+    """The sizes of images without padding: int64 [B, 2], (H, W) in each row, on the CPU.
+
+    Raises UserError where they are no images [B, C, H, W] but films.
+    """
+    if images.ndim != 4:
+        raise UserError(
+            f"these views are of images [C, H, W], and the source has films {list(images.shape[1:])}: choose views of "
+            "films, such as views=moving_mnist, or another source"
+        )
     return torch.tensor(images.shape[-2:]).expand(len(images), 2)
 
 
