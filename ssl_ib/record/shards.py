@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from .. import distributed
 from ..errors import UserError
@@ -69,6 +71,8 @@ class Writer:
         # Its own, as it works while the processes train.
         self._group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT)
         self._pending: Future | None = None
+        # The copies that are written, kept because making room for them takes longer than copying.
+        self._copies: dict[str, Tensor] = {}
 
     def save(self, state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Path:
         """Begins to write `state` to `folder`/last, and returns that path: the tensors may change afterwards.
@@ -83,7 +87,14 @@ class Writer:
             rest = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), rest)
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         storage = _Storage(folder, rest, keep_as)
-        self._pending = dcp.async_save(tensors, storage_writer=storage, planner=planner, process_group=self._group)
+        if self._copies.keys() == tensors.keys():
+            for name, tensor in tensors.items():
+                distributed.local(self._copies[name]).copy_(distributed.local(tensor.detach()))
+        else:
+            self._copies = BlockingAsyncStager().stage(tensors)
+        self._pending = dcp.async_save(
+            dict(self._copies), storage_writer=storage, planner=planner, process_group=self._group
+        )
         return folder / "last"
 
     def wait(self) -> None:
@@ -113,6 +124,9 @@ class _Storage(dcp.HuggingFaceStorageWriter):
         self.folder, self.state, self.keep_as = folder, state, keep_as
         self.fresh = folder / "last.tmp"
         super().__init__(path=str(self.fresh), save_distributed=True)
+
+    def stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors  # They are copies.
 
     def prepare_global_plan(self, plans: list) -> list:
         # In the main process, before any writes.
@@ -212,7 +226,9 @@ def filled(state: dict[str, Any], empty: Callable[[str, tuple[int, ...], torch.d
     if "sharded" not in state:
         return state
     tensors = {name: empty(name, *what) for name, what in state["sharded"].items()}
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(state["folder"]), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(state["folder"]), no_dist=True)
     return joined(state, tensors)
 
 
