@@ -20,6 +20,7 @@ from .data.sources.layout import label_lines
 from .device import choose_device
 from .errors import UserError
 from .flops import peak
+from .heartbeat import Heartbeat, at
 from .initialise import initialise
 from .pretrained import Backbone
 from .record import artifacts, folder
@@ -188,11 +189,12 @@ def pretrain(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         _deterministic.fill_uninitialized_memory = False
-    distributed.initialise(device)
+    distributed.initialise(device, config.process_timeout)
     _check_alike(config)
     mesh = sharding.mesh(config.parallel, device)
     # The folder stays locked as long as `held`.
     with ExitStack() as held:
+        held.enter_context(Heartbeat(config.process_timeout, out))
         # Every process finds its arguments right and looks at the folder before one of them changes it.
         with distributed.together():
             lock = held.enter_context(folder.lock(out)) if out and distributed.is_main() else None
@@ -222,6 +224,7 @@ def pretrain(
                 most = peak(device, config.precision)
                 trainer.profile = Profile(profile, trainer.run.batch_size, trainer.flops, most, device, out / "profile")
             trainer.fit()
+            at(trainer.step, "the record")
             bad = trainer.bad_images
             if lock is not None:
                 lock.check()

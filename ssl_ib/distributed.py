@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import EndedElsewhere
+from . import heartbeat
+from .errors import EndedElsewhere, UserError
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -40,8 +41,10 @@ SHARDS = "shard"
 _logger = logging.getLogger(__name__)
 
 
-def initialise(device: torch.device | str) -> None:
+def initialise(device: torch.device | str, timeout: float = 600.0) -> None:
     """Joins the processes that torchrun started (its environment says which); does nothing for a single one, or again.
+
+    timeout: seconds within which all of them have to come. Raises UserError where they do not.
 
     Tensors on a CUDA device go through NCCL, all others through gloo. Features and messages are on the CPU, so that a
     process that waits for another's share of an evaluation does so in gloo, which leaves its GPU alone.
@@ -53,12 +56,18 @@ def initialise(device: torch.device | str) -> None:
         torch.cuda.set_device(device)
     # The default of 10 minutes is less than one process may need for its share, such as a probe on a large set.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    except RuntimeError as error:
+        raise UserError(f"the processes did not find one another: {str(error).splitlines()[0]}") from None
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun may keep one store over its restarts, with the addresses of the processes that have died. Agents on
         # several machines count restarts each for itself, so that there the number is no common name.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+    heartbeat.roll_call(store, number, count, timeout)
+    # `Heartbeat` ends a run that hangs earlier.
+    longest = max(TIMEOUT, timedelta(seconds=2 * timeout))
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=longest)
     if not is_main():
         # Every process finds the same; one says it.
         logging.getLogger("ssl_ib").setLevel(logging.ERROR)
@@ -347,6 +356,7 @@ def _done(work: Callable[[T], A], items: Iterable[T]) -> list[A]:
     for item in items:
         with alone():
             answers.append(work(item))
+        heartbeat.alive()
     return answers
 
 

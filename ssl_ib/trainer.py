@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import contract, distributed, optim, random
+from . import contract, distributed, heartbeat, optim, random
 from .data.loader import Loader, ordered
 from .data.transfer import on_device
 from .errors import EndedElsewhere, UserError
@@ -235,6 +235,7 @@ class Trainer:
             with distributed.together(self.stop.signum) as largest:
                 if row is not None:
                     self._write(row)
+                heartbeat.at(self.step, "the wait for images")
                 with self._phase("data"):
                     sample = next(batches, None)
                 waiting = time.perf_counter() - began
@@ -304,7 +305,8 @@ class Trainer:
                 getattr(part, name)(*arguments, context)
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
-        """What a step is doing, for the profile."""
+        """What a step is doing, for the profile and for other processes that wait."""
+        heartbeat.at(self.step, name)
         return nullcontext() if self.profile is None else self.profile.phase(name)
 
     def _seed(self) -> None:
@@ -340,6 +342,7 @@ class Trainer:
     def _evaluate(self, name: str | None = None) -> None:
         """kNN and health now, by all processes; `name` keeps them among the run's results."""
         self._set_schedules()
+        heartbeat.at(self.step, "the evaluation")
         with self.gathered(), distributed.together():
             metrics = self.online.evaluate(self.progress(), name == "trained", name is not None)
             if name is not None:
@@ -414,6 +417,7 @@ class Trainer:
         """
         if self.out is None:
             return None
+        heartbeat.at(self.step, "the save")
         with distributed.together():
             state = self._state() if self.main or self.sharded is not None else None
             if self.sharded is None:

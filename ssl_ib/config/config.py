@@ -165,7 +165,8 @@ class Config(Section):
     from one row of `metrics.jsonl` to the next (a short run logs 20 rows at least), and logger says who gets a copy of
     the rows. deterministic takes, on CUDA, slower operations that give the same numbers every time. parallel is for
     processes that torchrun starts: with ddp each has all weights, with fsdp they share them, with hybrid those of a
-    machine do (docs/scale.md). plugins are imported before the parts are looked up.
+    machine do (docs/scale.md); one for which the others have waited `process_timeout` seconds is named and ends the
+    run. plugins are imported before the parts are looked up.
     """
 
     recipe: str
@@ -186,6 +187,7 @@ class Config(Section):
     deterministic: bool = True
     workers: Annotated[int, Interval(ge=0, le=1024)] = 2
     worker_timeout: Positive = 600.0
+    process_timeout: Positive = 600.0
     log_every: PositiveInt = 1
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     optim: OptimConfig = OptimConfig()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import heartbeat
 from ..errors import UserError
 from .features import num_classes
 
@@ -106,5 +107,6 @@ def linear_logits(
             loss.backward()
             optimizer.step()
             cosine.step()
+        heartbeat.alive()
     with torch.no_grad(), full_precision:
         return head(test)
