@@ -34,7 +34,7 @@ from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 #: Keys that may be others on another machine.
-OF_MACHINES = ("device", "workers", "worker_timeout")
+OF_MACHINES = ("device", "workers", "worker_timeout", "process_timeout")
 #: Type checkers do not know its switch.
 _deterministic: Any = torch.utils.deterministic
 

@@ -1,4 +1,4 @@
-"""`ssl-ib-sweep`: train a grid of runs, one process each, and compare them. `--help` shows the usage.
+"""`ssl-ib-sweep`: train a grid of runs, here or as jobs of a cluster, and compare them. `--help` shows the usage.
 
 Exit codes: 0 done or out of budget, 1 some run failed, 2 a mistake of the user's (one message on stderr), 128 + n
 stopped by signal n after the runs have saved.
@@ -18,6 +18,8 @@ from ..errors import ConfigError, UserError, nearest
 from .exits import end_at_interrupts, exit_code, heed_interrupts
 
 if TYPE_CHECKING:
+    from ..config.config import Config
+    from ..sweep.launch import Launch
     from ..sweep.points import Axis, Run
     from ..sweep.report import Report
 
@@ -47,7 +49,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--budget-minutes", type=float, metavar="M", help="start no run that would not end in time; stop at the end"
     )
-    p.add_argument("--jobs", type=int, default=1, metavar="J", help="so many runs at once, which share the cores")
+    p.add_argument("--jobs", type=int, metavar="J", help="so many runs at once, which share the cores (default: 1)")
+    p.add_argument(
+        "--launch",
+        metavar="HOW",
+        help="submit a job for each run: slurm; to try that, local (processes here) or debug (one after the other)",
+    )
+    p.add_argument(
+        "--slurm",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="what the jobs are given: partition=gpu time=240 (minutes) gpus_per_node=1 cpus_per_task=8 mem=32GB ...",
+    )
     p.add_argument(
         "--metric", nargs="+", action="extend", metavar="NAME", help="what table and plot show, such as knn/top1 loss"
     )
@@ -78,10 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace, command: str) -> int:
     from ..config.config import configure
     from ..config.recipe import find_recipe, read_recipe
-    from ..sweep import folder, points
+    from ..sweep import folder, launch, points
 
     _check(options)
     problems: list[str] = []
+    launched = launch.parse(options.launch, options.slurm, problems)
     axes = points.parse_axes(options.vary, options.case, options.overrides, problems)
     seeds = None if options.seeds is None else points.parse_seeds(options.seeds, problems)
     if options.seeds is not None and any(text.startswith("seed=") for text in options.overrides):
@@ -106,14 +121,19 @@ def _main(options: argparse.Namespace, command: str) -> int:
     out = options.out or Path("sweeps") / name
     base = folder.base_of(name, options.overrides)
     folder.examine(out, base, runs)
-    _check_builds(runs)
+    _check_builds(runs, launched)
+    if launched is not None and launched.ignored:
+        named = ", ".join(launched.ignored)
+        print(f"ssl-ib-sweep: --launch {options.launch} does without {named}, which Slurm alone knows", file=sys.stderr)
     if options.dry_run:
-        _print_commands(runs, out, options.plugin)
+        _print_commands(runs, out, options.plugin, launched)
         return 0
+    if launched is not None:
+        launched.check()
     heed_interrupts()
     with folder.lock(out) as lock:
         folder.remember(out, base, command)
-        return _run(options, axes, runs, out, lock.descriptor, command)
+        return _run(options, axes, runs, out, lock.descriptor, command, launched)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -123,7 +143,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("which recipe? give a name or a path; `ssl-ib-train --list recipes` shows the names")
     if "=" in options.recipe:
         raise UserError(f"expected RECIPE first, got {options.recipe!r}")
-    if options.jobs < 1:
+    _check_launch(options)
+    if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs: expected a number above 0, got {options.jobs}")
     if options.budget_minutes is not None and not options.budget_minutes >= 0:
         raise UserError(f"--budget-minutes: expected a number of at least 0, got {options.budget_minutes}")
@@ -136,7 +157,21 @@ def _check(options: argparse.Namespace) -> None:
         check_name(options.choose_by)
 
 
-def _check_builds(runs: list[Run]) -> None:
+def _check_launch(options: argparse.Namespace) -> None:
+    """Raises UserError where --launch does not go together with what else is asked."""
+    from ..sweep.launch import LAUNCHERS
+
+    if options.launch is None:
+        return
+    if options.launch not in LAUNCHERS:
+        raise UserError(f"--launch: unknown {options.launch!r}{nearest(options.launch, LAUNCHERS)}")
+    if options.jobs is not None:
+        raise UserError("--jobs is for runs in processes here; with --launch, --slurm array_parallelism=J bounds them")
+    if options.budget_minutes is not None:
+        raise UserError("--budget-minutes is for runs in processes here; with --launch, --slurm time=M bounds a job")
+
+
+def _check_builds(runs: list[Run], launched: Launch | None) -> None:
     """Builds every point once, as a dry run does. Raises ConfigError with all that does not fit."""
     from ..run import build_run
     from ..sweep.points import told_once
@@ -144,11 +179,16 @@ def _check_builds(runs: list[Run]) -> None:
     found: dict[str, list[str]] = {}
     points = {run.point.name: run for run in reversed(runs)}
     for name, run in reversed(points.items()):
-        if run.config.parallel != "none":
-            found.setdefault("parallel: a sweep gives each run one process; use parallel=none", []).append(name)
+        if problem := _wrong_processes(run.config, launched):
+            found.setdefault(problem, []).append(name)
             continue
+        config = run.config
+        if launched is not None and launched.launcher == "slurm":
+            # Where jobs are submitted there may be no GPU.
+            ops = config.ops.model_copy(update={"backend": "auto"})
+            config = config.model_copy(update={"device": "cpu", "ops": ops})
         try:
-            build_run(run.config, dry=True)
+            build_run(config, dry=True)
         except UserError as error:
             for problem in getattr(error, "problems", [str(error)]):
                 found.setdefault(problem, []).append(name)
@@ -156,17 +196,48 @@ def _check_builds(runs: list[Run]) -> None:
         raise ConfigError(told_once(found, len(points)))
 
 
-def _print_commands(runs: list[Run], out: Path, plugins: list[str]) -> None:
+def _wrong_processes(config: Config, launched: Launch | None) -> str:
+    """Why a run cannot have the processes that it would get; "" where it can."""
+    if launched is None:
+        if config.parallel != "none":
+            return (
+                "parallel: a sweep gives each run one process; use parallel=none, or --launch slurm with gpus_per_node"
+            )
+        return ""
+    count = launched.processes
+    if config.parallel != "none" and count == 1:
+        return f"parallel={config.parallel} is for several processes: give --slurm gpus_per_node=N, or parallel=none"
+    if config.parallel == "none" and count > 1:
+        return f"parallel=none is one process, for gpus_per_node={count}: use parallel=ddp, or gpus_per_node=1"
+    if config.batch_size % (count * config.accumulate):
+        return (
+            f"batch_size: {config.batch_size} images a step cannot be cut into {count * config.accumulate} equal "
+            f"batches (gpus_per_node: {count}, accumulate: {config.accumulate})"
+        )
+    return ""
+
+
+def _print_commands(runs: list[Run], out: Path, plugins: list[str], launched: Launch | None) -> None:
     from ..sweep import runner
 
-    print(f"{_counted(runs)} in {out}")
+    how = "" if launched is None else f", each a job of --launch {launched.launcher}"
+    how += f" with {launched.processes} processes" if launched is not None and launched.processes > 1 else ""
+    print(f"{_counted(runs)} in {out}{how}")
     for run in runs:
         status = runner.status_of(run, out, {})
         print(f"{_title(run)} ({status})\n  " + shlex.join(["ssl-ib-train", *runner.arguments(run, out, plugins)]))
 
 
-def _run(options: argparse.Namespace, axes: list[Axis], runs: list[Run], out: Path, lock: int, command: str) -> int:
-    from ..sweep import plot, runner
+def _run(
+    options: argparse.Namespace,
+    axes: list[Axis],
+    runs: list[Run],
+    out: Path,
+    lock: int,
+    command: str,
+    launched: Launch | None,
+) -> int:
+    from ..sweep import launch, plot, runner
     from ..sweep.report import DEFAULT_METRICS
 
     todo = [run for run in runs if not runner.is_done(run, out)]
@@ -175,12 +246,16 @@ def _run(options: argparse.Namespace, axes: list[Axis], runs: list[Run], out: Pa
     def ended(run: Run, outcome: runner.Outcome, outcomes: dict[Run, runner.Outcome]) -> None:
         report = _write(out, axes, runs, outcomes, options.metric or DEFAULT_METRICS)
         said = report.line(run) if outcome.status == runner.DONE else outcome.status
-        said += f" ({outcome.message}); see {runner.log_of(run, out)}" if outcome.message else ""
+        said += f" ({outcome.message})" if outcome.message else ""
+        said += f"; see {runner.log_of(run, out)}" if outcome.status == runner.FAILED else ""
         print(f"[{sum(s == runner.DONE for s in report.statuses.values())}/{len(runs)}] {_title(run)}: {said}")
         sys.stdout.flush()
 
-    budget = None if options.budget_minutes is None else 60 * options.budget_minutes
-    outcomes, signum = runner.run_all(todo, out, options.plugin, options.jobs, budget, lock, ended)
+    if launched is not None:
+        outcomes, signum = launch.run_all(launched, todo, out, options.plugin, f"ssl-ib-{out.name}", ended)
+    else:
+        budget = None if options.budget_minutes is None else 60 * options.budget_minutes
+        outcomes, signum = runner.run_all(todo, out, options.plugin, options.jobs or 1, budget, lock, ended)
     report = _write(out, axes, runs, outcomes, options.metric or DEFAULT_METRICS)
     print("\n" + report.table(), end="")
     missing = [metric for metric in options.metric or () if report.numbers and metric not in report.known()]

@@ -18,7 +18,7 @@ from ..run import FIRST
 from .checkpoint import load, not_numbers
 from .checkpoint import saved as saved_in
 from .files import replace
-from .lock import Lock
+from .lock import LOCK, Lock
 
 #: What a run writes beside `config.yaml`; `claim` removes these and the files of further encoders, and nothing else.
 #: The checkpoints go first: a run that was killed meanwhile has none, and not one of a run that is half there.
@@ -27,10 +27,8 @@ WRITTEN = (
     "backbone.safetensors backbone.json results.json bad_images.txt bad_batch.txt "
     "evals.jsonl evals export info about.json report.html"
 ).split()
-#: The file by which a run holds its folder.
-LOCK = "run.lock"
 #: Keys that may change when a run resumes: they move no loss.
-MOVABLE = ("device", "workers", "worker_timeout", "log_every", "logger", "checkpoint", "parallel")
+MOVABLE = ("device", "workers", "worker_timeout", "process_timeout", "log_every", "logger", "checkpoint", "parallel")
 
 #: Keys by which a checkpoint is known to be this run's. Not those that name files, which may have moved since.
 OWN = ("seed", "epochs", "batch_size", "accumulate", "precision", "optim", "task", "model", "criterion", "masker")
@@ -148,7 +146,7 @@ def claim(out: Path, config: Config) -> None:
     encoders = [
         file for weights in out.glob("backbone_*.safetensors") for file in (weights, weights.with_suffix(".json"))
     ]
-    for path in [*map(out.joinpath, WRITTEN), *encoders]:
+    for path in [*map(out.joinpath, WRITTEN), *encoders, *out.glob("hung_rank_*.txt")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

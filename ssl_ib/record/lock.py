@@ -23,6 +23,8 @@ from ..errors import UserError
 
 _logger = logging.getLogger(__name__)
 
+#: The file by which a run holds its folder.
+LOCK = "run.lock"
 #: A former holder may remove the file between our opening and locking it; so often that is tried again.
 _TRIES = 100
 #: Seconds that a holder is given to write its name.
@@ -40,6 +42,23 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+def holder(folder: Path, name: str) -> str:
+    """Who holds a folder by the file `name` in it, in words; "" where nobody does. Takes nothing and writes nothing."""
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return _written(descriptor, _PATIENCE) or "another process"
+    except OSError:  # A file system without locks: the name alone may be that of a process which has ended.
+        pass
+    finally:
+        os.close(descriptor)
+    return ""
 
 
 class Lock:
@@ -63,7 +82,7 @@ class Lock:
         try:
             self.descriptor = self._taken()
             _held.add(self.descriptor)
-            self._tell_of(self._holder())
+            self._tell_of(_written(self.descriptor))
             now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             self._write({"process": self._process, "host": socket.gethostname(), "since": now})
         except OSError as error:
@@ -111,10 +130,10 @@ class Lock:
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                holder = self._holder(_PATIENCE)
+                found = _written(self.descriptor, _PATIENCE)
                 os.close(self.descriptor)
                 del self.descriptor
-                raise UserError(f"{self.what} is at work in {self.folder}{holder and ': ' + holder}") from None
+                raise UserError(f"{self.what} is at work in {self.folder}{found and ': ' + found}") from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
@@ -124,18 +143,6 @@ class Lock:
             os.close(self.descriptor)
             del self.descriptor
         raise UserError(f"{self.folder}: others take and leave it all the time; try again")
-
-    def _holder(self, patience: float = 0.0) -> str:
-        """Who has written their name into the file; "" where nobody has."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                found: Any = json.loads(os.pread(self.descriptor, 4096, 0))
-                return f"process {found['process']} on host {found['host']}, since {found['since']}"
-            except (ValueError, TypeError, KeyError):
-                if time.monotonic() >= deadline:
-                    return ""
-                time.sleep(0.05)
 
     def _tell_of(self, former: str) -> None:
         if not former:
@@ -162,3 +169,16 @@ class Lock:
         with suppress(OSError):
             for folder in self._made if mine else ():
                 folder.rmdir()
+
+
+def _written(descriptor: int, patience: float = 0.0) -> str:
+    """Who has written their name into the file; "" where nobody has within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            found: Any = json.loads(os.pread(descriptor, 4096, 0))
+            return f"process {found['process']} on host {found['host']}, since {found['since']}"
+        except (ValueError, TypeError, KeyError):
+            if time.monotonic() >= deadline:
+                return ""
+            time.sleep(0.05)

@@ -8,27 +8,35 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
+from typing import TYPE_CHECKING, Any
 
+from ..record.lock import LOCK, holder
 from ..record.signals import StopRequest
-from .points import Run
+
+if TYPE_CHECKING:
+    from .points import Run
 
 POLL = 0.05  # seconds
-#: How a run ended in this call, and where runs stand: a begun one is running, or was stopped half way.
-DONE, FAILED, STOPPED = "done", "failed", "stopped"
+#: The last file that a run writes.
+RESULTS = "results.json"
+#: How a run ended in this call: one that is running elsewhere was passed over.
+DONE, FAILED, STOPPED, ELSEWHERE = "done", "failed", "stopped", "running elsewhere"
+#: Where else a run may stand: a begun one is running, or was stopped half way.
 BEGUN, WAITING = "begun", "waiting"
 #: Bytes of a log in which its last line is looked for.
 _LAST_WORDS = 1 << 14
 #: Exit codes of a run that stopped because it was asked to: after saving, or before it could save anything.
-_ASKED = (128 + signal.SIGTERM, -signal.SIGTERM)
+_ASKED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `done`, `stopped` or `failed`, and its last words where it failed."""
+    """How a run ended: `done`, `stopped`, `failed` with its last words, or `running elsewhere` with who runs it."""
 
     status: str
     message: str = ""
@@ -37,7 +45,7 @@ class Outcome:
 @dataclass
 class _Child:
     run: Run
-    process: subprocess.Popen
+    process: Popen
     log: Path
     offset: int
     began: float
@@ -49,7 +57,7 @@ def log_of(run: Run, out: Path) -> Path:
 
 
 def is_done(run: Run, out: Path) -> bool:
-    return (out / run.folder / "results.json").is_file()
+    return (out / run.folder / RESULTS).is_file()
 
 
 def status_of(run: Run, out: Path, outcomes: dict[Run, Outcome]) -> str:
@@ -63,15 +71,18 @@ def status_of(run: Run, out: Path, outcomes: dict[Run, Outcome]) -> str:
 
 def arguments(run: Run, out: Path, plugins: Sequence[str]) -> list[str]:
     """What `ssl-ib-train` is given: a run that was begun is continued."""
-    folder = out / run.folder
     more = [word for plugin in plugins for word in ("--plugin", plugin)]
-    more += ["--resume"] if (folder / "config.yaml").is_file() else []
-    return [run.recipe, *run.overrides, "--out", str(folder), *more]
+    return [run.recipe, *run.overrides, "--out", str(out / run.folder), *more, "--auto-resume"]
 
 
 def command(run: Run, out: Path, plugins: Sequence[str]) -> list[str]:
     """The process of a run."""
     return [sys.executable, "-m", "ssl_ib.cli.train", *arguments(run, out, plugins)]
+
+
+def live(folder: Path) -> str:
+    """Who is training the run of a folder now, in words; "" where nobody is."""
+    return holder(folder, LOCK)
 
 
 def may_start(left: float | None, durations: Sequence[float]) -> bool:
@@ -92,8 +103,9 @@ def run_all(
 ) -> tuple[dict[Run, Outcome], int]:
     """Runs them in order, `jobs` at once, for at most `budget` seconds; returns how they ended, and the signal or 0.
 
-    At the end of the budget, and at SIGTERM or Ctrl-C, those that are running get SIGTERM, save and stop. A second
-    Ctrl-C kills them and raises KeyboardInterrupt. ended: called after each run with all outcomes so far.
+    A run that another process is training is passed over. At the end of the budget, and at SIGTERM or Ctrl-C, those
+    that are running get SIGTERM, save and stop. A second Ctrl-C kills them and raises KeyboardInterrupt. ended: called
+    after each run with all outcomes so far.
     """
     waiting, active = deque(runs), []
     outcomes: dict[Run, Outcome] = {}
@@ -105,7 +117,12 @@ def run_all(
             while True:
                 left = None if budget is None else budget - (time.monotonic() - began)
                 while waiting and len(active) < jobs and not stop.signum and may_start(left, durations):
-                    active.append(_start(waiting.popleft(), out, plugins, environment, lock))
+                    run = waiting.popleft()
+                    if who := live(out / run.folder):
+                        outcomes[run] = Outcome(ELSEWHERE, who)
+                        ended(run, outcomes[run], outcomes)
+                    else:
+                        active.append(_start(run, out, plugins, environment, lock))
                 if not active:
                     return outcomes, stop.signum
                 if not asked and (stop.signum or (left is not None and left <= 0)):
@@ -116,10 +133,11 @@ def run_all(
                 time.sleep(POLL)
                 for child in [child for child in active if child.process.poll() is not None]:
                     active.remove(child)
-                    outcome = _outcome(child, out, asked or stop.signum > 0)
-                    outcomes[child.run] = outcome
-                    durations += [time.monotonic() - child.began] if outcome.status == DONE else []
-                    ended(child.run, outcome, outcomes)
+                    code, told = child.process.returncode, asked or stop.signum > 0
+                    found = outcome(out / child.run.folder, child.log, child.offset, code, told)
+                    outcomes[child.run] = found
+                    durations += [time.monotonic() - child.began] if found.status == DONE else []
+                    ended(child.run, found, outcomes)
         finally:
             for child in active:
                 with suppress(ProcessLookupError):
@@ -129,42 +147,49 @@ def run_all(
 
 def _environment(jobs: int) -> dict[str, str]:
     """Runs side by side share the cores, unless the user has said how many threads each may have."""
-    # Unbuffered, so that the last line of the log is the last thing that happened.
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = dict(os.environ)
     if jobs > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
     return environment
 
 
-def _start(run: Run, out: Path, plugins: Sequence[str], environment: dict[str, str], lock: int) -> _Child:
-    log = log_of(run, out)
+def begin(command: Sequence[str], log: Path, environment: Mapping[str, str], **more: Any) -> tuple[Popen, int]:
+    """Starts the process of a run, which appends to its log; with it, how long the log was before."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         offset = file.tell()
-        # A session of its own: Ctrl-C reaches it only through us, once, as SIGTERM.
-        process = subprocess.Popen(
-            command(run, out, plugins),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-            pass_fds=(lock,),
+        # Unbuffered, so that the last line of the log is the last thing that happened.
+        environment = {**environment, "PYTHONUNBUFFERED": "1"}
+        process = Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, **more
         )
+    return process, offset
+
+
+def _start(run: Run, out: Path, plugins: Sequence[str], environment: dict[str, str], lock: int) -> _Child:
+    log = log_of(run, out)
+    # A session of its own: Ctrl-C reaches it only through us, once, as SIGTERM.
+    process, offset = begin(command(run, out, plugins), log, environment, start_new_session=True, pass_fds=(lock,))
     return _Child(run, process, log, offset, time.monotonic())
 
 
-def _outcome(child: _Child, out: Path, asked: bool) -> Outcome:
+def outcome(folder: Path, log: Path, offset: int, code: int, asked: bool) -> Outcome:
+    """How the run of a folder ended, by what it left.
+
+    offset: where in its log it began; code: its exit code, or -n where signal n killed it; asked: whether it was told
+    to stop.
+    """
     # Whatever the exit code: a signal may have come after the last file was written.
-    if is_done(child.run, out):
+    if (folder / RESULTS).is_file():
         return Outcome(DONE)
-    code = child.process.returncode
     if asked and code in _ASKED:
         return Outcome(STOPPED)
+    if who := live(folder):  # It was begun elsewhere in the same moment, and here it was refused.
+        return Outcome(ELSEWHERE, who)
     how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-    with child.log.open("rb") as file:
-        file.seek(max(child.offset, child.log.stat().st_size - _LAST_WORDS))
+    with log.open("rb") as file:
+        file.seek(max(offset, log.stat().st_size - _LAST_WORDS))
         lines = file.read().decode(errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     return Outcome(FAILED, f"{how}: {last}")
