@@ -69,6 +69,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     auto_resume: bool = False,
+    accept_changed_images: bool = False,
 ) -> TrainedRun:
     """Trains a recipe in this process, as `ssl-ib-train` does, and returns the finished run.
 
@@ -81,6 +82,7 @@ def train(
     resume:    continue the run in `out` from its last checkpoint.
     overwrite: remove what an earlier run left in `out`.
     auto_resume: continue the run in `out`, or start it where there is none.
+    accept_changed_images: continue it though names, sizes or labels of the training images are others than before.
 
     Raises UserError, and ConfigError with all that is wrong in a configuration, before anything is written. On Ctrl-C
     or SIGTERM the run saves itself first (where it has a folder), and then the caller's own handler gets the signal:
@@ -95,6 +97,8 @@ def train(
     wanted = [name for name, given in asked.items() if given]
     if len(wanted) > 1:
         raise UserError(f"{' and '.join(wanted)} exclude each other: give one of them")
+    if accept_changed_images and not (resume or auto_resume):
+        raise UserError("accept_changed_images is for resume, which compares the images with those of before")
     if out is None and wanted:
         raise UserError(f"{wanted[0]} is about a run's folder: give out as well")
     for text in overrides:
@@ -105,7 +109,9 @@ def train(
     config = configure(str(recipe), overrides, plugins, say=_logger.warning)
     with _callers_state():
         try:
-            trainer, _ = pretrain(config, out, started=_say_labels, **asked)
+            trainer, _ = pretrain(
+                config, out, started=_say_labels, accept_changed_images=accept_changed_images, **asked
+            )
             return TrainedRun(trainer.record(), trainer.log.rows(), pretrained.of_run(trainer.run), out)
         except Stopped as stop:
             stopped = stop

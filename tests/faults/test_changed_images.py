@@ -1,12 +1,15 @@
 """Resuming on images of the same number that are not the same: refused, or accepted and said."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from harness import checkpoint, train
+from harness import PARTS, TINY, checkpoint, train
 from PIL import Image
 
+import ssl_ib
+from ssl_ib import UserError
 from ssl_ib.data.sources.folder import Folder
 
 SMALL = ("epochs=2", "batch_size=8", "eval.linear.enabled=false", "source.val_fraction=0.25")
@@ -59,13 +62,22 @@ def test_a_changed_image_is_refused_or_accepted_at_resume(images, tmp_path, caps
     for name in "0123456":
         shutil.copy(images / "b" / "7.png", images / "a" / f"{name}.png")
         (images / "a" / f"{name}.png").open("ab").write(b"more")
+    shutil.copytree(out, tmp_path / "python")
     capsys.readouterr()
     assert train(out, source, *SMALL, "--resume") == 2
     assert "--resume: the training images have other sizes, or another order" in capsys.readouterr().err
     assert train(out, source, *SMALL, "--resume", "--accept-changed-images") == 0
-    assert "resumed, as was asked, though the training images have other sizes" in "".join(capsys.readouterr())
+    accepted = "resumed, as was asked, though the training images have other sizes"
+    assert accepted in "".join(capsys.readouterr())
+    python = partial(ssl_ib.train, TINY, source, *SMALL, out=tmp_path / "python", plugins=PARTS, resume=True)
+    with pytest.raises(UserError, match="the training images have other sizes"):
+        python()
+    assert python(accept_changed_images=True).results["trained"]
+    assert accepted in "".join(capsys.readouterr())
 
 
 def test_accepting_is_for_resuming(tmp_path, capsys):
     assert train(tmp_path / "run", "--accept-changed-images") == 2
     assert "--accept-changed-images is for --resume" in capsys.readouterr().err
+    with pytest.raises(UserError, match="accept_changed_images is for resume"):
+        ssl_ib.train(TINY, accept_changed_images=True)
