@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 import safetensors.torch
 import timm
@@ -112,22 +112,26 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
 def check_reachable(name: str) -> None:
     """Raises UserError where timm would have to download the weights of a model, and there is no way to their host.
 
-    Trying takes a second or two; the download itself would try again and again for minutes.
+    Where a proxy is set, it is the proxy that has to be there. Trying takes a second or two; the download itself would
+    try again and again for minutes.
     """
     weights = timm.get_pretrained_cfg(name)
     repository = getattr(weights, "hf_hub_id", None)
-    # A proxy knows its own ways.
-    if not repository or getproxies() or getattr(weights, "file", None):
+    if not repository or getattr(weights, "file", None):
         return
     if any(isinstance(try_to_load_from_cache(repository, file), str) for file in WEIGHT_FILES):
         return
     host = urlsplit(constants.ENDPOINT)
+    proxies = {} if proxy_bypass(host.hostname) else getproxies()
+    proxy = proxies.get(host.scheme) or proxies.get("all")
+    way = host if proxy is None else urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    shown = way.hostname if proxy is None else f"the proxy {way.hostname}"
     try:
-        socket.create_connection((host.hostname, host.port or 443), timeout=10).close()
+        socket.create_connection((way.hostname, way.port or (443 if way.scheme == "https" else 80)), timeout=10).close()
     except OSError as error:
         raise UserError(
-            f"the weights of timm's {name!r} are not on this machine, and {host.hostname} cannot be reached to "
-            f"download them: {error}"
+            f"the weights of timm's {name!r} are not on this machine, and {shown} cannot be reached to download them: "
+            f"{error}"
         ) from None
 
 

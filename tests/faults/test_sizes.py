@@ -1,6 +1,7 @@
 """Sizes that no machine holds are said before they are tried, and those that are none before the first step."""
 
 import os
+import socket
 
 import pytest
 import torch
@@ -88,3 +89,17 @@ def test_what_timm_builds_and_cannot_run(tmp_path, monkeypatch, capsys):
         assert "'resnet18' cannot read a view of" in capsys.readouterr().err
     assert main(["svib_cifar10", "source=digits", "views=frequency_split", "--dry-run"]) == 2
     assert "reads views of 3 channels, and this one has 6" in capsys.readouterr().err
+
+
+def test_a_dead_proxy_is_said_at_once(monkeypatch):
+    """The download would try again for a minute."""
+    monkeypatch.setattr(backbone, "try_to_load_from_cache", lambda *given: None)
+    monkeypatch.setattr(backbone, "proxy_bypass", lambda host: False)
+    with socket.socket() as taken:
+        # Nobody listens there.
+        taken.bind(("127.0.0.1", 0))
+        proxy = f"127.0.0.1:{taken.getsockname()[1]}"
+        for spelled in (proxy, f"http://{proxy}"):
+            monkeypatch.setattr(backbone, "getproxies", lambda spelled=spelled: {"https": spelled})
+            with pytest.raises(UserError, match="and the proxy 127.0.0.1 cannot be reached to download them"):
+                backbone.check_reachable("vit_tiny_patch16_224")
