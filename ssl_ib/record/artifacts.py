@@ -69,7 +69,7 @@ def _checkout() -> dict[str, Any] | None:
 
 def write_environment(out: Path, device: torch.device) -> None:
     """Writes `environment.json`."""
-    (out / "environment.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+    replace(out / "environment.json", json.dumps(environment(device), indent=2) + "\n")
 
 
 def record_bad_images(out: Path, bad: set[str]) -> None:
@@ -80,7 +80,7 @@ def record_bad_images(out: Path, bad: set[str]) -> None:
     known = set(path.read_text(**how).splitlines()) if path.is_file() else set()
     bad = known | bad
     if bad != known:
-        path.write_text("".join(f"{name}\n" for name in sorted(bad)), **how)
+        replace(path, "".join(f"{name}\n" for name in sorted(bad)).encode(**how))
         print(f"{len(bad)} images could not be read and are left out: {path}", flush=True)
 
 

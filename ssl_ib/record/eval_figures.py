@@ -18,7 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
-from .figures import FAINT, INK, MUTED, chart, tidy
+from .figures import FAINT, INK, MUTED, chart, save, tidy
 
 #: Classes whose names fit beside a matrix, and numbers into its cells; classes that a map can tell apart.
 _NAMED, _NUMBERED, _COLOURED = 40, 20, 20
@@ -65,7 +65,7 @@ def confusion(labels: Tensor, named: Tensor, classes: Sequence[str], path: Path 
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
     bar.set_label("% of the class's images", fontsize=9, color=MUTED)
     bar.ax.tick_params(colors=MUTED, labelsize=8)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def nearest(
@@ -91,7 +91,7 @@ def nearest(
         for axes, (picture, text, color) in zip(grid[row], cells, strict=False):
             axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set_title(text if len(text) < 20 else f"{text[:12]}… {text[-4:]}", fontsize=8, color=color)
-    figure.savefig(path)
+    save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def detections(
         figure.legend(
             handles=keys[:_COLOURED], loc="outside lower left", ncols=8, fontsize=8, frameon=False, labelcolor=MUTED
         )
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _mark(axes: Axes, marks: Marks, palette: Colormap) -> None:
@@ -185,7 +185,7 @@ def precision_by_recall(curves: Tensor, classes: Sequence[str], path: Path | str
     axes.set_ylim(0, 1.02)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, labelcolor=MUTED)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def feature_map(
@@ -225,7 +225,7 @@ def feature_map(
     axes.legend(
         loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, labelcolor=MUTED, markerscale=2
     )
-    figure.savefig(path)
+    save(figure, path)
 
 
 def masks(
@@ -276,7 +276,7 @@ def masks(
         labelcolor=INK,
         alignment="left",
     )
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _palette(count: int) -> Tensor:

@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..errors import UserError
+from .files import naming
 
 _DPI = 120
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
@@ -61,7 +62,7 @@ def loss_curves(rows: Sequence[dict[str, Any]], path: Path | str) -> None:
         panel = figure.add_subplot(grid[1 + place // columns, place % columns], sharex=total)
         _curve(panel, x, column(rows, term), TEAL)
         tidy(panel, term.removeprefix("loss/"), unit, small=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def knn_curve(
@@ -110,7 +111,7 @@ def knn_curve(
     axes.margins(y=0.1)
     _label_lines(axes, [line for line in lines if np.isfinite(line[1])])
     tidy(axes, "kNN top-1 accuracy on frozen features (%)", unit)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def reconstructions(
@@ -153,7 +154,7 @@ def reconstructions(
         titles.append("Grey patches are hidden from the encoder.")
     if rebuilt and note:
         titles.append(f"In a reconstruction {note}.")
-    contact_sheet(groups, titles, names).savefig(path)
+    save(contact_sheet(groups, titles, names), path)
 
 
 def attention(images: Tensor, maps: Tensor, path: Path | str, num: int = 8, names: Sequence[str] = ()) -> None:
@@ -186,7 +187,7 @@ def attention(images: Tensor, maps: Tensor, path: Path | str, num: int = 8, name
     bar.get_xticklabels()[1].set_ha("right")
     bar.tick_params(colors=MUTED, labelsize=8, length=2)
     bar.spines[:].set_visible(False)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _percent(share: float) -> str:
@@ -209,7 +210,7 @@ def occupancy(shares: Tensor, limit: float, path: Path | str) -> None:
     axes.tick_params(colors=MUTED, labelsize=9, length=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(shown, ax=axes, label="share of prototypes")
-    figure.savefig(path)
+    save(figure, path)
 
 
 def hide(images: Tensor, mask: Tensor, patch: int) -> Tensor:
@@ -247,6 +248,12 @@ def chart(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure: Figure, path: Path | str) -> None:
+    """Writes a figure in the format that the path ends in. Raises OSError, with the path, where the disk refuses."""
+    with naming(Path(path)):
+        figure.savefig(path)
 
 
 def clock(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, str]:

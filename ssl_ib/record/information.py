@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ..part import Nats
-from .figures import BLUE, MUTED, TEAL, chart, clock, column, tidy
+from .figures import BLUE, MUTED, TEAL, chart, clock, column, save, tidy
 
 _WORDS = {"lower bound": "at least", "upper bound": "at most", "estimate": "about"}
 
@@ -94,7 +94,7 @@ def draw(rows: Sequence[dict[str, Any]], nats: Mapping[str, Nats], path: Path | 
         _draw(axes, x, panel)
         tidy(axes, f"{panel.title}\n{panel.what}, {panel.kind}", unit, small=True)
         axes.set_ylabel("nats", fontsize=8, color=MUTED)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def readings(rows: Sequence[dict[str, Any]], nats: Mapping[str, Nats]) -> list[Reading]:

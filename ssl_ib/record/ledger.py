@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from .figures import FAINT, INK, MUTED, chart, clock, column, tidy
+from .figures import FAINT, INK, MUTED, chart, clock, column, save, tidy
 
 #: Two terms whose gradients have at most this cosine are said to fight.
 FIGHT = -0.1
@@ -91,7 +91,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path | str) -> None:
         where = " (at the image)" if depth == 1 < depths else " (at the features)" if depth == depths > 1 else ""
         tidy(panel, f"Norm at depth {depth}{where}", unit, small=True)
         _log_scale(panel, rows, [f"ledger/{term}/depth_{n}" for term in terms for n in range(1, depths + 1)])
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: dict[str, str], name: str | None = None) -> None:

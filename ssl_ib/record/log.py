@@ -20,7 +20,7 @@ from typing import Any
 
 from ..config.outside import json_object
 from ..errors import UserError
-from .files import replace
+from .files import naming, replace
 
 _logger = logging.getLogger(__name__)
 
@@ -69,12 +69,14 @@ class RunLog:
         if self._path is None:
             self._memory.append(row)
             return
-        self._file.write(_line(row))
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(_line(row))
+            self._file.flush()
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         step = numbers.pop("step")
-        for copy in self._copies:
-            copy.write(step, numbers)
+        with naming(self._path.parent):
+            for copy in self._copies:
+                copy.write(step, numbers)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row so far, oldest first, without a last line cut short. Raises UserError for any other broken line."""
