@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a mistake of the user's (one message on stderr), 130 stopp
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def _main(options: argparse.Namespace) -> int:
     from ..pretrained import load
 
     heed_interrupts()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ssl_ib").setLevel(logging.INFO)
     check_out(options.out, options.overwrite)
     device = choose_device(options.device)
     distributed.initialise(device)

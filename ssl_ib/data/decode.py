@@ -6,8 +6,10 @@ Shapes: B images, H x W pixels.
 from __future__ import annotations
 
 import io
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,12 +23,16 @@ from torch import Tensor
 from ..config.outside import read_bytes
 from ..errors import UserError
 
+log = logging.getLogger(__name__)
+
 #: Formats that Pillow recognises but cannot decode by itself: for EPS it would start Ghostscript, an interpreter, on
 #: the file. IPTC may hold an image of any other format.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
-#: Bytes of an image file, of which Pillow decodes no more than 179 million pixels.
-MOST_BYTES = 1 << 30
+#: Bytes of an image file, and pixels of an image: half a GiB in Pillow's memory, for each worker or thread.
+MOST_BYTES, MOST_PIXELS = 1 << 30, 1 << 27
+# Pillow warns from 89 million on, without a name, and refuses more than 179 million.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 #: The endings in words, for messages.
 ENDINGS = ".jpg, .jpeg, .png, .webp, .bmp, .gif, .tif or another format that Pillow reads"
@@ -47,8 +53,15 @@ def _endings() -> frozenset[str]:
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
-    """Opens an image of a format that Pillow decodes by itself, whatever its name says. Raises as Pillow does."""
-    return Image.open(file, formats=_formats())
+    """Opens an image of a format that Pillow decodes by itself, whatever its name says. Raises as Pillow does.
+
+    And OSError for one of more than `MOST_PIXELS`, before they are decoded.
+    """
+    image = Image.open(file, formats=_formats())
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise OSError(None, f"{image.width:,} x {image.height:,} pixels, at most {MOST_PIXELS:,} are decoded")
+    return image
 
 
 def is_image(name: str) -> bool:
@@ -56,8 +69,12 @@ def is_image(name: str) -> bool:
 
     name: relative path with "/" between its parts. What macOS adds to zip files (`__MACOSX/`) counts as hidden.
     """
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    return not hidden and os.path.splitext(name)[1].lower() in _endings()
+    return not any(map(is_hidden, name.split("/"))) and os.path.splitext(name)[1].lower() in _endings()
+
+
+def is_hidden(part: str) -> bool:
+    """Whether nothing counts that has this part in its path; it may end in "/"."""
+    return part.startswith(".") or part.removesuffix("/") == "__MACOSX"
 
 
 @dataclass
@@ -79,9 +96,10 @@ def image_files(root: Path, visited: Visited | None = None) -> Iterator[str]:
 
     Each real folder is read once, by its own path where it has one below `root`. Links to a folder that is read
     already, or that `root` lies in, lead to the same images again: they are passed over. `visited` is told what
-    is met. Raises UserError where a folder cannot be read: what is in it would be missing without a word.
+    is met; without it, what was passed over is said at the end. Raises UserError where a folder cannot be read: what
+    is in it would be missing without a word.
     """
-    visited = visited or Visited()
+    told, visited = visited is not None, visited or Visited()
     above = root.resolve()
     seen = {identity(folder) for folder in above.parents}
     folders, links = [""], []
@@ -104,15 +122,26 @@ def image_files(root: Path, visited: Visited | None = None) -> Iterator[str]:
             raise UserError(f"cannot read the folder {root / below}: {error.strerror}") from None
         for entry in found:
             name = f"{below}/{entry.name}" if below else entry.name
-            if _is_folder(entry):
+            if is_hidden(entry.name):
+                continue
+            if is_folder(entry):
                 (links if entry.is_symlink() else folders).append(name)
             elif is_image(name):
                 yield name
             elif entry.is_symlink():
                 visited.loose.append(name)
+    if not told:
+        say_passed_over(root, "links to folders that are read already", [name for name, *_ in visited.left_out])
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def say_passed_over(where: Path, what: str, names: Sequence[str]) -> None:
+    """Says how many of the names in a folder or an archive are passed over, if any are."""
+    if names:
+        log.info("%s: %d %s are passed over, such as %s", where, len(names), what, names[0])
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # A link in a circle.
@@ -134,7 +163,7 @@ def decode(data: bytes, max_side: int | None) -> Tensor:
     """The image in `data` as RGB: uint8 [3, H, W], upright, shrunk (never enlarged) to H, W <= max_side (None: any).
 
     Transparency is dropped, 16-bit grey keeps its high byte, of an animation the first frame counts. Raises whatever
-    Pillow raises on bytes that are no image, or not a whole one.
+    Pillow raises on bytes that are no image, or not a whole one, and OSError for more than `MOST_PIXELS`.
     """
     with open_image(io.BytesIO(data)) as image:
         return pixels(image, max_side)
@@ -149,7 +178,7 @@ def pixels(image: Image.Image, max_side: int | None) -> Tensor:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         # Pillow would clip these to 255 and turn a 16-bit picture white.
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode in ("1", "P", "PA"):
         # Colour numbers cannot be averaged, colours can. RGBA, because a palette may carry transparency.
         image = image.convert("RGBA")

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from .decode import Visited, image_files
+from .decode import Visited, image_files, say_passed_over
 from .kept import keep, kept
 from .tables import Names, Table
 
@@ -30,13 +30,7 @@ def list_images(root: Path) -> list[str]:
     a file may change, since the list does not say it.
     """
     table = keep(FORMAT, _key(root), lambda: _listed(root), lambda table: _is_true(root, table), _is_worth_it)
-    if left_out := table.known["left_out"]:
-        log.info(
-            "%s: %d links to folders that are read already are passed over, such as %s",
-            root,
-            len(left_out),
-            left_out[0][0],
-        )
+    say_passed_over(root, "links to folders that are read already", [name for name, *_ in table.known["left_out"]])
     assert table.names is not None
     return list(table.names)
 

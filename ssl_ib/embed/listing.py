@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.decode import ENDINGS, identity, is_image
+from ..data.decode import ENDINGS, identity, is_folder, is_hidden, is_image, say_passed_over
 from ..data.sources import layout
 from ..errors import UserError
 
@@ -46,26 +46,40 @@ class Listing:
         return self.labels.get(name.rpartition("/")[0], "")
 
 
-def walk(root: Path, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+def walk(root: Path, passed_over: list[str] | None = None) -> Iterator[str]:
     """The relative names of the images below a folder, in the order in which `sorted` has them, a folder at a time.
 
-    above: what identifies the folders that lead here. A link to one of them would never end, and is passed over.
+    They are those of `image_files`: each real folder is read once, by its own path where it has one below `root`. Links
+    to it that are passed over are added to `passed_over`.
     """
+    top = root.resolve()
+    seen = {identity(folder) for folder in top.parents}
+    return _walk(root, "", top, seen, [] if passed_over is None else passed_over)
+
+
+def _walk(root: Path, below: str, top: Path, seen: set[tuple[int, int]], passed_over: list[str]) -> Iterator[str]:
     here = identity(root / below)
-    if not below:
-        above = tuple(map(identity, root.resolve().parents))
-    if here in above:
+    if here in seen:
+        passed_over.append(below.removesuffix("/"))
         return
-    above = (*above, here)
+    seen.add(here)
     with os.scandir(root / below) as entries:
-        found = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
-    for name in sorted(found):
+        found = {f"{entry.name}/" if is_folder(entry) else entry.name: entry.is_symlink() for entry in entries}
+    for name, linked in sorted(found.items()):
         if not name.endswith("/"):
             if is_image(below + name):
                 yield below + name
-        # Nothing counts in hidden folders.
-        elif not name.startswith(".") and name != "__MACOSX/":
-            yield from walk(root, below + name, above)
+        elif is_hidden(name):
+            continue
+        elif linked and _has_own_path((root / below / name).resolve(), top):
+            passed_over.append(below + name.removesuffix("/"))
+        else:
+            yield from _walk(root, below + name, top, seen, passed_over)
+
+
+def _has_own_path(folder: Path, top: Path) -> bool:
+    """Whether a real folder is met below `top` without a link."""
+    return folder.is_relative_to(top) and not any(map(is_hidden, folder.relative_to(top).parts))
 
 
 def look(root: Path) -> Listing:
@@ -74,13 +88,15 @@ def look(root: Path) -> Listing:
     Raises UserError where there is none.
     """
     total, digest, first = 0, hashlib.blake2b(digest_size=16), {}
-    for name in walk(root) if root.is_dir() else ():
+    passed_over: list[str] = []
+    for name in walk(root, passed_over) if root.is_dir() else ():
         total += 1
         digest.update(os.fsencode(name) + b"\0")
         first.setdefault(name.rpartition("/")[0], name)
     if not total:
         found = "no image in it" if root.is_dir() else "a file" if root.exists() else "nothing"
         raise UserError(f"expected a folder of images, found {found}: {root}; what counts: {ENDINGS}")
+    say_passed_over(root, "links to folders that are read already", passed_over)
     labels, notes = _labels(first)
     return Listing(total, digest.hexdigest(), labels, notes)
 

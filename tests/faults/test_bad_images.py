@@ -3,14 +3,18 @@
 import gzip
 import io
 import os
+import stat
 import tarfile
 import zipfile
 
 import pytest
 from PIL import Image
 
+from ssl_ib.data import decode
+from ssl_ib.data.decode import image_files
 from ssl_ib.data.sources.archive import Archive
 from ssl_ib.data.sources.folder import Folder
+from ssl_ib.embed.listing import look, walk
 from ssl_ib.errors import UserError
 
 COUNT = 6
@@ -146,6 +150,71 @@ def test_a_member_that_says_it_is_huge_is_an_unreadable_image(zipped):
     path.write_bytes(data)
     images = Archive(str(path), val_fraction=0.0).train()
     assert images.bad == ["a/0.png"] and "at most 1,073,741,824 are read" in images._unreadable["a/0.png"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_a_tar_are_said(tmp_path, caplog, kind):
+    data = io.BytesIO(tar())
+    with tarfile.open(fileobj=data, mode="a") as file:
+        member = tarfile.TarInfo("a/again.png")
+        member.type, member.linkname = kind, "0.png" if kind == tarfile.SYMTYPE else "a/0.png"
+        file.addfile(member)
+    (tmp_path / "images.tar").write_bytes(data.getvalue())
+    caplog.set_level("INFO")
+    assert len(names(Archive(str(tmp_path / "images.tar")))) == COUNT
+    assert caplog.text.count("1 links are passed over, such as a/again.png") == 1
+
+
+def test_links_in_a_zip_are_said(zipped, caplog):
+    data, _, path = zipped
+    path.write_bytes(data)
+    with zipfile.ZipFile(path, "a") as file:
+        link = zipfile.ZipInfo("a/again.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        file.writestr(link, "0.png")
+    caplog.set_level("INFO")
+    images = Archive(str(path), val_fraction=0.0).train()
+    assert len(images) == COUNT and images.bad == []
+    assert caplog.text.count("1 links are passed over, such as a/again.png") == 1
+
+
+@pytest.mark.parametrize("link, to", [("a/up", ".."), ("0", "b"), ("above", "../.."), ("a/itself", ".")])
+def test_features_are_of_the_images_that_a_run_would_be_trained_on(folder, caplog, link, to):
+    os.symlink(to, folder / link)
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "0.png").write_bytes(picture())
+    os.symlink(".hidden", folder / "c")
+    caplog.set_level("INFO")
+    expected = sorted([*(f"{name}/{i}.png" for name in "ab" for i in range(COUNT // 2)), "c/0.png"])
+    assert sorted(names(Folder(str(folder), labels="none"))) == sorted(image_files(folder)) == expected
+    caplog.clear()
+    assert look(folder).total == len(expected) and list(walk(folder)) == expected
+    assert caplog.text.count(f"1 links to folders that are read already are passed over, such as {link}") == 1
+
+
+def test_two_links_to_one_folder_elsewhere(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "0.png").write_bytes(picture())
+    for link in ("c", "d"):
+        os.symlink(tmp_path / "other", folder / link)
+    assert len(list(walk(folder))) == len(list(image_files(folder))) == COUNT + 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_an_image_of_too_many_pixels_is_unreadable(folder, monkeypatch, kind):
+    monkeypatch.setattr(decode, "MOST_PIXELS", 64)
+    Image.new("RGB", (13, 5)).save(folder / "a" / "0.png", kind)
+    images = Folder(str(folder), val_fraction=0.0).train()
+    assert images._unreadable == {"a/0.png": "13 x 5 pixels, at most 64 are decoded"}
+    assert names(Folder(str(folder), val_fraction=0.0)) == [f"{n}/{i}.png" for n in "ab" for i in range(3)][1:]
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_the_bound_of_pixels_is_above_the_cameras_and_below_pillows():
+    data = io.BytesIO()
+    Image.new("1", (12_000, 9_000)).save(data, "PNG")
+    assert decode.decode(data.getvalue(), 8).shape == (3, 6, 8)
+    assert decode.MOST_PIXELS < 2 * Image.MAX_IMAGE_PIXELS  # From where on Pillow refuses.
 
 
 def test_a_pipe_is_no_archive(tmp_path):

@@ -9,6 +9,7 @@ import lzma
 import math
 import os
 import posixpath
+import stat
 import tarfile
 import zipfile
 from abc import abstractmethod
@@ -21,7 +22,7 @@ from ...config.outside import kind_of, user_path
 from ...config.registry import register_source
 from ...errors import UserError
 from .. import tars
-from ..decode import ENDINGS, MOST_BYTES, is_image
+from ..decode import ENDINGS, MOST_BYTES, is_image, say_passed_over
 from .files import Files, FileSource
 
 #: What opens each compressed tar for reading.
@@ -53,12 +54,17 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"source.path: cannot read the archive {path}: {str(error) or type(error).__name__}") from error
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The image files in a tar with their normalised names ("./a/b.png" is "a/b.png"); raises as `tars.members`."""
+def _members(tar: tarfile.TarFile, links: list[str]) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The image files in a tar with their normalised names ("./a/b.png" is "a/b.png"); raises as `tars.members`.
+
+    Links, symbolic and hard, have no bytes of their own: their names are added to `links`.
+    """
     for member in tars.members(tar):
         name = posixpath.normpath(member.name)
         if member.isfile() and is_image(name):
             yield name, member
+        elif member.issym() or member.islnk():
+            links.append(name)
 
 
 def _bounded(size: int, offset: int = 0, end: float = math.inf) -> None:
@@ -87,11 +93,11 @@ class _UpTo:
 
 
 class _ArchiveFiles(Files):
-    """places: what finds a file in the archive, by its name."""
+    """places: what finds a file in the archive, by its name; links: the names of members that are links."""
 
-    def __init__(self, places: dict[str, Any]):
+    def __init__(self, places: dict[str, Any], links: list[str]):
         super().__init__(places)
-        self.places = places
+        self.places, self.links = places, links
 
     def sizer(self) -> Callable[[str], int]:
         return {name: self._size(place) for name, place in self.places.items()}.__getitem__
@@ -107,7 +113,9 @@ class _TarFiles(_ArchiveFiles):
         self.path, self.held = path, held
         opened = tarfile.open(path, "r:") if held is None else tarfile.open(fileobj=io.BytesIO(held), mode="r:")
         with opened as tar:
-            super().__init__({name: (member.offset_data, member.size) for name, member in _members(tar)})
+            links: list[str] = []
+            places = {name: (member.offset_data, member.size) for name, member in _members(tar, links)}
+        super().__init__(places, links)
         self.bytes = path.stat().st_size if held is None else len(held)
 
     def _size(self, place: tuple[int, int]) -> int:
@@ -123,6 +131,11 @@ class _TarFiles(_ArchiveFiles):
             return file.read(size)
 
 
+def _is_link(info: zipfile.ZipInfo) -> bool:
+    """Whether a member of a zip is a symbolic link, of which it holds the path that it leads to."""
+    return stat.S_ISLNK(info.external_attr >> 16)
+
+
 class _ZipFiles(_ArchiveFiles):
     """A zip, read at random. Each process opens it for itself: processes would share one file's position."""
 
@@ -132,8 +145,10 @@ class _ZipFiles(_ArchiveFiles):
         members = self._zip().infolist()
         if len(members) > tars.MOST_MEMBERS:
             raise zipfile.BadZipFile(f"more than {tars.MOST_MEMBERS:,} members")
-        listed = ((posixpath.normpath(info.filename), info) for info in members if not info.is_dir())
-        super().__init__({name: info.filename for name, info in listed if is_image(name)})
+        listed = [(posixpath.normpath(info.filename), info) for info in members if not info.is_dir()]
+        links = [name for name, info in listed if _is_link(info)]
+        places = {name: info.filename for name, info in listed if is_image(name) and not _is_link(info)}
+        super().__init__(places, links)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
@@ -182,7 +197,7 @@ class Archive(FileSource):
                 most = self.memory_gb * 1e9 if kind in _COMPRESSED else math.inf
                 with opener(path, "rb") as file:
                     tar = tarfile.open(fileobj=_UpTo(file, most, self._too_large), mode="r:")
-                    empty = next(_members(tar), None) is None
+                    empty = next(_members(tar, []), None) is None
         if empty:
             raise UserError(f"source.path: no image in the archive {path}; what counts: {ENDINGS}")
 
@@ -191,8 +206,11 @@ class Archive(FileSource):
         kind = _kind(path)
         with _readable(path):
             if kind == ".zip":
-                return _ZipFiles(path)
-            return _TarFiles(path, self._decompressed(path) if kind in _COMPRESSED else None)
+                files: _ArchiveFiles = _ZipFiles(path)
+            else:
+                files = _TarFiles(path, self._decompressed(path) if kind in _COMPRESSED else None)
+        say_passed_over(path, "links", files.links)
+        return files
 
     def _decompressed(self, path: Path) -> bytes:
         most = self.memory_gb * 1e9
