@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from pathlib import Path
@@ -11,7 +10,6 @@ from .decode import Visited, image_files, say_passed_over
 from .kept import keep, kept
 from .tables import Names, Table
 
-log = logging.getLogger(__name__)
 
 #: The format of the lists that are kept.
 FORMAT = "ssl_ib list of image files, version 1"
