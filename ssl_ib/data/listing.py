@@ -10,7 +10,6 @@ from .decode import Visited, image_files, say_passed_over
 from .kept import keep, kept
 from .tables import Names, Table
 
-
 #: The format of the lists that are kept.
 FORMAT = "ssl_ib list of image files, version 1"
 #: A list is kept from so many images on.
