@@ -20,7 +20,8 @@ class Sample:
     index:  int64 [B], the image's number in its set; it keys every random draw. It stays on the CPU, where the
             parameters of the draws are made, so that no device waits for them.
     label:  int64 [B], -1 where unknown.
-    extra:  further tensors with leading dimension B; `size` int64 [B, 2] gives (height, width) where images are padded.
+    extra:  further tensors with leading dimension B; `size` int64 [B, 2] gives (height, width) where images are padded,
+            and stays on the CPU too.
     factors: what is known of how the images came about, by name, such as where an object lies: int64 [B] for classes,
             float32 [B, d] for numbers.
     """
@@ -41,10 +42,11 @@ class Sample:
         return len(self.index)
 
     def to(self, device: torch.device | str) -> Sample:
-        """The same sample on `device`, all but its index."""
+        """The same sample on `device`, all but its index and `extra["size"]`, which decide how views are drawn."""
         images, label = (x.to(device, non_blocking=True) for x in (self.images, self.label))
         extra, factors = (
-            {k: v.to(device, non_blocking=True) for k, v in named.items()} for named in (self.extra, self.factors)
+            {k: v if k == "size" else v.to(device, non_blocking=True) for k, v in named.items()}
+            for named in (self.extra, self.factors)
         )
         return Sample(images, self.index, label, extra, factors)
 

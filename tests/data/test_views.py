@@ -248,6 +248,12 @@ def test_draw_reads_the_sizes_of_padded_images():
     assert not torch.equal(view[1], augment(pixels(2), keys(2))[1])
 
 
+def test_sizes_stay_on_the_cpu_so_that_boxes_are_drawn_without_waiting_for_a_device():
+    moved = sample(2, size=torch.tensor([[24, 30], [10, 12]]), other=torch.zeros(2)).to("meta")
+    assert moved.images.is_meta and moved.extra["other"].is_meta
+    assert moved.extra["size"].is_cpu and moved.index.is_cpu
+
+
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,) * 3), ((), ()), ((0.5,) * 3, (0.5, 0.0, 0.5))])
 def test_normalize_wants_both_of_each_channel_and_positive_deviations(mean, std):
     with pytest.raises(UserError, match="for each channel"):
