@@ -26,7 +26,7 @@ declare -A what=(
 default=(build bench tests sanitizer)
 known=("${default[@]}" compiled shapes)
 test_files=(
-    tests/kernels/test_triton_gather.py tests/kernels/test_triton_softmax.py
+    tests/kernels/test_triton_augment.py tests/kernels/test_triton_gather.py tests/kernels/test_triton_softmax.py
     tests/ops/test_backends.py tests/ops/test_operators.py
 )
 python=${PYTHON:-python3}

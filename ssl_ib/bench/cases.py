@@ -1,7 +1,7 @@
 """What is measured: an op on a shape, its inputs, its work, and the other ways to do the same.
 
 Shapes: B images, L patches, K kept tokens or prototypes, D width, p patch side, P prefix tokens, N rows, M columns,
-d embedding.
+d embedding; "256 px -> 224 px": sides of images and of views.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..ops.pixels.levels import Operations
+from ..ops.views import Parameters, Steps
 from . import baselines
+
+#: What most recipes do to a view.
+_STRONG = ("jitter", "grey", "blur", "solarise")
 
 
 @dataclass(frozen=True)
 class Case:
     """One op on one shape.
 
-    draw:      (seeded generator, dtype) -> the inputs, of which the first `leaves` get gradients.
+    draw:      (seeded generator, dtype) -> the inputs, of which the first `leaves` get gradients, if any.
     call:      the op on the inputs; answers a tensor or a tuple, all of them differentiated.
     work:      the op's size, as the choice of a backend counts it.
     flops:     of forward and backward together, as mathematics counts them.
@@ -257,6 +262,51 @@ def gmm_assign(rows: int, prototypes: int, width: int) -> Case:
     )
 
 
+def augment(batch: int, image: int, size: int, *operations: str) -> Case:
+    """A view of uint8 images of image x image pixels: a bicubic crop of about half of each, and these operations."""
+    names = ("invert", "posterize", "solarize", "colour") if "rand_augment" in operations else ()
+    steps = Steps(size, operations, "bicubic", min(max(1, size // 20), size - 1), names)
+
+    def draw(g, dtype):
+        def uniform(low, high, *shape):
+            return (low + (high - low) * torch.rand(*shape, generator=g, device=g.device)).cpu()
+
+        images = torch.randint(0, 256, (batch, 3, image, image), generator=g, device=g.device, dtype=torch.uint8)
+        extent = uniform(0.5, 1.0, batch, 2).mul(image).long().clamp(min=1)
+        corner = (uniform(0.0, 1.0, batch, 2) * (image - extent + 1)).long()
+        factors = torch.cat([uniform(0.2, 1.8, batch, 3), uniform(-0.2, 0.2, batch, 1)], dim=1)
+        jittered = uniform(0.0, 1.0, batch, 1) < 0.8
+        order = uniform(0.0, 1.0, batch, 4).argsort(dim=1)
+        fires = uniform(0.0, 1.0, batch, 2) < 0.5
+        chosen = (uniform(0.0, 1.0, batch, 2) * max(len(names), 1)).long()
+        drawn = Parameters(
+            torch.cat([corner, extent], dim=1),
+            uniform(0.0, 1.0, batch) < 0.5,
+            torch.where(jittered, factors, torch.tensor([1.0, 1.0, 1.0, 0.0])),
+            order,
+            uniform(0.0, 1.0, batch) < 0.2,
+            uniform(0.1, 2.0, batch) * (uniform(0.0, 1.0, batch) < 0.5),
+            uniform(0.0, 1.0, batch) < 0.2,
+            Operations(torch.where(fires, chosen, -1), uniform(1.0, 1.9, batch, 2).double(), fires & False),
+        )
+        mean, std = (torch.full((3,), x, device=g.device) for x in (0.45, 0.25))
+        return images, drawn, mean, std, dtype
+
+    pixels = 3.0 * batch * size**2
+    return Case(
+        "augment",
+        f"B={batch} {image} px -> {size} px {' '.join(operations) or 'crop alone'}",
+        draw,
+        0,
+        lambda images, drawn, mean, std, dtype: ops.augment(images, steps, drawn, mean, std, dtype),
+        round(pixels),
+        0.0,
+        # Of the images what the mean crop reads.
+        0.5625 * 3 * batch * image**2 + 2 * pixels,
+        40.0 * pixels,
+    )
+
+
 def cases(size: str) -> list[Case]:
     """The shapes of a size: "quick" takes seconds, "cpu" minutes on two cores; "cuda" and "goals" are for a GPU."""
     if size == "quick":
@@ -271,6 +321,7 @@ def cases(size: str) -> list[Case]:
             gmm_lse(128, 2048, 64, 0.1),
             gmm_posterior(128, 2048, 64, 0.04),
             gmm_assign(128, 2048, 64),
+            augment(8, 40, 32, "jitter", "grey", "blur", "solarise", "rand_augment"),
         ]
     if size == "cpu":
         return [
@@ -287,6 +338,7 @@ def cases(size: str) -> list[Case]:
             gmm_lse(1024, 65536, 256, 0.1),
             gmm_posterior(1024, 65536, 256, 0.04),
             gmm_assign(1024, 65536, 256),
+            augment(256, 40, 32, "jitter", "grey"),
         ]
     if size == "goals":
         return [
@@ -298,6 +350,7 @@ def cases(size: str) -> list[Case]:
             nt_xent(32768, 256, 0.1),
             gmm_lse(6144, 65536, 256, 0.1),
             gmm_posterior(6144, 65536, 256, 0.04),
+            augment(256, 256, 224, *_STRONG),
         ]
     grid = [(batch, kept, width) for batch in (256, 1024) for kept in (49, 98) for width in (384, 768, 1024)]
     mixtures = [(rows, prototypes) for rows in (1024, 6144, 16384) for prototypes in (4096, 65536)]
@@ -316,4 +369,10 @@ def cases(size: str) -> list[Case]:
         *(gmm_lse(rows, prototypes, 256, 0.1) for rows, prototypes in mixtures),
         *(gmm_posterior(rows, prototypes, 256, 0.04) for rows, prototypes in mixtures),
         gmm_assign(6144, 65536, 256),
+        augment(256, 256, 224),
+        augment(256, 256, 224, "jitter", "grey"),
+        augment(256, 256, 224, *_STRONG),
+        augment(256, 256, 96, *_STRONG),
+        augment(256, 500, 224, *_STRONG),
+        augment(4096, 32, 32, "jitter", "grey"),
     ]

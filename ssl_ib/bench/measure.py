@@ -95,7 +95,8 @@ def _upstream(outputs: tuple[Tensor, ...], device: torch.device) -> list[Tensor]
 
 
 def _gradients(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], upstream: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(outputs, leaves, upstream)
+    # Views have no gradients.
+    return torch.autograd.grad(outputs, leaves, upstream) if leaves else ()
 
 
 class _Timer:
@@ -191,7 +192,8 @@ def _examine(case: Case, contender: Contender, result: Result, device: torch.dev
     gradients = _gradients(truth, exact[: case.leaves], given)
     count = len(truth)
     result.error = max(_error(a, t) for a, t in zip(answers[0][:count], truth, strict=True))
-    result.gradient_error = max(_error(a, t) for a, t in zip(answers[0][count:], gradients, strict=True))
+    found = zip(answers[0][count:], gradients, strict=True)
+    result.gradient_error = max((_error(a, t) for a, t in found), default=0.0)
 
 
 def _error(answer: Tensor, truth: Tensor) -> float:

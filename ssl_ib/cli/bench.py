@@ -21,6 +21,7 @@ OPS = (
     "gmm_lse",
     "gmm_posterior",
     "gmm_assign",
+    "augment",
 )
 BASELINES = ("compiled", "lightly", "mae", "embed_all", "cross_entropy", "cut_cross_entropy", "liger")
 
@@ -58,17 +59,19 @@ def _contenders(case, device, baselines: list[str]) -> list:
 
     from .. import ops
     from ..bench.measure import Contender
+    from ..ops.crossover import INSTEAD
 
     fast = torch.bfloat16 if device.type == "cuda" else torch.float32
     found = [Contender("reference", case.call, "reference", torch.float32, True)]
     if fast != torch.float32:
         found.append(Contender("reference bf16", case.call, "reference", fast, True))
     for name in ("chunked", "triton", "cuda"):
-        if ops.why_not(name, device.type) is None:
+        if ops.why_not(name, device.type) is None and (case.op, name) not in INSTEAD:
             found.append(Contender(name, case.call, name, fast, False))
     if "compiled" in baselines:
         mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
-        compiled = torch.compile(case.call, dynamic=False, mode=mode)
+        # Which images a view's operations change differs from draw to draw, and so do sizes within.
+        compiled = torch.compile(case.call, dynamic=None if case.op == "augment" else False, mode=mode)
         found.append(Contender("compiled reference", compiled, "reference", fast, True))
     found += [Contender(n, call, "reference", fast, True) for n, call in case.others.items() if n in baselines]
     return found

@@ -21,7 +21,7 @@ def answers(case, call, backend, dtype=torch.float64):
         outputs = call(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     upstream = measure._upstream(outputs, CPU)
-    return [*outputs, *torch.autograd.grad(outputs, inputs[: case.leaves], upstream)]
+    return [*outputs, *measure._gradients(outputs, inputs[: case.leaves], upstream)]
 
 
 @pytest.mark.parametrize("case", cases("quick"), ids=lambda case: f"{case.op}_{case.shape.split()[0]}")
@@ -35,6 +35,12 @@ def test_contenders_give_one_answer(case):
         for a, b in zip(found, expected, strict=True):
             # lightly answers with the mean, whose gradient is that of the others' means.
             torch.testing.assert_close(a, b if a.shape == b.shape else b.mean(), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_views_have_figures_without_gradients(capsys):
+    assert main(["augment", "--quick", "--rounds", "2", "--baselines"]) == 0
+    printed = capsys.readouterr().out
+    assert "auto takes reference" in printed and "chunked " not in printed
 
 
 def test_every_size_has_every_op():
