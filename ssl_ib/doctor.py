@@ -34,6 +34,7 @@ ENOUGH_DISK = 5 << 30
 OPTIONAL = {
     "wandb": "logger=[wandb]: pip install 'ssl-ib[wandb]'",
     "pyarrow": "ssl-ib-embed --out FILE.parquet: pip install 'ssl-ib[embed]'",
+    "submitit": "ssl-ib-sweep --launch: pip install 'ssl-ib[slurm]'",
     "segmentation-models-pytorch": "segmentation: pip install 'ssl-ib[dense]'",
     "faster-coco-eval": "detection: pip install 'ssl-ib[dense]'",
     "webdataset": "source=webdataset: pip install 'ssl-ib[stream]'",

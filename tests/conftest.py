@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,3 +46,20 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no image data at {path}: set SSL_IB_DATA")
     return path
+
+
+@pytest.fixture
+def stand_in_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of what a stand-in of Slurm knows of its jobs; its commands are found first."""
+    root = Path(__file__).resolve().parents[1]
+    place, commands = tmp_path / "slurm", tmp_path / "bin"
+    for folder in (place, commands):
+        folder.mkdir()
+    for role in ("sbatch", "srun", "sacct", "scontrol"):
+        script = commands / role
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} -S {root / "tests" / "sweep" / "slurm.py"} {role} "$@"\n')
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_TEST", str(place))
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    return place

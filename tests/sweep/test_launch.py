@@ -162,22 +162,10 @@ def processes_of(*names: bytes) -> list[int]:
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Path:
-    """A folder of what a stand-in of Slurm knows of its jobs, which is found first."""
-    place = tmp_path / "slurm"
-    place.mkdir()
-    (tmp_path / "bin").mkdir()
-    for role in ("sbatch", "srun", "sacct", "scontrol"):
-        script = tmp_path / "bin" / role
-        stand_in = Path(__file__).with_name("slurm.py")
-        script.write_text(f'#!/bin/sh\nexec {sys.executable} -S {stand_in} {role} "$@"\n')
-        script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_TEST", str(place))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def slurm(stand_in_of_slurm, monkeypatch) -> Path:
     # So that every look is a new one.
     monkeypatch.setattr("submitit.SlurmJob.watcher.update_if_long_enough", _always)
-    return place
+    return stand_in_of_slurm
 
 
 def _always(mode):

@@ -277,7 +277,7 @@ def test_dry_run(tmp_path, capsys, started):
 def test_the_commands_of_the_page_are_valid(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = [shlex.split(line) for line in page.splitlines() if line.startswith("ssl-ib-sweep ")]
-    assert len(commands) == 3
+    assert len(commands) == 4
     monkeypatch.chdir(tmp_path)
     for command in commands:
         assert main([*command[1:], "--dry-run"]) == 0, capsys.readouterr().err
