@@ -39,7 +39,6 @@ OPTIONAL = {
     "faster-coco-eval": "detection: pip install 'ssl-ib[dense]'",
     "webdataset": "source=webdataset: pip install 'ssl-ib[stream]'",
     "datasets": "source=hf: pip install 'ssl-ib[stream]'",
-    "submitit": "ssl-ib-sweep --launch slurm: pip install 'ssl-ib[slurm]'",
     "onnx": "ssl-ib-export --to onnx: pip install 'ssl-ib[export]'",
     "transformers": "ssl-ib-export --to hf: pip install 'ssl-ib[export]'",
 }
