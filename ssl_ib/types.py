@@ -44,10 +44,8 @@ class Sample:
     def to(self, device: torch.device | str) -> Sample:
         """The same sample on `device`, all but its index and `extra["size"]`, which decide how views are drawn."""
         images, label = (x.to(device, non_blocking=True) for x in (self.images, self.label))
-        extra, factors = (
-            {k: v if k == "size" else v.to(device, non_blocking=True) for k, v in named.items()}
-            for named in (self.extra, self.factors)
-        )
+        extra = {k: v if k == "size" else v.to(device, non_blocking=True) for k, v in self.extra.items()}
+        factors = {k: v.to(device, non_blocking=True) for k, v in self.factors.items()}
         return Sample(images, self.index, label, extra, factors)
 
     def pin_memory(self) -> Sample:

@@ -1,6 +1,7 @@
 """Views as distributions: keys, probabilities, boxes, recipes, normalisation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,8 +250,11 @@ def test_draw_reads_the_sizes_of_padded_images():
 
 
 def test_sizes_stay_on_the_cpu_so_that_boxes_are_drawn_without_waiting_for_a_device():
-    moved = sample(2, size=torch.tensor([[24, 30], [10, 12]]), other=torch.zeros(2)).to("meta")
-    assert moved.images.is_meta and moved.extra["other"].is_meta
+    held = replace(
+        sample(2, size=torch.tensor([[24, 30], [10, 12]]), other=torch.zeros(2)), factors={"size": torch.ones(2)}
+    )
+    moved = held.to("meta")
+    assert moved.images.is_meta and moved.extra["other"].is_meta and moved.factors["size"].is_meta
     assert moved.extra["size"].is_cpu and moved.index.is_cpu
 
 
