@@ -45,7 +45,8 @@ def _copy(device: torch.device, stream: torch.cuda.Stream, sample: Sample) -> Ca
     def arrived() -> Sample:
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
-        for tensor in (there.images, there.label, *there.extra.values(), *there.factors.values()):
+        tensors = (there.images, there.label, *there.extra.values(), *there.factors.values())
+        for tensor in (tensor for tensor in tensors if tensor.is_cuda):
             # Its memory is the copying stream's, which may not use it anew before this one is done with it.
             tensor.record_stream(current)
         return there
