@@ -12,6 +12,7 @@ import pytest
 from harness import PARTS, ROOT, TINY, environment, rows
 
 from ssl_ib.cli import train
+from ssl_ib.config.recipe import recipe_names
 
 PAGES = [ROOT / "docs" / name for name in ("scale.md", "reliability.md")]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
@@ -26,11 +27,12 @@ def test_the_scripts_are_bash():
 
 def test_what_torchrun_is_given_is_a_command():
     commands = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if " ssl_ib.cli" in line]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         words = command.partition("-m ssl_ib.cli.train ")[2].removesuffix("&").split()
         options = train.parser().parse_intermixed_args(words)
-        assert options.recipe == "RECIPE" and options.overrides == ["parallel=ddp"] and options.auto_resume
+        assert options.overrides in (["parallel=ddp"], ["parallel=fsdp"])
+        assert options.auto_resume if options.recipe == "RECIPE" else options.recipe in recipe_names()
 
 
 @pytest.mark.slow

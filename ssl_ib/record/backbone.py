@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,12 +221,21 @@ def save_backbone(module: nn.Module, description: dict[str, Any], folder: Path |
     if distributed.is_main():
         Path(folder).mkdir(parents=True, exist_ok=True)
         fresh = weights.with_name(f"{weights.name}.tmp")
-        # save_file makes files that nobody else may read.
-        fresh.touch()
-        mode = fresh.stat().st_mode
-        safetensors.torch.save_file(tensors, fresh, metadata={"format": "pt"})
-        fresh.chmod(mode)
-        os.replace(fresh, weights)
+        try:
+            # save_file makes files that nobody else may read.
+            fresh.touch()
+            mode = fresh.stat().st_mode
+            safetensors.torch.save_file(tensors, fresh, metadata={"format": "pt"})
+            fresh.chmod(mode)
+            os.replace(fresh, weights)
+        except safetensors.SafetensorError as error:
+            # Its own error has the number of the system's in its text alone.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(weights)) from None
+        finally:
+            fresh.unlink(missing_ok=True)
         replace(description_file, json.dumps(description, indent=2) + "\n")
     return weights
 

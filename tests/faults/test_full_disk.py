@@ -4,11 +4,13 @@ later. Every write to /dev/full is refused as on a full disk. A full disk before
 import shutil
 
 import pytest
+import safetensors.torch
 from harness import finished, rows, train
+from safetensors import SafetensorError
 
 from ssl_ib.record.log import RunLog
 
-ENDS = ["results.json", "backbone.safetensors", "backbone.json", "about.json", "environment.json"]
+ENDS = ["results.json", "backbone.json", "about.json", "environment.json"]
 
 
 @pytest.fixture
@@ -25,6 +27,21 @@ def test_the_file_is_named_and_no_part_of_it_stays(out, capsys, name):
     assert train(out, "--resume") == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message == f"ssl-ib-train: [Errno 28] No space left on device: '{out / name}'"
+    assert not list(out.glob("**/*.tmp")) and not (out / "results.json").exists()
+    assert train(out, "--resume") == 0 and (out / "results.json").is_file()
+
+
+def test_weights_are_named(out, capsys, monkeypatch):
+    def refused(tensors, path, metadata):
+        path.write_bytes(b"half")
+        # What safetensors says where a small tmpfs is full.
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", refused)
+        assert train(out, "--resume") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message == f"ssl-ib-train: [Errno 28] No space left on device: '{out / 'backbone.safetensors'}'"
     assert not list(out.glob("**/*.tmp")) and not (out / "results.json").exists()
     assert train(out, "--resume") == 0 and (out / "results.json").is_file()
 

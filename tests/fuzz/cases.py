@@ -103,6 +103,7 @@ def holds(target: str, main: Callable[[list[str]], int], *arguments: str, folder
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HOME", str(folder))
+        patch.setenv("XDG_CACHE_HOME", str(Path(tempfile.gettempdir()) / "ssl_ib_fuzz_cache"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(Trainer, "fit", _reached)
         patch.setattr(runner, "run_all", lambda *given: ({}, 0))
