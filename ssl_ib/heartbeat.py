@@ -146,6 +146,7 @@ class Heartbeat:
 
     def _watch(self) -> None:
         before, since, looked, seen = None, time.monotonic(), 0.0, {}
+        answered = since
         while not self._left.wait(self._every):
             now = time.monotonic()
             if (position := (_marks, _begun())) != before:
@@ -161,10 +162,10 @@ class Heartbeat:
                 continue
             looked, told = now, self._ask()
             if told is None:
-                if idle >= self.timeout:
+                if idle >= self.timeout and now - max(answered, since) > MISSED * self._look_every:
                     self._end_without_store()
                 continue
-            beats, over = told
+            answered, (beats, over) = now, told
             if over:
                 self._end()
             for beat in beats:
@@ -225,7 +226,7 @@ class Heartbeat:
         mine = self._mine.rank
         if mine in [beat.rank for beat in found]:
             self._write_stack()
-        if mine != min(beat.rank for beat in here):
+        if mine != min((beat.rank for beat in here), default=mine):
             deadline = time.monotonic() + self.timeout + _PATIENCE
             while time.monotonic() < deadline:
                 time.sleep(min(self._every, 0.2))
@@ -306,7 +307,7 @@ def _begun() -> dict[str, int]:
     found = {}
     for group, name in list(dist.distributed_c10d._world.pg_names.items()):
         for device in group._device_types:
-            with suppress(RuntimeError):  # Of a backend that does not count.
+            with suppress(RuntimeError, AttributeError):  # Of a backend that does not count.
                 found[f"{name} {device.type}"] = group._get_backend(device)._get_sequence_number_for_group()
     return found
 
