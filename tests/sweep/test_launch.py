@@ -132,7 +132,7 @@ def when(reached, act):
     """Does something as soon as something else has come about."""
 
     def wait():
-        for _ in range(6000):
+        for _ in range(30000):
             if reached():
                 act()
                 return
