@@ -6,8 +6,9 @@ import fcntl
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .tables import Table, load_table, save_table
@@ -17,7 +18,12 @@ log = logging.getLogger(__name__)
 
 def cache_folder() -> Path:
     """Where this package keeps what it can make again: `ssl_ib` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl_ib"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "ssl_ib"
+    try:
+        return Path.home() / ".cache" / "ssl_ib"
+    except RuntimeError:  # A user without a home, as in containers.
+        return Path(tempfile.gettempdir()) / f"ssl_ib-{os.getuid()}"
 
 
 def short_hash(text: str) -> str:
@@ -40,36 +46,29 @@ def keep(
 
     what:  the index's format and version.
     key:   which index it is.
-    build: makes the index; of several processes that want the same one, one makes it while the others wait.
+    build: makes the index.
     fresh: whether an index that was kept is still true.
     worth: whether an index is worth a file, and safe to be kept.
     """
     if (found := kept(what, key, fresh)) is not None:
         return found
-    path = _place(what, key)
-    with ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(path.with_suffix(".lock")))
-        except OSError as error:
-            log.info("no index of %s is kept: %s", key, error)
-            return build()
-        if (found := kept(what, key, fresh)) is not None:
-            return found
-        built = build()
-        if worth(built):
-            _write(Table(built.tensors, built.names, {**built.known, "key": key}), path, what)
-        return built
+    built = build()
+    if worth(built):
+        _write(Table(built.tensors, built.names, {**built.known, "key": key}), _place(what, key), what)
+    return built
 
 
 def _write(table: Table, path: Path, what: str) -> None:
-    partial = path.with_suffix(".partial")
+    # Of several processes that write it at once, each writes its own.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_table(table, partial, what)
         partial.replace(path)
     except OSError as error:
         log.info("the index %s is not kept: %s", path, error)
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def kept(what: str, key: str, fresh: Callable[[Table], bool]) -> Table | None:

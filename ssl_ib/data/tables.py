@@ -89,7 +89,8 @@ def save_table(table: Table, path: Path, what: str) -> None:
     tensors = dict(table.tensors)
     if table.names is not None:
         tensors["names"] = _bytes(table.names.tobytes())
-    known = {"format": what, **table.known, "checksum": _checksum(tensors)}
+    known = {"format": what, **table.known}
+    known["checksum"] = _checksum(tensors, known)
     path.write_bytes(save(tensors, {"ssl_ib": json.dumps(known)}))
 
 
@@ -105,15 +106,15 @@ def load_table(path: Path, what: str) -> Table:
         raise ValueError(str(error)) from None
     if not isinstance(known, dict) or known.get("format") != what:
         raise OtherFormat(f"expected {what!r}")
-    if known.get("checksum") != _checksum(tensors):
+    if known.pop("checksum", None) != _checksum(tensors, known):
         raise ValueError("its checksum is another")
     names = tensors.pop("names", None)
     return Table(tensors, None if names is None else Names.split(names), known)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    """CRC-32 of the tensors."""
-    found = 0
+def _checksum(tensors: dict[str, Tensor], known: dict[str, Any]) -> int:
+    """CRC-32 of the tensors, and of what else is known as JSON writes it."""
+    found = zlib.crc32(json.dumps(known, sort_keys=True).encode())
     for name in sorted(tensors):
         found = zlib.crc32(tensors[name].contiguous().numpy().data, found)
     return found

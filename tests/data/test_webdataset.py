@@ -284,6 +284,7 @@ def test_other_refusals(tmp_path: Path, theirs: Path, mine: Path, monkeypatch: p
         (lambda: source(tmp_path / "none-*.tar"), "expected shards, no file fits .*none"),
         (lambda: source(tmp_path / "none.tar"), "expected shards, found nothing at"),
         (lambda: source(tmp_path), "expected shards, found no .tar in the folder"),
+        (lambda: source(f"pipe:touch {tmp_path}/run"), "expected shards, found nothing at pipe:touch"),
         (
             lambda: source(theirs, labels="colour"),
             "source.labels: expected auto, none, cls or json:FIELD, got",
@@ -292,6 +293,7 @@ def test_other_refusals(tmp_path: Path, theirs: Path, mine: Path, monkeypatch: p
     ):
         with pytest.raises(UserError, match=message):
             build()
+    assert not (tmp_path / "run").exists()  # No command is run, as webdataset does for such a path.
     (mine / INDEX).write_bytes((mine / INDEX).read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{INDEX} is damaged"):
         source(mine)
