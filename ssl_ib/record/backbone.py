@@ -123,7 +123,7 @@ def check_reachable(name: str) -> None:
     if any(isinstance(try_to_load_from_cache(repository, file), str) for file in WEIGHT_FILES):
         return
     host = urlsplit(constants.ENDPOINT)
-    proxies = {} if proxy_bypass(host.hostname) else getproxies()
+    proxies = {} if proxy_bypass(host.hostname or "") else getproxies()
     proxy = proxies.get(host.scheme) or proxies.get("all")
     way = host if proxy is None else urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     shown = way.hostname if proxy is None else f"the proxy {way.hostname}"
