@@ -7,7 +7,7 @@ import socket
 
 import pytest
 from faults.processes import SLOW
-from harness import checkpoint
+from harness import assert_same_run, checkpoint
 from PIL import Image
 
 
@@ -45,6 +45,23 @@ def test_a_killed_process_ends_the_other_in_a_line(tmp_path, begin_two, killed):
     said = runs[other].said()
     assert said.count(f"another process has ended, and process {other} cannot go on without it (") == 1
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_two_processes_continue_bit_for_bit(tmp_path, begin_two):
+    """With prototypes, which know whether anybody has written to them."""
+    small = ["model.backbone_args={patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3}", "criterion.K=32"]
+    small += ["epochs=1", "optim.warmup_epochs=1", "eval.linear.epochs=5", "workers=0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    runs = begin_two(whole, *small, recipe="svib_digits")
+    assert [run.code() for run in runs] == [0, 0], runs[0].said()
+    runs = begin_two(parts, *small, "checkpoint.every_steps=1", recipe="svib_digits")
+    runs[0].reach(3)
+    runs[0].send(signal.SIGTERM)
+    assert [run.code() for run in runs] == [143, 143], runs[0].said()
+    runs = begin_two(parts, *small, "--resume", recipe="svib_digits")
+    assert [run.code() for run in runs] == [0, 0], runs[0].said()
+    assert_same_run(whole, parts)
 
 
 def test_a_process_without_images_ends_all_saved(tmp_path, begin_two):
