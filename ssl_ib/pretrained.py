@@ -279,6 +279,13 @@ def _rebuilt(
     if config and "preprocessing" not in description:
         description["arguments"] |= _pool_as_evaluated(model, named(config.get("model") or {}))
     if how is not None:
+        embed: Any = getattr(model, "patch_embed", None)
+        sides = tuple(getattr(embed, "img_size", None) or ())
+        if getattr(embed, "strict_img_size", False) and sides and set(sides) != {how["size"]}:
+            raise UserError(
+                f"backbone.json says that images are cut to {how['size']} pixels, and that timm's "
+                f"{description['model']!r} reads {' x '.join(map(str, sides))}: one of them is wrong"
+            )
         views = Crops([Augment(how["size"], interpolation=how["interpolation"])], how["crop_ratio"])
         max_side = how["max_side"]
     elif config:

@@ -74,6 +74,10 @@ NO_ENCODERS = {
     "statistics": ({"mean": ["a"]}, "describes no encoder: mean.0: Input should be a valid number"),
     "no spread": ({"std": [0.0, 1.0, 1.0]}, "expected a mean and a std above 0 for each channel"),
     "fewer channels": ({"mean": [0.5]}, "expected a mean and a std above 0 for each channel"),
+    "another size": (
+        {"preprocessing": {"size": 7, "crop_ratio": 1.0, "interpolation": "bilinear", "max_side": None}},
+        "cut to 7 pixels, and that timm's 'vit_tiny_patch16_224' reads 224 x 224",
+    ),
     "preprocessing": ({"preprocessing": {"size": 0}}, "describes no encoder: preprocessing.size: "),
 }
 
