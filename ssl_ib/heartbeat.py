@@ -110,6 +110,8 @@ class Heartbeat:
         self._left, self._ending = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._asking: threading.Thread | None = None
+        #: Whether who keeps the store has ended, and with it the run.
+        self._store_has_gone = False
 
     def __enter__(self) -> Heartbeat:
         at(0, "the start")
@@ -161,6 +163,8 @@ class Heartbeat:
             if min(idle, now - looked) < self._look_every:
                 continue
             looked, told = now, self._ask()
+            if self._store_has_gone:
+                return
             if told is None:
                 if idle >= self.timeout and now - max(answered, since) > MISSED * self._look_every:
                     self._end_without_store()
@@ -202,10 +206,14 @@ class Heartbeat:
         answers: list[tuple[list[Beat], bool]] = []
 
         def ask() -> None:
-            with suppress(RuntimeError):
+            try:
                 over = self._store.check([_OVER])
                 told = self._store.multi_get([str(rank) for rank in self._ranks])
                 answers.append(([Beat(**json.loads(text)) for text in told], over))
+            except dist.DistNetworkError:
+                self._store_has_gone = True
+            except RuntimeError:  # It is slow.
+                pass
 
         if self._is_asking:
             return None
@@ -231,7 +239,7 @@ class Heartbeat:
             while time.monotonic() < deadline:
                 time.sleep(min(self._every, 0.2))
                 told = self._ask()
-                if told is not None and told[1]:
+                if self._store_has_gone or (told is not None and told[1]):
                     break
             self._end()
         # They may find out a little later.

@@ -81,7 +81,7 @@ def spin() -> None:
 def _loop(rank: int, port: int, log: Path, how: str, culprit: int) -> None:
     """Collectives in a loop, until one process does not come to them."""
     _become(rank, port, log)
-    heartbeat._LAST = 0.2  # There is no torchrun, which would end the others.
+    heartbeat._LAST = 1.0  # There is no torchrun, which would end the others.
     distributed.initialise("cpu")
 
     def run() -> int:
