@@ -62,8 +62,7 @@ def mae_loss(pred: Tensor, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
 
 
 def nt_xent(z: Tensor, temperature: float) -> Tensor:
-    """NT-Xent by the whole matrix of logits and `cross_entropy`."""
-    z = F.normalize(z, dim=1)
+    """NT-Xent of unit rows by the whole matrix of logits and `cross_entropy`."""
     logits = z @ z.T / temperature
     logits.diagonal().fill_(-torch.inf)
     partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
@@ -91,6 +90,18 @@ def cut_cross_entropy(q: Tensor, k: Tensor, labels: Tensor, temperature: float) 
         raise Unsupported("takes 16-bit operands")
     scaled = q / temperature
     return package.linear_cross_entropy(scaled, k, labels, reduction="none", impl="cce_exact")
+
+
+def inf_cl(q: Tensor, k: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Inf-CL's kernel, on one GPU."""
+    if not q.is_cuda:
+        raise Unsupported("runs on a GPU")
+    package = _package("inf_cl")
+    if len(q) % 64 or len(k) % 64:
+        raise Unsupported("reads past the end of numbers of rows that 64 does not divide")
+    if q.shape[1] not in (16, 32, 64, 128, 256):
+        raise Unsupported("takes widths of 16 to 256, powers of two")
+    return package.cal_flash_loss(q, k, labels, 1 / temperature, q.shape[1])
 
 
 def liger(q: Tensor, k: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -144,32 +144,32 @@ def masked_patch_mse(batch: int, num_masks: int, image: int, side: int) -> Case:
     )
 
 
-def nt_xent(rows: int, width: int, temperature: float) -> Case:
-    labels_of = {}
+def nt_xent(rows: int, width: int, temperature: float, whole: bool = False) -> Case:
+    """NT-Xent of unit rows; whole: with their normalisation, which lightly's loss does too."""
+    given = {}
 
     def draw(g, dtype):
-        labels_of["labels"] = torch.arange(rows // 2, device=g.device).repeat(2)
-        labels_of["itself"] = torch.arange(rows, device=g.device)
-        return (_normal(g, dtype, rows, width),)
+        given["labels"] = torch.arange(rows // 2, device=g.device).repeat(2)
+        given["itself"] = torch.arange(rows, device=g.device)
+        return ((_normal if whole else _unit)(g, dtype, rows, width),)
 
-    def call(z):
-        labels, itself = labels_of["labels"], labels_of["itself"]
-        return ops.info_nce(F.normalize(z, dim=1), None, labels, None, temperature, itself)
+    def unit(z):
+        return F.normalize(z, dim=1) if whole else z
 
+    others = {"cross_entropy": lambda z: baselines.nt_xent(unit(z), temperature)}
+    if whole:
+        others = {"lightly": lambda z: baselines.lightly_nt_xent(z, temperature)} | others
     return Case(
         "info_nce",
-        f"NT-Xent N={rows} d={width} tau={temperature}",
+        f"NT-Xent N={rows} d={width} tau={temperature}" + (" normalised" if whole else ""),
         draw,
         1,
-        call,
+        lambda z: ops.info_nce(unit(z), None, given["labels"], None, temperature, given["itself"]),
         rows * rows,
         6.0 * rows * rows * width,
         10.0 * rows * width,
         12.0 * rows * rows,
-        {
-            "lightly": lambda z: baselines.lightly_nt_xent(z, temperature),
-            "cross_entropy": lambda z: baselines.nt_xent(z, temperature),
-        },
+        others,
     )
 
 
@@ -193,6 +193,7 @@ def one_way(rows: int, cols: int, width: int, temperature: float) -> Case:
         12.0 * rows * cols,
         {
             "cross_entropy": lambda q, k: F.cross_entropy(q @ k.T / temperature, labels["rows"], reduction="none"),
+            "inf_cl": lambda q, k: baselines.inf_cl(q, k, labels["rows"], temperature),
             "cut_cross_entropy": lambda q, k: baselines.cut_cross_entropy(q, k, labels["rows"], temperature),
             "liger": lambda q, k: baselines.liger(q, k, labels["rows"], temperature),
         },
@@ -230,15 +231,19 @@ def gmm_lse(rows: int, prototypes: int, width: int, tau: float) -> Case:
 
 
 def gmm_posterior(rows: int, prototypes: int, width: int, tau: float) -> Case:
-    """As a student-teacher loss uses it: the teacher's rows are constants, so is p in the mean; gradients go to c."""
+    """As a student-teacher loss uses it: the teacher's rows are constants, so is p in the mean; gradients go to c.
+
+    Four products: the forward's logits and mean, and the backward's logits and values. The entropy, of which a gradient
+    would take a fifth, is not asked for.
+    """
     return Case(
         "gmm_posterior",
         f"N={rows} K={prototypes} d={width} tau={tau}",
         lambda g, dtype: (_unit(g, dtype, prototypes, width), _unit(g, dtype, rows, width)),
         1,
-        lambda c, t: ops.gmm_posterior(t, c, tau, detach_p=True, marginal=False)[:2],
+        lambda c, t: ops.gmm_posterior(t, c, tau, detach_p=True, marginal=False)[0],
         rows * prototypes,
-        10.0 * rows * prototypes * width,
+        8.0 * rows * prototypes * width,
         6.0 * (rows + prototypes) * width,
         16.0 * rows * prototypes,
     )
@@ -315,7 +320,7 @@ def cases(size: str) -> list[Case]:
             token_scatter(16, 64, 16, 96),
             patch_embed_gather(16, 32, 4, 16, 96),
             masked_patch_mse(16, 1, 32, 4),
-            nt_xent(512, 64, 0.1),
+            nt_xent(512, 64, 0.1, whole=True),
             one_way(300, 500, 64, 0.1),
             queue(32, 4096, 64, 0.1),
             gmm_lse(128, 2048, 64, 0.1),
@@ -331,8 +336,8 @@ def cases(size: str) -> list[Case]:
             patch_embed_gather(256, 32, 4, 16, 192),
             masked_patch_mse(64, 1, 224, 16),
             masked_patch_mse(64, 4, 32, 4),
-            nt_xent(2048, 128, 0.1),
-            nt_xent(16384, 128, 0.1),
+            nt_xent(2048, 128, 0.1, whole=True),
+            nt_xent(16384, 128, 0.1, whole=True),
             one_way(4096, 4096, 128, 0.2),
             queue(256, 65536, 128, 0.15),
             gmm_lse(1024, 65536, 256, 0.1),
@@ -362,6 +367,7 @@ def cases(size: str) -> list[Case]:
         masked_patch_mse(256, 4, 224, 16),
         *(nt_xent(rows, width, 0.1) for rows in (2048, 8192, 32768) for width in (128, 256)),
         nt_xent(65536, 256, 0.1),
+        nt_xent(8192, 128, 0.1, whole=True),
         *(nt_xent(8192, 256, tau) for tau in (0.04, 0.5)),
         *(one_way(rows, rows, 256, 0.1) for rows in (8192, 32768)),
         one_way(4096, 65536 + 37, 128, 0.2),

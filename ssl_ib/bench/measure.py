@@ -25,20 +25,38 @@ from .. import ops
 from .baselines import Unsupported
 from .cases import Case
 
-#: Bytes to write between two samples on a GPU, more than any cache holds.
+#: Bytes to read between two samples on a GPU, more than any cache holds.
 FLUSH = 1 << 28
+
+#: Clock cycles that a GPU is kept waiting for the host: about 1 ms, and about 0.3 s.
+SHORTEST_WAIT, LONGEST_WAIT = 1 << 21, 1 << 29
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call: seconds it took; seconds until the host had the program counter back; and whether the first are the
+    device's alone (False: they hold the host's time too).
+    """
+
+    seconds: float
+    host: float
+    alone: bool
 
 
 @dataclass
 class Result:
     """What one contender did: seconds of each sample, bytes, and errors relative to the largest number of the truth.
 
+    host: seconds that the host took to launch forward and backward, a sample each; alone: whether the other seconds are
+    without them.
     failure: why there are no figures; broken: whether that is a defect, not a lack of memory or of a package.
     """
 
     name: str
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    alone: bool = True
     compile_seconds: float = 0.0
     memory: int | None = None
     error: float | None = None
@@ -94,29 +112,58 @@ def _upstream(outputs: tuple[Tensor, ...], device: torch.device) -> list[Tensor]
     ]
 
 
-def _gradients(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], upstream: list[Tensor]) -> tuple[Tensor, ...]:
-    # Views have no gradients.
-    return torch.autograd.grad(outputs, leaves, upstream) if leaves else ()
+def _gradients(
+    outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], upstream: list[Tensor], again: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients to the leaves, none for views, which have none; again: the same outputs may be asked once more."""
+    return torch.autograd.grad(outputs, leaves, upstream, retain_graph=again) if leaves else ()
 
 
 class _Timer:
+    """Times a function: on a GPU its kernels, without the time that the host takes to launch them.
+
+    There the host runs ahead. A kernel that does nothing keeps the GPU busy while the host queues all of the function's
+    launches between two events; the GPU then comes to them one straight after the other. Where it came to the first
+    event before the host was done, the sample is made again behind a longer wait. A function that itself waits for the
+    GPU never gets ahead; its samples hold the host's time too, and are marked.
+
+    Before a sample the caches are filled by reading: what was written before has then been written back, and none of it
+    is written back within the sample.
+    """
+
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.scratch = torch.empty(FLUSH, dtype=torch.uint8, device=device) if self.cuda else None
+        self.scratch = torch.zeros(FLUSH // 4, device=device) if self.cuda else None
+        self.cycles = SHORTEST_WAIT
 
-    def __call__(self, function: Callable[[], Any]) -> tuple[Any, float]:
-        """What the function answers, and the seconds it took."""
+    def __call__(self, function: Callable[[], Any], tries: int = 6) -> tuple[Any, Sample]:
+        """What the function answers, and what it took; it is called up to `tries` times."""
         if not self.cuda:
             start = time.perf_counter()
-            return function(), time.perf_counter() - start
-        self.scratch.zero_()
+            answer = function()
+            seconds = time.perf_counter() - start
+            return answer, Sample(seconds, seconds, True)
+        while True:
+            answer, sample = self._sample(function)
+            tries -= 1
+            if sample.alone or tries <= 0:
+                return answer, sample
+            answer = None
+            self.cycles = min(4 * self.cycles, LONGEST_WAIT)
+
+    def _sample(self, function: Callable[[], Any]) -> tuple[Any, Sample]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        self.scratch.sum()
+        torch.cuda._sleep(self.cycles)
         start.record()
+        before = time.perf_counter()
         answer = function()
+        host = time.perf_counter() - before
+        alone = not start.query()
         end.record()
         end.synchronize()
-        return answer, start.elapsed_time(end) / 1e3
+        return answer, Sample(start.elapsed_time(end) / 1e3, host, alone)
 
 
 @contextmanager
@@ -156,11 +203,15 @@ def measure(case: Case, contenders: list[Contender], device: torch.device, round
         for contender, result in running:
             with failing_alone(result):
                 mine = inputs[contender.dtype]
-                outputs, forward = timer(lambda c=contender, x=mine: c(x))
+                # One that was never alone will not be.
+                tries = 6 if result.alone else 1
+                outputs, forward = timer(lambda c=contender, x=mine: c(x), tries)
                 leaves, given = mine[: case.leaves], upstream[contender.name]
-                _, backward = timer(lambda o=outputs, x=leaves, u=given: _gradients(o, x, u))
-                result.forward.append(forward)
-                result.backward.append(backward)
+                _, backward = timer(lambda o=outputs, x=leaves, u=given: _gradients(o, x, u, again=True), tries)
+                result.forward.append(forward.seconds)
+                result.backward.append(backward.seconds)
+                result.host.append(forward.host + backward.host)
+                result.alone = result.alone and forward.alone and backward.alone
             outputs = None
     for contender, result in pairs:
         if result.failure is None:
@@ -270,4 +321,4 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 def _best(timer: _Timer, function: Callable[[], Any]) -> float:
     function()
-    return statistics.median(timer(function)[1] for _ in range(7))
+    return statistics.median(timer(function)[1].seconds for _ in range(7))

@@ -16,7 +16,7 @@ from .cases import Case
 from .measure import Result
 
 HEADER = (
-    f"{'contender':<22}{'forward':>10}{'backward':>10}{'total ms':>10}{'p20':>9}{'p80':>9}{'ratio':>7}"
+    f"{'contender':<22}{'forward':>10}{'backward':>10}{'total ms':>10}{'p20':>9}{'p80':>9}{'host ms':>9}{'ratio':>7}"
     f"{'TFLOP/s':>9}{'GB/s':>8}{'ceiling':>9}{'extra MB':>10}{'error':>10}{'grad err':>10}  repeats"
 )
 
@@ -70,6 +70,8 @@ def rows(
                 "total_ms": seconds * 1e3,
                 "p20_ms": low * 1e3,
                 "p80_ms": high * 1e3,
+                "host_ms": statistics.median(r.host) * 1e3,
+                "alone": r.alone,
                 "ratio": statistics.median(a / b for a, b in zip(first.total, r.total, strict=True)),
                 "tflops": case.flops / seconds / 1e12,
                 "gbytes": case.moved / seconds / 1e9,
@@ -93,9 +95,11 @@ def lines(table: list[dict[str, Any]]) -> list[str]:
             continue
         memory = "-" if row["extra_mb"] is None else f"{row['extra_mb']:.1f}"
         compiled = f"  compiled in {row['compile_s']:.0f} s" if row["compile_s"] else ""
+        compiled += "" if row["alone"] else "  (waits for the GPU: times hold the host's)"
         text.append(
             f"{row['contender']:<22}{row['forward_ms']:>10.3f}{row['backward_ms']:>10.3f}{row['total_ms']:>10.3f}"
-            f"{row['p20_ms']:>9.3f}{row['p80_ms']:>9.3f}{row['ratio']:>7.2f}{row['tflops']:>9.3f}{row['gbytes']:>8.1f}"
+            f"{row['p20_ms']:>9.3f}{row['p80_ms']:>9.3f}{row['host_ms']:>9.3f}{row['ratio']:>7.2f}{row['tflops']:>9.3f}"
+            f"{row['gbytes']:>8.1f}"
             f"{row['of_ceiling']:>9.1%}{memory:>10}{row['error']:>10.1e}{row['gradient_error']:>10.1e}"
             f"  {'yes' if row['repeats'] else 'no'}{compiled}"
         )

@@ -23,7 +23,7 @@ OPS = (
     "gmm_assign",
     "augment",
 )
-BASELINES = ("compiled", "lightly", "mae", "embed_all", "cross_entropy", "cut_cross_entropy", "liger")
+BASELINES = ("compiled", "lightly", "mae", "embed_all", "cross_entropy", "inf_cl", "cut_cross_entropy", "liger")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -61,8 +61,99 @@ def test_a_run_prints_and_writes_its_figures(tmp_path, capsys):
     }
     for row in written["rows"]:
         assert row["failure"] is None and row["repeats"] and row["error"] < 1e-5 and row["gradient_error"] < 1e-5
-        assert row["total_ms"] > 0 and 0 < row["of_ceiling"]
+        assert row["total_ms"] > 0 and 0 < row["of_ceiling"] and row["host_ms"] > 0 and row["alone"]
+    assert "host ms" in printed
     assert written["machine"]["torch"] == torch.__version__
+
+
+class FakeCuda:
+    """A GPU that takes 5 ms for everything, and waits as long as it is told to: a clock cycle is a microsecond."""
+
+    def __init__(self, monkeypatch, host: float):
+        self.now, self.free, self.calls, self.host = 0.0, 0.0, [], host
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(measure.torch, "cuda", self)
+
+    def Event(self, enable_timing):
+        gpu = self
+
+        class Event:
+            def record(self):
+                self.at = max(gpu.free, gpu.now)
+
+            def query(self):
+                return gpu.now >= self.at
+
+            def synchronize(self):
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        return Event()
+
+    def synchronize(self):
+        self.now = max(self.now, self.free)
+
+    def _sleep(self, cycles):
+        self.calls.append("wait")
+        self.free = max(self.free, self.now) + cycles * 1e-6
+
+    def work(self):
+        """What is timed: the host takes its time, then the GPU has 5 ms to do."""
+        self.calls.append("work")
+        self.now += self.host
+        self.free = max(self.free, self.now) + 5e-3
+        return "answer"
+
+
+def timer_on(gpu: FakeCuda) -> measure._Timer:
+    timer = measure._Timer(CPU)
+    timer.cuda, timer.scratch = True, torch.zeros(3)
+    timer.scratch = type("Scratch", (), {"sum": lambda self: gpu.calls.append("read")})()
+    return timer
+
+
+def test_a_sample_on_a_gpu_holds_no_time_of_the_hosts(monkeypatch):
+    gpu = FakeCuda(monkeypatch, host=1.0)
+    answer, sample = timer_on(gpu)(gpu.work)
+    assert answer == "answer" and sample.seconds == pytest.approx(5e-3) and sample.host == pytest.approx(1.0)
+    assert sample.alone
+    # Caches are filled by reading; nothing is written between that and the sample.
+    assert gpu.calls == ["read", "wait", "work"]
+
+
+def test_a_sample_that_the_host_held_up_is_made_again_behind_a_longer_wait(monkeypatch):
+    gpu = FakeCuda(monkeypatch, host=20.0)
+    timer = timer_on(gpu)
+    _, sample = timer(gpu.work)
+    assert gpu.calls.count("work") == 3 and sample.alone and sample.seconds == pytest.approx(5e-3)
+    assert timer.cycles == 16 * measure.SHORTEST_WAIT
+    # What waits for the GPU never gets ahead of it.
+    gpu = FakeCuda(monkeypatch, host=1.0)
+
+    def waits():
+        gpu.synchronize()
+        return gpu.work()
+
+    assert not timer_on(gpu)(waits, tries=2)[1].alone and gpu.calls.count("work") == 2
+
+
+def test_the_posteriors_goal_is_for_four_products():
+    """Two of the forward and two of the backward: none through the entropy, and none to the rows."""
+    case = next(case for case in cases("quick") if case.op == "gmm_posterior")
+    inputs = measure._inputs(case, CPU, torch.float32, 0)
+    with ops.use_backend("chunked"), torch.profiler.profile() as profile:
+        (answer,) = case.call(*inputs)[None]
+        torch.autograd.grad(answer.sum(), inputs[: case.leaves])
+    products = [e for e in profile.events() if e.name in ("aten::mm", "aten::addmm_")]
+    tiles = len([e for e in products if e.name == "aten::mm"]) / 2
+    assert len(products) == 4 * tiles and case.flops == 4 * 2 * case.work * inputs[1].shape[1]
+
+
+def test_inf_cl_is_refused_where_it_cannot_run():
+    with pytest.raises(baselines.Unsupported, match="runs on a GPU"):
+        baselines.inf_cl(torch.zeros(64, 64), torch.zeros(64, 64), torch.zeros(64), 0.1)
 
 
 #: In a process of its own, because what else a process does counts; on one thread, because libraries of matrix products
