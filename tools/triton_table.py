@@ -1,6 +1,7 @@
 """Compiles every variant of the Triton kernels ahead of time, without a GPU, and writes what each one takes.
 
     python tools/triton_table.py                writes kernels/resources.md (minutes: some seconds a variant)
+    python tools/triton_table.py lse            compiles one module's anew, and leaves the lines of the others
     python tools/triton_table.py lse --print    prints one module's
 
 Registers a thread, bytes spilled, shared memory of a block, and whether Hopper's wgmma is in the code.
@@ -109,12 +110,18 @@ def main() -> None:
     if options.only:
         listed = {(m, c): importlib.import_module(f"ssl_ib_kernels.{m}").variants(c) for m, _, c in work}
         work = [(m, i, c) for m, i, c in work if options.only in listed[m, c][i].name]
-    lines = []
+    found = {}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for usage in pool.map(compiled, *zip(*work, strict=True)):
-            lines.append(usage.line())
-            print(lines[-1], flush=True)
+        for task, usage in zip(work, pool.map(compiled, *zip(*work, strict=True)), strict=True):
+            found[task] = usage.line()
+            print(found[task], flush=True)
     if not options.print:
+        version, known = committed()
+        every = tasks()
+        if version != triton.__version__ and len(found) < len(every):
+            sys.exit(f"the table was made by Triton {version}: compile all modules with {triton.__version__}")
+        names = {(m, c): importlib.import_module(f"ssl_ib_kernels.{m}").variants(c) for m, _, c in every}
+        lines = [found[m, i, c] if (m, i, c) in found else known[names[m, c][i].name, c] for m, i, c in every]
         head = f"""# What the Triton kernels take
 
 Every variant that a launch would compile at usual shapes, compiled ahead of time by Triton {triton.__version__} on

@@ -4,7 +4,11 @@
 // Shapes: N rows (t), M columns, K prototypes (c), d width.
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/clamp.h>
+#include <ATen/ops/clamp_min.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/exp2.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -35,11 +39,26 @@ Tensor operand(const Tensor& x) {
 
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
-Tensor as_int(const OptionalTensor& tensor) { return tensor ? tensor->to(at::kInt).contiguous() : Tensor(); }
+// Numbers of columns. One that int32 cannot hold is out of range, and stays so.
+Tensor as_int(const OptionalTensor& tensor) {
+    if (!tensor) return Tensor();
+    const bool is_long = tensor->scalar_type() == at::kLong;
+    return (is_long ? tensor->clamp(-1, std::numeric_limits<int>::max()) : *tensor).to(at::kInt).contiguous();
+}
 
-// Both sides' groups, or neither: one side's alone leave nothing out.
-std::pair<Tensor, Tensor> groups_of(const OptionalTensor& rows, const OptionalTensor& cols) {
-    return rows && cols ? std::pair{as_int(rows), as_int(cols)} : std::pair<Tensor, Tensor>{};
+// The low and the high words [2, N] of labels.
+Tensor words_of(const OptionalTensor& labels) {
+    return labels->to(at::kLong).contiguous().view(at::kInt).view({-1, 2}).t().contiguous();
+}
+
+// Both sides' labels, or neither: one side's alone say nothing.
+std::pair<Tensor, Tensor> labels_of(const OptionalTensor& rows, const OptionalTensor& cols) {
+    return rows && cols ? std::pair{words_of(rows), words_of(cols)} : std::pair<Tensor, Tensor>{};
+}
+
+Labels label_pointers(const Tensor& words) {
+    if (!words.defined()) return {};
+    return {words.const_data_ptr<int>(), words.const_data_ptr<int>() + words.size(1)};
 }
 
 const int* int_pointer(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<int>() : nullptr; }
@@ -48,6 +67,21 @@ Tensor floats(const Tensor& like, IntArrayRef shape) { return at::empty(shape, l
 
 Tensor float_zeros(const Tensor& like, IntArrayRef shape) {
     return at::zeros(shape, like.options().dtype(at::kFloat));
+}
+
+// The greatest squared lengths of both operands' rows, as the kernels measure them: int32 [2].
+Tensor measured(const OnDevice& device, const Tensor& x, const Tensor& y) {
+    const Tensor bound = at::zeros({2}, x.options().dtype(at::kInt));
+    auto* const numbers = reinterpret_cast<unsigned*>(bound.mutable_data_ptr<int>());
+    longest_rows(dtype_of(x), x.const_data_ptr(), to_int(x.size(0)), to_int(x.size(1)), numbers, device.stream());
+    longest_rows(dtype_of(y), y.const_data_ptr(), to_int(y.size(0)), to_int(y.size(1)), numbers + 1, device.stream());
+    return bound;
+}
+
+// Null where a maximum has to be taken: float16 cannot hold the weights of a mean of which none was.
+const unsigned* bound_or_null(const Tensor& bound, const Tensor& operand, bool with_mean) {
+    if (with_mean && operand.scalar_type() == at::kHalf) return nullptr;
+    return reinterpret_cast<const unsigned*>(bound.const_data_ptr<int>());
 }
 
 float* room(const Tensor& workspace) { return workspace.numel() ? workspace.mutable_data_ptr<float>() : nullptr; }
@@ -80,30 +114,37 @@ Tensor largest(const Tensor& x, const Tensor& like) { return x.defined() ? x.abs
 
 // ---- Logsumexp ----
 
-std::tuple<Tensor, Tensor> lse_(const Tensor& rows_, const Tensor& cols_, double temperature,
-                                const OptionalTensor& self_index, const OptionalTensor& row_group,
-                                const OptionalTensor& col_group, bool with_mean) {
-    const OnDevice device{rows_, cols_, or_undefined(self_index), or_undefined(row_group), or_undefined(col_group)};
+std::tuple<Tensor, Tensor, Tensor, Tensor> lse_(const Tensor& rows_, const Tensor& cols_, double temperature,
+                                                const OptionalTensor& self_index, const OptionalTensor& row_label,
+                                                const OptionalTensor& col_label, bool drop, bool with_mean) {
+    const OnDevice device{rows_, cols_, or_undefined(self_index), or_undefined(row_label), or_undefined(col_label)};
     const int64_t num_rows = rows_.size(0), width = rows_.size(1);
+    const bool labelled = row_label && col_label;
     const Tensor lse = floats(rows_, {num_rows});
     const Tensor mean = with_mean ? floats(rows_, {num_rows, width}) : floats(rows_, {0});
-    if (num_rows == 0) return {lse, mean};
-    if (cols_.size(0) == 0) return {lse.fill_(-INFINITY), mean.zero_()};
+    if (num_rows == 0 || cols_.size(0) == 0) {
+        const int64_t size = labelled ? num_rows : 0;
+        return {lse.fill_(-INFINITY), mean.zero_(), float_zeros(rows_, {size}), float_zeros(rows_, {size})};
+    }
     const Tensor rows = operand(rows_), cols = operand(cols_);
     const Tensor self = as_int(self_index);
-    const auto [of_rows, of_cols] = groups_of(row_group, col_group);
+    const auto [of_rows, of_cols] = labels_of(row_label, col_label);
     const Logits logits = logits_of(rows, cols, width, temperature);
-    const Tensor workspace = floats(rows, {forward_workspace(logits, with_mean, false)});
-    lse_forward(logits, {int_pointer(self), int_pointer(of_rows), int_pointer(of_cols)}, lse.mutable_data_ptr<float>(),
-                with_mean ? mean.mutable_data_ptr<float>() : nullptr, room(workspace), device.stream());
-    return {lse, mean};
+    const Tensor workspace = floats(rows, {forward_workspace(logits, with_mean, false, labelled)});
+    const Tensor bound = measured(device, rows, cols), positive = floats(rows, {2, labelled ? num_rows : 0});
+    lse_forward(logits, {int_pointer(self), label_pointers(of_rows), label_pointers(of_cols), drop},
+                bound_or_null(bound, rows, with_mean), lse.mutable_data_ptr<float>(),
+                with_mean ? mean.mutable_data_ptr<float>() : nullptr, float_pointer(positive), room(workspace),
+                device.stream());
+    const Tensor count = positive.select(0, 1).clone();
+    return {lse, mean, positive.select(0, 0) / count.clamp_min(1), count};
 }
 
 // One side of a gradient, and the tensors that keep its pointers alive.
 struct Side {
-    Tensor grad, lse, self, group;
+    Tensor grad, lse, pull, self, label;
     operator LseSide() const {
-        return {float_pointer(grad), float_pointer(lse), int_pointer(self), int_pointer(group)};
+        return {float_pointer(grad), float_pointer(lse), float_pointer(pull), int_pointer(self), label_pointers(label)};
     }
 };
 
@@ -112,30 +153,44 @@ Tensor self_or_none(const OptionalTensor& self, const Tensor& like, int64_t coun
     return self ? as_int(self) : at::full({count}, -1, like.options().dtype(at::kInt));
 }
 
-// The gradient to the owned rows [R, d] of `width` d, by both sides' logsumexps.
+// The gradient to the owned rows [R, d] of `width` d, by both sides' answers.
 Tensor gradient_of_lse(const OnDevice& device, const Tensor& owned, const Tensor& streamed, int64_t width,
-                       double temperature, Side of_owned, Side of_streamed, int64_t first) {
+                       double temperature, Side of_owned, Side of_streamed, int64_t first, bool drop) {
     Tensor by;
     if (owned.scalar_type() == at::kHalf) {
-        by = raise(at::maximum(largest(of_owned.grad, owned), largest(of_streamed.grad, owned)));
-        of_owned.grad = raised(of_owned.grad, by), of_streamed.grad = raised(of_streamed.grad, by);
+        // A pair's weight is at most what one row's gradient and pull are together, for both sides.
+        const auto most = [&](const Side& side) { return largest(side.grad, owned) + largest(side.pull, owned); };
+        by = raise(at::maximum(most(of_owned), most(of_streamed)));
+        for (Side* side : {&of_owned, &of_streamed}) {
+            side->grad = raised(side->grad, by), side->pull = raised(side->pull, by);
+        }
     }
     const Logits logits = logits_of(owned, streamed, width, temperature);
     const Tensor gradient = at::empty({owned.size(0), width}, owned.options());
     const Tensor workspace =
         floats(owned, {gradient_workspace(logits.num_owned, logits.num_streamed, logits.width)});
-    lse_gradient(logits, of_owned, of_streamed, to_int(first), by.defined() ? float_pointer(by) : nullptr,
+    lse_gradient(logits, of_owned, of_streamed, to_int(first), drop, by.defined() ? float_pointer(by) : nullptr,
                  gradient.mutable_data_ptr(), room(workspace), device.stream());
     return gradient;
 }
 
-std::tuple<Tensor, Tensor> lse_backward_(const Tensor& grad_, const Tensor& lse_, const Tensor& mean_,
-                                         const Tensor& rows_, const Tensor& cols_, double temperature,
-                                         const OptionalTensor& self_index, const OptionalTensor& row_group,
-                                         const OptionalTensor& col_group, bool want_rows, bool want_cols) {
-    const bool from_mean = mean_.numel() > 0;
-    const OnDevice device{rows_, cols_, grad_, lse_, from_mean ? mean_ : Tensor(), or_undefined(self_index),
-                          or_undefined(row_group), or_undefined(col_group)};
+Tensor contiguous(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
+
+std::tuple<Tensor, Tensor> lse_backward_(const Tensor& grad_, const Tensor& lse_, const OptionalTensor& pull_,
+                                         const Tensor& mean_, const Tensor& rows_, const Tensor& cols_,
+                                         double temperature, const OptionalTensor& self_index,
+                                         const OptionalTensor& row_label, const OptionalTensor& col_label, bool drop,
+                                         bool want_rows, bool want_cols) {
+    const bool from_mean = mean_.numel() > 0, labelled = row_label && col_label;
+    const OnDevice device{rows_,
+                          cols_,
+                          grad_,
+                          lse_,
+                          or_undefined(pull_),
+                          from_mean ? mean_ : Tensor(),
+                          or_undefined(self_index),
+                          or_undefined(row_label),
+                          or_undefined(col_label)};
     const int64_t num_rows = rows_.size(0), num_cols = cols_.size(0), width = rows_.size(1);
     Tensor drows = at::empty({0}, rows_.options()), dcols = drows;
     if (num_rows == 0 || num_cols == 0) {
@@ -143,48 +198,52 @@ std::tuple<Tensor, Tensor> lse_backward_(const Tensor& grad_, const Tensor& lse_
         if (want_cols) dcols = at::zeros({num_cols, width}, cols_.options());
         return {drows, dcols};
     }
-    const Tensor grad = grad_.contiguous(), lse = lse_.contiguous();
+    const Tensor rows = operand(rows_), cols = operand(cols_);
+    const auto [label_of_rows, label_of_cols] = labels_of(row_label, col_label);
+    Side of_rows{grad_.contiguous(), lse_.contiguous(), labelled ? contiguous(pull_) : Tensor(), Tensor(),
+                 label_of_rows};
+    if (self_index || labelled) of_rows.self = self_or_none(self_index, rows, num_rows);
     if (want_rows && from_mean) {
         const Tensor mean = mean_.contiguous();
         drows = at::empty({num_rows, width}, rows_.options());
-        lse_gradient_from_mean(dtype_of(rows_), to_int(num_rows), to_int(width), float_pointer(grad),
-                               float_pointer(lse), float_pointer(mean), static_cast<float>(temperature),
-                               drows.mutable_data_ptr(), device.stream());
+        lse_gradient_from_mean(logits_of(rows, cols, width, temperature), of_rows, label_pointers(label_of_cols),
+                               float_pointer(mean), drows.mutable_data_ptr(), device.stream());
     }
-    if (!want_cols && (!want_rows || from_mean)) return {drows, dcols};
-    const Tensor rows = operand(rows_), cols = operand(cols_);
-    const auto [group_of_rows, group_of_cols] = groups_of(row_group, col_group);
-    Side of_rows{grad, lse, Tensor(), group_of_rows};
-    if (self_index || group_of_rows.defined()) of_rows.self = self_or_none(self_index, rows, num_rows);
-    const Side of_cols{Tensor(), Tensor(), Tensor(), group_of_cols};
+    const Side of_cols{Tensor(), Tensor(), Tensor(), Tensor(), label_of_cols};
     if (want_rows && !from_mean) {
-        drows = gradient_of_lse(device, rows, cols, width, temperature, of_rows, of_cols, 0);
+        drows = gradient_of_lse(device, rows, cols, width, temperature, of_rows, of_cols, 0, drop);
     }
-    if (want_cols) dcols = gradient_of_lse(device, cols, rows, width, temperature, of_cols, of_rows, 0);
+    if (want_cols) dcols = gradient_of_lse(device, cols, rows, width, temperature, of_cols, of_rows, 0, drop);
     return {drows, dcols};
 }
 
 Tensor lse_backward_symmetric_(const Tensor& rows_, const Tensor& cols_, const Tensor& grad_rows,
-                               const Tensor& lse_rows, const Tensor& grad_cols, const Tensor& lse_cols,
-                               double temperature, const OptionalTensor& self_rows, const OptionalTensor& self_cols,
-                               const OptionalTensor& row_group, const OptionalTensor& col_group, int64_t first) {
+                               const Tensor& lse_rows, const OptionalTensor& pull_rows, const Tensor& grad_cols,
+                               const Tensor& lse_cols, const OptionalTensor& pull_cols, double temperature,
+                               const OptionalTensor& self_rows, const OptionalTensor& self_cols,
+                               const OptionalTensor& row_label, const OptionalTensor& col_label, bool drop,
+                               int64_t first) {
     const OnDevice device{rows_,
                           cols_,
                           grad_rows,
                           lse_rows,
+                          or_undefined(pull_rows),
                           grad_cols,
                           lse_cols,
+                          or_undefined(pull_cols),
                           or_undefined(self_rows),
                           or_undefined(self_cols),
-                          or_undefined(row_group),
-                          or_undefined(col_group)};
+                          or_undefined(row_label),
+                          or_undefined(col_label)};
     if (rows_.size(0) == 0 || cols_.size(0) == 0) return at::zeros(rows_.sizes(), rows_.options());
     const Tensor rows = operand(rows_), cols = operand(cols_);
-    const auto [group_of_rows, group_of_cols] = groups_of(row_group, col_group);
-    const Side of_rows{grad_rows.contiguous(), lse_rows.contiguous(), as_int(self_rows), group_of_rows};
-    const Side of_cols{grad_cols.contiguous(), lse_cols.contiguous(), self_or_none(self_cols, cols, cols.size(0)),
-                       group_of_cols};
-    return gradient_of_lse(device, rows, cols, rows_.size(1), temperature, of_rows, of_cols, first);
+    const bool labelled = row_label && col_label;
+    const auto [label_of_rows, label_of_cols] = labels_of(row_label, col_label);
+    const Side of_rows{grad_rows.contiguous(), lse_rows.contiguous(), labelled ? contiguous(pull_rows) : Tensor(),
+                       as_int(self_rows), label_of_rows};
+    const Side of_cols{grad_cols.contiguous(), lse_cols.contiguous(), labelled ? contiguous(pull_cols) : Tensor(),
+                       self_or_none(self_cols, cols, cols.size(0)), label_of_cols};
+    return gradient_of_lse(device, rows, cols, rows_.size(1), temperature, of_rows, of_cols, first, drop);
 }
 
 // ---- Posterior ----
@@ -197,8 +256,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> posterior_(const Tensor& t_, const Te
     if (num_rows == 0) return {lse, mean, expected, float_zeros(t_, {want_marginal ? num_prototypes : 0})};
     const Tensor t = operand(t_), c = operand(c_), log_prior = as_float(log_prior_);
     const Logits logits = logits_of(t, c, width, temperature);
-    const Tensor workspace = floats(t, {forward_workspace(logits, true, true)});
-    posterior_forward(logits, float_pointer(log_prior), lse.mutable_data_ptr<float>(), mean.mutable_data_ptr<float>(),
+    const Tensor workspace = floats(t, {forward_workspace(logits, true, true, false)});
+    const Tensor bound = measured(device, t, c);
+    posterior_forward(logits, float_pointer(log_prior), bound_or_null(bound, t, true), lse.mutable_data_ptr<float>(), mean.mutable_data_ptr<float>(),
                       expected.mutable_data_ptr<float>(), room(workspace), device.stream());
     const Tensor marginal = floats(t, {want_marginal ? num_prototypes : 0});
     if (want_marginal) {
@@ -284,14 +344,14 @@ std::tuple<Tensor, Tensor> posterior_backward_(const Tensor& t_, const Tensor& c
 
 void register_softmax(pybind11::module_& m) {
     using pybind11::arg;
-    m.def("lse", &lse_, arg("rows"), arg("cols"), arg("temperature"), arg("self_index"), arg("row_group"),
-          arg("col_group"), arg("with_mean"));
-    m.def("lse_backward", &lse_backward_, arg("grad"), arg("lse"), arg("mean"), arg("rows"), arg("cols"),
-          arg("temperature"), arg("self_index"), arg("row_group"), arg("col_group"), arg("want_rows"),
+    m.def("lse", &lse_, arg("rows"), arg("cols"), arg("temperature"), arg("self_index"), arg("row_label"),
+          arg("col_label"), arg("drop"), arg("with_mean"));
+    m.def("lse_backward", &lse_backward_, arg("grad"), arg("lse"), arg("pull"), arg("mean"), arg("rows"), arg("cols"),
+          arg("temperature"), arg("self_index"), arg("row_label"), arg("col_label"), arg("drop"), arg("want_rows"),
           arg("want_cols"));
     m.def("lse_backward_symmetric", &lse_backward_symmetric_, arg("rows"), arg("cols"), arg("grad_rows"),
-          arg("lse_rows"), arg("grad_cols"), arg("lse_cols"), arg("temperature"), arg("self_rows"), arg("self_cols"),
-          arg("row_group"), arg("col_group"), arg("first"));
+          arg("lse_rows"), arg("pull_rows"), arg("grad_cols"), arg("lse_cols"), arg("pull_cols"), arg("temperature"),
+          arg("self_rows"), arg("self_cols"), arg("row_label"), arg("col_label"), arg("drop"), arg("first"));
     m.def("posterior", &posterior_, arg("t"), arg("c"), arg("temperature"), arg("log_prior"), arg("want_marginal"));
     m.def("posterior_backward", &posterior_backward_, arg("t"), arg("c"), arg("temperature"), arg("lse"), arg("r"),
           arg("h"), arg("a"), arg("v"), arg("e"), arg("u"), arg("w"), arg("want_t"), arg("want_c"));

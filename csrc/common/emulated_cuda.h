@@ -95,16 +95,12 @@ void store(void* to, const Vector& vector) {
 
 // On integers only: their result does not depend on the order.
 inline int atomicMax(int* at, int value) { return std::exchange(*at, max(*at, value)); }
+inline unsigned atomicMax(unsigned* at, unsigned value) { return std::exchange(*at, max(*at, value)); }
 inline int atomicMin(int* at, int value) { return std::exchange(*at, min(*at, value)); }
 
 // ---- Threads ----
 
 inline void __syncthreads(emulator::Place place = emulator::Place::current()) { emulator::barrier(place); }
-
-inline void __syncwarp(unsigned mask = ~0u, emulator::Place place = emulator::Place::current()) {
-    char nothing;
-    emulator::warp_operation(mask, nothing, [](const emulator::Contributions&) {}, place);
-}
 
 // The value of lane `source`; unset memory where that lane takes no part.
 template <typename T>
@@ -131,24 +127,35 @@ T shuffle(unsigned mask, T value, unsigned source, emulator::Place place) {
     return mine.received;
 }
 
-inline unsigned lane_id() { return emulator::machine.current->rank % 32; }
-
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, emulator::Place place = emulator::Place::current()) {
-    return shuffle(mask, value, (lane_id() & ~(width - 1)) | (source & (width - 1)), place);
+// A bit for each lane of the mask whose predicate holds.
+inline unsigned __ballot_sync(unsigned mask, bool predicate, emulator::Place place = emulator::Place::current()) {
+    struct Vote {
+        bool predicate;
+        unsigned answer;
+    } mine{predicate, 0};
+    emulator::warp_operation(
+        mask, mine,
+        [](const emulator::Contributions& lanes) {
+            unsigned answer = 0;
+            for (int i = 0; i < 32; ++i) {
+                if (lanes[i] && static_cast<const Vote*>(lanes[i])->predicate) answer |= 1u << i;
+            }
+            for (void* lane : lanes) {
+                if (lane) static_cast<Vote*>(lane)->answer = answer;
+            }
+        },
+        place);
+    return mine.answer;
 }
+
+inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
+
+inline unsigned lane_id() { return emulator::machine.current->rank % 32; }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
                   emulator::Place place = emulator::Place::current()) {
     const unsigned source = lane_id() ^ bits;
-    return shuffle(mask, value, source > (lane_id() | (width - 1)) ? lane_id() : source, place);
-}
-
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32,
-                   emulator::Place place = emulator::Place::current()) {
-    const unsigned source = lane_id() + by;
     return shuffle(mask, value, source > (lane_id() | (width - 1)) ? lane_id() : source, place);
 }
 

@@ -40,36 +40,53 @@ __device__ __forceinline__ void store_pair(T* row, int column, int width, float 
 
 // ---- Forward ----
 
-// vectors[0]: the columns' groups, or the numbers to average.
+// vectors: the two words of the columns' labels, or the numbers to average.
 struct ForwardProblem : Sweep {
-    const int *self, *row_group;  // [N], or null
-    // Of every split, one after another: lse [N], mean [N, d], average [N].
-    float *lse, *mean, *average;
+    const int* self;  // [N], or null
+    Labels row_label;
+    bool drop;         // whether pairs of one label are left out of the logsumexp
+    const unsigned* bound;  // [2]: the bits of the greatest squared lengths on either side, or null
+    // Of every split, one after another: lse [N], mean [N, d], average [N]; sums of the positives' logits and their
+    // numbers [2, N].
+    float *lse, *mean, *average, *positive;
 };
 
-// Row by row the logsumexp of the logits, the mean of the streamed rows by their softmax, and the mean of a number.
+// Whether the lengths of owned and streamed rows keep all logits within kSafe.
+__device__ __forceinline__ bool is_bounded(const unsigned* bound, float scale) {
+    return bound && sqrtf(__uint_as_float(bound[0])) * sqrtf(__uint_as_float(bound[1])) * scale <= kSafe;
+}
+
+// Row by row the logsumexp of the logits, the mean of the streamed rows by their softmax, and the mean of a number; with
+// masks also what the positives add up to, the columns of a row's label but its own.
 template <typename T, int kWidthOfPiece, bool kMean, bool kMasked, bool kAverage>
 struct Forward {
     using Element = T;
     using Problem = ForwardProblem;
     static constexpr int kWidth = kWidthOfPiece, kColumns = Planes<T>::count == 1 ? 64 : 32;
-    static constexpr int kOwned = 1, kStreamed = 1, kScores = 1, kValues = kMean, kVectors = kMasked || kAverage;
+    static constexpr int kOwned = 1, kStreamed = 1, kScores = 1, kValues = kMean;
+    static constexpr int kVectors = kMasked ? 2 : kAverage;
     static_assert(!(kMasked && kAverage));
 
     const Problem& problem;
     int first_row, own_piece;
     Online online[2];
-    float average[2] = {};
-    int self[2], group[2];
+    float average[2] = {}, positive[2] = {}, count[2] = {};
+    bool bounded;
+    int self[2];
+    Label label[2];
 
     __device__ __forceinline__ Forward(const Problem& problem, int first_row, int own_piece)
-        : problem(problem), first_row(first_row), own_piece(own_piece) {
-        if constexpr (kMasked) {
+        : problem(problem),
+          first_row(first_row),
+          own_piece(own_piece),
+          bounded(is_bounded(problem.bound, problem.scale * kLog2E)) {
 #pragma unroll
-            for (int slot = 0; slot < 2; ++slot) {
-                const int row = first_row + row_of(slot);
-                self[slot] = of_row(problem.self, row, problem.owned[0].rows, -1);
-                group[slot] = of_row(problem.row_group, row, problem.owned[0].rows, kNoRowGroup);
+        for (int slot = 0; slot < 2; ++slot) {
+            if (bounded) online[slot].max = 0.0f;
+            if constexpr (kMasked) {
+                const int row = first_row + row_of(slot), rows = problem.owned[0].rows;
+                self[slot] = of_row(problem.self, row, rows, -1);
+                label[slot] = label_at(problem.row_label, row, rows);
             }
         }
     }
@@ -81,35 +98,44 @@ struct Forward {
         float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n) {
-            const Pair groups = kMasked ? pair_at(words, n) : Pair{};
+            const Pair lows = kMasked ? pair_at(words, n) : Pair{};
+            const Pair highs = kMasked ? pair_at(words + kColumns, n) : Pair{};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int slot = i / 2, column = first_column + column_of(n) + i % 2;
                 bool out_of_it = column >= problem.streamed[0].rows;
                 if constexpr (kMasked) {
-                    out_of_it = out_of_it || left_out(column, self[slot], group[slot], groups.index(i % 2));
+                    out_of_it = out_of_it || column == self[slot];
+                    if (!out_of_it && label[slot] == Label{lows.index(i % 2), highs.index(i % 2)}) {
+                        positive[slot] += scores[0][n][i];
+                        count[slot] += 1.0f;
+                        out_of_it = problem.drop;
+                    }
                 }
                 if (out_of_it) scores[0][n][i] = -INFINITY;
                 top[slot] = fmaxf(top[slot], scores[0][n][i]);
             }
         }
-        float factor[2], reference[2];
+        // The same for all threads.
+        if (!bounded) {
+            float factor[2];
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot) {
-            factor[slot] = online[slot].raise(max_of_row(top[slot]) * scale);
-            reference[slot] = pivot(online[slot].max);
-            average[slot] *= factor[slot];
-        }
-        if constexpr (kMean) {
-            // The maximum soon settles.
-            if (factor[0] != 1.0f || factor[1] != 1.0f) {
+            for (int slot = 0; slot < 2; ++slot) {
+                factor[slot] = online[slot].raise(max_of_row(top[slot]) * scale);
+                average[slot] *= factor[slot];
+            }
+            if constexpr (kMean) {
+                // The maximum soon settles.
+                if (factor[0] != 1.0f || factor[1] != 1.0f) {
 #pragma unroll
-                for (int n = 0; n < kWidth / 8; ++n) {
+                    for (int n = 0; n < kWidth / 8; ++n) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) out.sums[n][i] *= factor[i / 2];
+                        for (int i = 0; i < 4; ++i) out.sums[n][i] *= factor[i / 2];
+                    }
                 }
             }
         }
+        const float reference[2] = {pivot(online[0].max), pivot(online[1].max)};
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n) {
             const Pair numbers = kAverage ? pair_at(words, n) : Pair{};
@@ -130,15 +156,22 @@ struct Forward {
             const int row = first_row + row_of(slot);
             online[slot].sum = sum_of_row(online[slot].sum);
             const float total = kAverage ? sum_of_row(average[slot]) : 0.0f;
+            const float logits = kMasked ? sum_of_row(positive[slot]) : 0.0f;
+            const float positives = kMasked ? sum_of_row(count[slot]) : 0.0f;
             if (row >= problem.owned[0].rows) continue;
             const float inverse = online[slot].sum == 0.0f ? 0.0f : 1.0f / online[slot].sum;
             const int64_t at = static_cast<int64_t>(blockIdx.y) * problem.owned[0].rows + row;
             if (lane() % 4 == 0 && (!kMean || own_piece == 0)) {
                 problem.lse[at] = online[slot].log_sum();
                 if constexpr (kAverage) problem.average[at] = total * inverse;
+                if (kMasked && problem.positive) {
+                    float* const sums = problem.positive + int64_t{blockIdx.y} * 2 * problem.owned[0].rows;
+                    sums[row] = logits * problem.scale;
+                    sums[row + problem.owned[0].rows] = positives;
+                }
             }
             if constexpr (kMean) {
-float* const mean = problem.mean + at * problem.width;
+                float* const mean = problem.mean + at * problem.width;
 #pragma unroll
                 for (int n = 0; n < kWidth / 8; ++n) {
                     const float *const sums = out.sums[n] + 2 * slot;

@@ -19,25 +19,9 @@ struct Keep {
     int batch, kept;
 };
 
-// For each token of each image, [batch, tokens], the first and the last entry of `keep` that names it: INT_MAX and -1
-// where none does.
-struct Entries {
-    int *first, *last;
-};
-
-// Contiguous [batch, channels, height, width].
-struct Images {
-    const void* data;
-    Dtype dtype;
-    int batch, channels, height, width;
-};
-
-// What an embedding of patches is made of, besides its weight [width, depth]. Parameters are float32; bias may be null.
-struct Embedding {
-    Images images;
-    Keep keep;
-    int side, num_patches, num_prefix, width, depth;
-    const float *bias, *pos, *prefix;
+// Labels of 64 bits of rows or columns: their low words [N] and their high words [N]. Null where there are none.
+struct Labels {
+    const int *low, *high;
 };
 
 }  // namespace ssl_ib

@@ -41,6 +41,10 @@ struct Online {
     }
 };
 
+// Where lengths bound the logits, in powers of two, by this, no maximum need be subtracted: sums of 2^40 weights, and
+// weights that are small beside them, are far inside float32.
+constexpr float kSafe = 60.0f;
+
 // The share that a part of a row's columns has in the whole: both logsumexps may be minus infinity.
 __device__ __forceinline__ float share(float lse_of_part, float lse) { return __expf(lse_of_part - pivot(lse)); }
 
@@ -52,11 +56,17 @@ __device__ __forceinline__ float probability(float logit_less_lse) {
 
 // ---- What is left out ----
 
-// Stand for groups that are not given: no row is in the group of a column.
-constexpr int kNoRowGroup = 1, kNoColumnGroup = 0;
+// A label of 64 bits. Where none are given rows have kNoRowLabel and columns zeros, so that no pair has one label.
+struct Label {
+    int low, high;
+    __device__ __forceinline__ bool operator==(const Label& other) const {
+        return low == other.low && high == other.high;
+    }
+};
+constexpr int kNoRowLabel = 1;
 
-__device__ __forceinline__ bool left_out(int column, int self, int row_group, int column_group) {
-    return column == self || row_group == column_group;
+__device__ __forceinline__ Label label_at(const Labels& labels, int i, int count) {
+    return labels.low && i < count ? Label{labels.low[i], labels.high[i]} : Label{kNoRowLabel, 0};
 }
 
 // ---- How the work is cut ----
@@ -77,9 +87,19 @@ __host__ __device__ inline int piece_at(int step, int own, int pieces) {
     return piece < pieces ? piece : piece - pieces;
 }
 
-// In how many parts to cut a loop over `tiles` so that `blocks` times as many blocks come to fill `slots`.
-__host__ __device__ inline int splits_for(int64_t blocks, int64_t tiles, int slots) {
-    return static_cast<int>(max(int64_t{1}, min(tiles, slots / blocks)));
+// In how many parts, up to `most`, to cut a loop over `tiles` that `blocks` blocks go through, `slots` of them at a time:
+// the fewest whose time is within a tenth of the best. Time is counted in tiles: waves of blocks times the tiles of each
+// and two more for its beginning and end.
+__host__ __device__ inline int splits_for(int64_t blocks, int64_t tiles, int64_t slots, int64_t most) {
+    const auto time = [&](int64_t splits) {
+        return (blocks * splits + slots - 1) / slots * ((tiles + splits - 1) / splits + 2);
+    };
+    const int64_t last = max(int64_t{1}, min(most, min(tiles, int64_t{128})));
+    int64_t best = time(1);
+    for (int64_t splits = 2; splits <= last; ++splits) best = min(best, time(splits));
+    int64_t splits = 1;
+    while (10 * time(splits) > 11 * best) ++splits;
+    return static_cast<int>(splits);
 }
 
 }  // namespace ssl_ib

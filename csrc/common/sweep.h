@@ -25,7 +25,7 @@ namespace ssl_ib {
 
 struct Sweep {
     Matrix owned[2], streamed[3];
-    const void* vectors[4];  // 32-bit words, [streamed rows]; null for zeros
+    const void* vectors[6];  // 32-bit words, [streamed rows]; null for zeros
     int width;               // of the outputs; the operands' stride is this, rounded up
     float scale;             // 1 / temperature
     int splits;

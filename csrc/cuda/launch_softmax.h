@@ -18,37 +18,48 @@ struct Logits {
 };
 
 // The floats that a launcher needs as room for the parts of its splits; 0 where it needs none (and takes null).
-int64_t forward_workspace(const Logits& logits, bool with_mean, bool with_average);
+int64_t forward_workspace(const Logits& logits, bool with_mean, bool with_average, bool with_positives);
 int64_t gradient_workspace(int num_owned, int num_streamed, int width);
 
-// What a logsumexp leaves out; null where nothing is. Pairs of equal groups, and one column of every row.
+// Raises *bound, the bits of a float that is not negative, to the greatest squared length of rows [N, s] of dtype.
+void longest_rows(Dtype dtype, const void* rows, int num_rows, int stride, unsigned* bound, Stream stream);
+
+// What rows do not see, and what is of their own; null where nothing is. One column of every row; pairs of one label,
+// which are left out of the logsumexp if they are to be dropped.
 struct LeftOut {
-    const int *self, *owned_group, *streamed_group;  // [R], [R], [S]
+    const int* self;                      // [R]
+    Labels owned_label, streamed_label;  // [R], [S]
+    bool drop;
 };
 
-// lse [R] over the streamed rows and, unless null, mean [R, d]: the streamed rows' mean by the softmax.
-void lse_forward(const Logits& logits, const LeftOut& left_out, float* lse, float* mean, float* workspace,
-                 Stream stream);
+// lse [R] over the streamed rows and, unless null, mean [R, d]: the streamed rows' mean by the softmax; and positive
+// [2, R]: the sums of the positives' logits, and their numbers. bound [2]: of `longest_rows` for owned and streamed
+// rows, or null: where it is small enough no maximum is taken.
+void lse_forward(const Logits& logits, const LeftOut& left_out, const unsigned* bound, float* lse, float* mean,
+                 float* positive, float* workspace, Stream stream);
 
-// One side of a gradient: of the logsumexps over this side's rows the gradients and values, and what they leave out.
+// One side of a gradient: of the logsumexps over this side's rows the gradients and values, the gradient of each of
+// their positives' logits, and what they do not see.
 struct LseSide {
-    const float *grad, *lse;  // null where only the other side has logsumexps
-    const int *self, *group;  // self is not null where grad is not and anything is left out
+    const float *grad, *lse, *pull;  // null where only the other side has answers; pull: also where none is wanted
+    const int* self;                 // not null where grad is not and any side has masks
+    Labels label;
 };
 
-// gradient[i] = sum_j (owned.grad[i] exp(l_ij - owned.lse[i]) + streamed.grad[j] exp(l_ij - streamed.lse[j]))
-// streamed[j] / temperature, [R, d] of dtype. The first term is missing where owned.self[i] == j, the second where
-// streamed.self[j] == first + i, both where the groups are equal. Grads may have been multiplied by *raised_by (null:
-// they are not).
-void lse_gradient(const Logits& logits, const LseSide& owned, const LseSide& streamed, int first,
+// gradient[i] = sum_j (dl of owned i and streamed j + dl of streamed j and owned i) streamed[j] / temperature, [R, d] of
+// dtype, where row n of a side has dl[n, m] = grad[n] exp(l[n, m] - lse[n]) + pull[n] [m of the label of n]. It is 0
+// where owned.self[i] == j, or streamed.self[j] == first + i; its first term is, with drop, also where the labels are
+// one. Grads and pulls may have been multiplied by *raised_by (null: they are not).
+void lse_gradient(const Logits& logits, const LseSide& owned, const LseSide& streamed, int first, bool drop,
                   const float* raised_by, void* gradient, float* workspace, Stream stream);
 
-// gradient [N, d] = grad[n] mean[n] / temperature, and 0 where lse[n] is minus infinity.
-void lse_gradient_from_mean(Dtype dtype, int num_rows, int width, const float* grad, const float* lse,
-                            const float* mean, float temperature, void* gradient, Stream stream);
+// gradient [R, d] of dtype of the owned rows by their own answers, whose mean [R, d] is known.
+void lse_gradient_from_mean(const Logits& logits, const LseSide& owned, const Labels& streamed_label,
+                            const float* mean, void* gradient, Stream stream);
 
 // Owned t, streamed c: lse [R], mean [R, d] and expected [R]: the mean of log_prior [S] (zeros where that is null).
-void posterior_forward(const Logits& logits, const float* log_prior, float* lse, float* mean, float* expected,
+// bound: as of `lse_forward`.
+void posterior_forward(const Logits& logits, const float* log_prior, const unsigned* bound, float* lse, float* mean, float* expected,
                        float* workspace, Stream stream);
 
 // Owned c, streamed t: marginal [R], the sum over t's rows of their probabilities, given their lse [S].

@@ -155,18 +155,19 @@ struct OfC {
     using Kind = GradientOfC<T, kWidth, kA, kV>;
 };
 
-void posterior_forward(const Logits& logits, const float* log_prior, float* lse, float* mean, float* expected,
+void posterior_forward(const Logits& logits, const float* log_prior, const unsigned* bound, float* lse, float* mean, float* expected,
                        float* workspace, Stream stream) {
-    const int splits = splits_of(logits.num_owned, logits.num_streamed, logits.width);
+    const int splits = splits_of(logits.num_owned, logits.num_streamed, logits.width, kForwardRoom);
     ForwardProblem problem{sweep_of(logits, splits)};
     problem.vectors[0] = log_prior;
+    problem.bound = bound;
     dispatch(logits.dtype, [&](auto example) {
-        launch_forward<PosteriorForward, decltype(example)>(problem, lse, mean, expected, workspace, stream);
+        launch_forward<PosteriorForward, decltype(example)>(problem, {lse, mean, expected, nullptr}, workspace, stream);
     });
 }
 
 void posterior_marginal(const Logits& logits, const float* lse, float* marginal, float* workspace, Stream stream) {
-    const int rows = logits.num_owned, splits = splits_of(rows, logits.num_streamed, 1);
+    const int rows = logits.num_owned, splits = splits_of(rows, logits.num_streamed, 1, kGradientRoom);
     MarginalProblem problem{sweep_of(logits, splits), splits > 1 ? workspace : marginal};
     problem.vectors[0] = lse;
     dispatch(logits.dtype,
@@ -178,7 +179,7 @@ void posterior_marginal(const Logits& logits, const float* lse, float* marginal,
 
 void posterior_gradient_t(const Logits& logits, const PosteriorTerms& terms, void* gradient, float* workspace,
                           Stream stream) {
-    const int splits = splits_of(logits.num_owned, logits.num_streamed, logits.width);
+    const int splits = splits_of(logits.num_owned, logits.num_streamed, logits.width, kGradientRoom);
     PosteriorGradientProblem problem{{sweep_of(logits, splits)}, terms};
     problem.owned[1] = {terms.a, logits.num_owned, logits.stride};
     problem.vectors[0] = terms.u, problem.vectors[1] = terms.w;
@@ -195,7 +196,7 @@ void posterior_gradient_t(const Logits& logits, const PosteriorTerms& terms, voi
 
 void posterior_gradient_c(const Logits& logits, const PosteriorTerms& terms, void* gradient, float* workspace,
                           Stream stream) {
-    const int splits = splits_of(logits.num_owned, logits.num_streamed, logits.width);
+    const int splits = splits_of(logits.num_owned, logits.num_streamed, logits.width, kGradientRoom);
     PosteriorGradientProblem problem{{sweep_of(logits, splits)}, terms};
     problem.streamed[1] = {terms.a ? terms.a : terms.v, logits.num_streamed, logits.stride};
     problem.streamed[2] = {terms.v, terms.v ? logits.num_streamed : 0, logits.stride};

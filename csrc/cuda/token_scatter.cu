@@ -15,16 +15,17 @@ constexpr int kTile = 32;     // rows of the output of one block in the forward
 constexpr int kGroup = 4;     // rows that one thread goes through in the backward
 constexpr int kInFlight = 4;  // images whose loads a thread has under way
 
-// One pass over the output. Prefix rows count as tokens before the first.
+// One pass over the output. Prefix rows count as tokens before the first. Neighbouring blocks write the same rows of one
+// image after another: those that run at a time read few positions, which stay in the first cache.
 template <typename T, int n>
 __global__ void __launch_bounds__(kThreads)
     assemble_rows(const T* __restrict__ latents, Keep keep, const float* __restrict__ mask_token,
                   const float* __restrict__ pos, T* __restrict__ out, int num_tokens, int num_prefix, int width,
                   int log2) {
     SSL_IB_SHARED(int, source, [kTile]);
-    const int rows = num_prefix + num_tokens, tiles = ceil_div(rows, kTile);
-    const int64_t b = blockIdx.x / tiles;
-    const int begin = static_cast<int>(blockIdx.x % tiles) * kTile, count = min(kTile, rows - begin);
+    const int rows = num_prefix + num_tokens;
+    const int64_t b = blockIdx.x % keep.batch;
+    const int begin = static_cast<int>(blockIdx.x / keep.batch) * kTile, count = min(kTile, rows - begin);
     invert(keep, b, num_tokens, begin - num_prefix, count, nullptr, source);
     __syncthreads();
     const T* const image = latents + b * (num_prefix + keep.kept) * width;

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pixels import first_pixel, layout
-from .rows import BLOCK_K, DTYPES, PROGRAMS, next_namer, row_of, row_tile, split, strides
+from .rows import BLOCK_K, DTYPES, PROGRAMS, load_token, next_namer, row_of, row_tile, split, strides
 from .softmax import dot
 from .token_gather import token_gather_backward
 from .variant import Variant, capability_of, launch, recording
@@ -45,7 +45,9 @@ def finish(total, d, image, k, patch, exists, in_batch, bias, pos, prefix, out, 
     inside = in_batch[:, None] & (d < D)[None, :]
     total += tl.load(pos + patch[:, None] * D + d[None, :], mask=inside & exists[:, None], other=0.0).to(tl.float32)
     if bias is not None:
-        total += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        shift = tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        # A row that names no patch is zeros.
+        total += tl.where(exists[:, None], shift, 0.0)
     first = out + image.to(tl.int64)[:, None] * ((num_prefix + kept) * D) + d[None, :]
     tl.store(first + (num_prefix + k)[:, None] * D, total.to(out.dtype.element_ty), mask=inside)
     # The program that has an image's first patch writes the image's prefix too.
@@ -87,8 +89,7 @@ def patch_embed_gather_kernel(
     d = tl.program_id(0) % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
     image, k = m // kept, m % kept
     in_batch = m < num_rows
-    patch = tl.load(keep + m, mask=in_batch, other=-1).to(tl.int32)
-    exists = (patch >= 0) & (patch < PATCHES)
+    patch, exists = load_token(keep + m, in_batch, PATCHES)
     corner = first_pixel(images, image, patch, SIDE, COLUMNS, IMAGE_STRIDE, ROW_STRIDE, COLUMN_STRIDE)
 
     pixels: tl.constexpr = CHANNELS * SIDE * SIDE
@@ -155,8 +156,7 @@ def weight_gradient_kernel(
     total = tl.zeros((BLOCK_D, BLOCK_Q), tl.float32)
     for start in range(part * rows_each, tl.minimum((part + 1) * rows_each, num_rows), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        patch = tl.load(keep + m, mask=m < num_rows, other=-1).to(tl.int32)
-        exists = (patch >= 0) & (patch < PATCHES)
+        patch, exists = load_token(keep + m, m < num_rows, PATCHES)
         corner = first_pixel(images, m // kept, patch, SIDE, COLUMNS, IMAGE_STRIDE, ROW_STRIDE, COLUMN_STRIDE)
         row = row_of(x, (m // kept).to(tl.int64), num_prefix + m % kept, stride_image, stride_row, UNIT)
         a = tl.load(row + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
@@ -222,7 +222,7 @@ PRODUCT_PROGRAMS = 264
 
 #: (BLOCK_M, BLOCK_D, BLOCK_Q, num_warps, num_stages) of the two products, by what their device and operands are.
 TILES = {
-    "embed": {"hopper": (128, 256, 64, 8, 3), "ampere": (64, 128, 64, 4, 3), "float32": (64, 64, 32, 4, 2)},
+    "embed": {"hopper": (128, 256, 64, 8, 3), "ampere": (64, 128, 64, 4, 3), "float32": (64, 64, 32, 8, 2)},
     "weight": {"hopper": (64, 128, 128, 8, 3), "ampere": (32, 128, 128, 8, 3), "float32": (32, 64, 64, 4, 2)},
 }
 
@@ -239,7 +239,8 @@ def patch_embed_gather(
     images: Tensor, keep: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor, prefix: Tensor | None
 ) -> Tensor:
     """images [B, C, H, W], keep int [B, K], weight [D, C, p, p], bias [D] or None, pos [L, D], prefix [P, D] or None
-    -> [B, P+K, D] in the weight's dtype, to which pixels are rounded; all the rest is added in float32.
+    -> [B, P+K, D] in the weight's dtype, to which pixels are rounded; all the rest is added in float32. A row of keep
+    that is out of range gives zeros.
     """
     (batch, kept), width = keep.shape, len(weight)
     num_prefix = 0 if prefix is None else len(prefix)

@@ -57,12 +57,28 @@ def row_of(x, image, row, stride_image, stride_row, UNIT: tl.constexpr):
 
 
 @triton.jit
+def load_token(keep, mask, num_tokens):
+    """(what keep names, as int32; whether that is one of num_tokens tokens, and the mask is true)."""
+    token = tl.load(keep, mask=mask, other=-1)
+    return token.to(tl.int32), (token >= 0) & (token < num_tokens)
+
+
+@triton.jit
+def named_at(keep, k, kept):
+    """What keep[k] names, as int32; -1 for what int32 cannot hold."""
+    named = tl.load(keep + k, mask=k < kept, other=-1)
+    if named.dtype == tl.int64:
+        named = tl.where((named < 0) | (named > 0x7FFFFFFF), -1, named)
+    return named.to(tl.int32)
+
+
+@triton.jit
 def next_namer(keep, kept, token, after, BLOCK_K: tl.constexpr):
     """The smallest k > after with keep[k] == token, and `kept` where there is none: int32, for token and after [R]."""
     found = tl.zeros_like(token) + kept
     for start in range(0, kept, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        named = tl.load(keep + k, mask=k < kept, other=0).to(tl.int32)
+        named = named_at(keep, k, kept)
         # What lies behind the kept ones is no smaller than `kept`, so it needs no mask.
         hit = (named[None, :] == token[:, None]) & (k[None, :] > after[:, None])
         found = tl.minimum(found, tl.min(tl.where(hit, k[None, :], kept), axis=1))
@@ -75,7 +91,7 @@ def last_namer(keep, kept, token, BLOCK_K: tl.constexpr):
     found = tl.zeros_like(token) - 1
     for start in range(0, kept, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        named = tl.load(keep + k, mask=k < kept, other=0).to(tl.int32)
+        named = named_at(keep, k, kept)
         hit = (named[None, :] == token[:, None]) & (k < kept)[None, :]
         found = tl.maximum(found, tl.max(tl.where(hit, k[None, :], -1), axis=1))
     return found

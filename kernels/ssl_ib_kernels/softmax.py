@@ -18,18 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiling import Grid, Tiles, grid, tiles
+from .rows import row_tile
+from .tiling import WORKSPACE, Grid, Tiles, grid, tiles
 from .variant import launch
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
+#: Logits within this bound, in powers of two, need no maximum: sums of 2^40 weights, and weights that are small beside
+#: them, are far inside float32. Unit vectors get there from a temperature of 0.024 on.
+SAFE: tl.constexpr = tl.constexpr(60.0)
+
 #: Triton's interpreter takes the bits of bfloat16 for integers when it multiplies matrices.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 #: The tensors [..., D] that the kernels read.
-OPERANDS = ("x", "y", "a", "v")
+OPERANDS = ("x", "y", "a", "v", "x_mean")
 
 #: Float16 overflows at 2**16 and loses what is below 2**-24: weights are brought up to 2**14 before they become one.
 FLOAT16_TOP: tl.constexpr = tl.constexpr(2.0**14)
@@ -62,10 +67,17 @@ def load_vector(pointer, index, length, axis: tl.constexpr):
     """[len(index)] of a [length] with zeros outside, and a new dimension `axis`; None without a pointer."""
     vector = None
     if pointer is not None:
-        vector = tl.load(pointer + index, mask=index < length, other=0)
+        vector = tl.expand_dims(tl.load(pointer + index, mask=index < length, other=0), axis)
+    return vector
+
+
+@triton.jit
+def load_index(pointer, index, length, axis: tl.constexpr):
+    """What `load_vector` loads, as int32: what int32 cannot hold names no row or column, and becomes -1."""
+    vector = load_vector(pointer, index, length, axis)
+    if vector is not None:
         if vector.dtype == tl.int64:
-            vector = vector.to(tl.int32)
-        vector = tl.expand_dims(vector, axis)
+            vector = tl.where((vector < 0) | (vector > 0x7FFFFFFF), -1, vector).to(tl.int32)
     return vector
 
 
@@ -125,14 +137,75 @@ def add_product(total, unit, weights, y):
     return dot(weights.to(y.dtype), y, total), unit
 
 
+@triton.jit
+def label_range(label, there):
+    """The least and the greatest label of those that are there: scalars."""
+    far = 0x7FFFFFFFFFFFFFFF if label.dtype == tl.int64 else 0x7FFFFFFF
+    return tl.min(tl.where(there, label, far), axis=0), tl.max(tl.where(there, label, -far), axis=0)
+
+
+@triton.jit
+def meet(low, high, label, there):
+    """Whether labels may equal one between low and high. Labels in order let most tiles be passed over."""
+    least, greatest = label_range(label, there)
+    return (least <= high) & (greatest >= low)
+
+
+@triton.jit
+def same_label(x_label, y_label, y_there):
+    """[BLOCK_X, BLOCK_Y]: the pairs of one label; x_label [BLOCK_X], y_label and y_there [BLOCK_Y]."""
+    return (x_label[:, None] == y_label[None, :]) & y_there[None, :]
+
+
+@triton.jit
+def squared_lengths(pointer, start, length, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[ROWS] of a [length, D]; zeros outside, and infinity where a number is none."""
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    for piece in range(tl.cdiv(D, BLOCK_D)):
+        tile = load_tile(pointer, start, length, piece, ROWS, D, BLOCK_D).to(tl.float32)
+        total += tl.sum(tile * tile, axis=1)
+    return tl.where(total == total, total, INFINITY)
+
+
+@triton.jit(do_not_specialize=["X", "Y"])
+def longest_kernel(
+    x_pointer,
+    y_pointer,
+    bound_pointer,
+    X,
+    Y,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Raises bound[0] to the greatest squared length of rows of x, and bound[1] to that of y (None: y is x).
+
+    bound int32 [2], zeros at first. It holds the bits of float32 numbers, which are ordered as the numbers are: the
+    order in which programs come changes nothing.
+    """
+    blocks = tl.cdiv(X, ROWS)
+    block = tl.program_id(0)
+    if y_pointer is None:
+        greatest = tl.max(squared_lengths(x_pointer, block * ROWS, X, D, ROWS, BLOCK_D), axis=0)
+        tl.atomic_max(bound_pointer, greatest.to(tl.int32, bitcast=True))
+        tl.atomic_max(bound_pointer + 1, greatest.to(tl.int32, bitcast=True))
+    elif block < blocks:
+        greatest = tl.max(squared_lengths(x_pointer, block * ROWS, X, D, ROWS, BLOCK_D), axis=0)
+        tl.atomic_max(bound_pointer, greatest.to(tl.int32, bitcast=True))
+    else:
+        greatest = tl.max(squared_lengths(y_pointer, (block - blocks) * ROWS, Y, D, ROWS, BLOCK_D), axis=0)
+        tl.atomic_max(bound_pointer + 1, greatest.to(tl.int32, bitcast=True))
+
+
 @triton.jit(do_not_specialize=["X", "Y", "steps"])
 def softmax_forward(
     x_pointer,
     y_pointer,
     prior_pointer,
     self_pointer,
-    x_group_pointer,
-    y_group_pointer,
+    x_label_pointer,
+    y_label_pointer,
+    bound_pointer,
     lse_pointer,
     mean_pointer,
     expected_pointer,
@@ -145,20 +218,31 @@ def softmax_forward(
     BLOCK_Y: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
-    """One part's logsumexp [S, X], mean of y [S, X, D], expectation of the prior [S, X]; the last two may be None."""
+    """One part's logsumexp [S, X], mean of y [S, X, D], expectation of the prior [S, X]; the last two may be None.
+
+    bound [2]: what `longest_kernel` found. A BOUNDED kernel takes no maximum, and runs where the bound keeps every
+    logit within SAFE; the other one runs where it does not, and everywhere without a bound.
+    """
+    if bound_pointer is not None:
+        x_longest = tl.load(bound_pointer).to(tl.float32, bitcast=True)
+        y_longest = tl.load(bound_pointer + 1).to(tl.float32, bitcast=True)
+        bounded = tl.sqrt(x_longest) * tl.sqrt(y_longest) * (inverse_temperature * LOG2_E) <= SAFE
+        if bounded != BOUNDED:
+            return
     piece, part = tl.program_id(1), tl.program_id(2)
     x_start = tl.program_id(0) * BLOCK_X
     x_index = x_start + tl.arange(0, BLOCK_X)
     x = load_tile(x_pointer, x_start, X, piece, BLOCK_X, D, BLOCK_D)
     # Float16's weights all carry this power of two, which cancels in the end.
-    headroom = 14.0 if x.dtype == tl.float16 else 0.0
-    highest = tl.full([BLOCK_X], -INFINITY, dtype=tl.float32)
+    headroom = 14.0 if x.dtype == tl.float16 and not BOUNDED else 0.0
+    highest = tl.full([BLOCK_X], 0.0 if BOUNDED else -INFINITY, dtype=tl.float32)
     total = tl.zeros([BLOCK_X], dtype=tl.float32)
     expected = tl.zeros([BLOCK_X], dtype=tl.float32)
     mean = tl.zeros([BLOCK_X, BLOCK_D], dtype=tl.float32)
-    own = load_vector(self_pointer, x_index, X, 1)
-    x_group = load_vector(x_group_pointer, x_index, X, 1)
+    own = load_index(self_pointer, x_index, X, 1)
+    x_label = load_vector(x_label_pointer, x_index, X, 1)
     first = part * steps * BLOCK_Y
     for start in range(first, tl.minimum(first + steps * BLOCK_Y, Y), BLOCK_Y):
         y_index = start + tl.arange(0, BLOCK_Y)
@@ -167,20 +251,25 @@ def softmax_forward(
         logits = products * (inverse_temperature * LOG2_E) + outside(y_index, Y)
         if self_pointer is not None:
             logits = tl.where(own == y_index[None, :], -INFINITY, logits)
-        if x_group_pointer is not None:
-            logits = tl.where(x_group == load_vector(y_group_pointer, y_index, Y, 0), -INFINITY, logits)
-        higher = tl.maximum(highest, tl.max(logits, axis=1))
-        # A row that has met nothing yet has no maximum to subtract.
-        base = tl.where(higher == -INFINITY, 0.0, higher) - headroom
-        weights = tl.exp2(logits - base[:, None])
-        shrink = tl.exp2(highest - headroom - base)
-        total = total * shrink + tl.sum(weights, axis=1)
+        if x_label_pointer is not None:
+            logits = tl.where(x_label == load_vector(y_label_pointer, y_index, Y, 0), -INFINITY, logits)
+        if BOUNDED:
+            weights = tl.exp2(logits)
+        else:
+            higher = tl.maximum(highest, tl.max(logits, axis=1))
+            # A row that has met nothing yet has no maximum to subtract.
+            base = tl.where(higher == -INFINITY, 0.0, higher) - headroom
+            weights = tl.exp2(logits - base[:, None])
+            shrink = tl.exp2(highest - headroom - base)
+            total *= shrink
+            expected *= shrink
+            mean *= shrink[:, None]
+            highest = higher
+        total += tl.sum(weights, axis=1)
         if prior_pointer is not None:
-            prior = load_vector(prior_pointer, y_index, Y, 0)
-            expected = expected * shrink + tl.sum(weights * prior, axis=1)
+            expected += tl.sum(weights * load_vector(prior_pointer, y_index, Y, 0), axis=1)
         if mean_pointer is not None:
-            mean = dot(weights.to(y.dtype), y, mean * shrink[:, None])
-        highest = higher
+            mean = dot(weights.to(y.dtype), y, mean)
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
@@ -247,11 +336,14 @@ def forward(
     temperature: float,
     log_prior: Tensor | None = None,
     self_index: Tensor | None = None,
-    row_group: Tensor | None = None,
-    col_group: Tensor | None = None,
+    row_label: Tensor | None = None,
+    col_label: Tensor | None = None,
     with_mean: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logsumexp [N], mean column [N, d] or empty, expected log prior [N] or empty) of rows [N, d], cols [M, d]."""
+    """(logsumexp [N], mean column [N, d] or empty, expected log prior [N] or empty) of rows [N, d], cols [M, d].
+
+    Pairs of one label are left out.
+    """
     num_rows, width = rows.shape
     float32 = {"dtype": torch.float32, "device": rows.device}
     lse = torch.empty(num_rows, **float32)
@@ -259,21 +351,38 @@ def forward(
     expected = torch.empty(0 if log_prior is None else num_rows, **float32)
     if len(cols) == 0 or num_rows == 0:
         return lse.fill_(-torch.inf), mean.zero_()[..., :width].contiguous(), expected.zero_()
+    bound = None
+    if rows.dtype != torch.float16 or not with_mean:
+        bound = longest(rows, None if rows is cols else cols)
+    # Without a bound: float16 cannot hold the weights of a mean of which no maximum was taken.
     sizes = tiles("softmax_forward" if with_mean else "logsumexp", rows.dtype, width, rows.device)
     walk = grid(num_rows, len(cols), width if with_mean else 0, sizes, rows.device)
     whole = {"lse": lse, "mean": mean if with_mean else None, "expected": None if log_prior is None else expected}
     parts = whole
     if walk.parts > 1:
         parts = {name: None if x is None else x.new_empty(walk.parts, *x.shape) for name, x in whole.items()}
-    tensors = {"prior": log_prior, "self": self_index, "x_group": row_group, "y_group": col_group}
-    launch_walk(softmax_forward, walk, sizes, temperature, x=rows, y=cols, **tensors, **parts)
+    tensors = {"prior": log_prior, "self": self_index, "x_label": row_label, "y_label": col_label, "bound": bound}
+    tensors |= {"x": rows, "y": cols}
+    for bounded in (False,) if bound is None else (True, False):
+        launch_walk(softmax_forward, walk, sizes, temperature, {"BOUNDED": bounded}, **tensors, **parts)
     if walk.parts > 1:
         _merge(parts, whole, sizes.block_d)
     return lse, mean[..., :width].contiguous(), expected
 
 
+def longest(x: Tensor, y: Tensor | None) -> Tensor:
+    """The greatest squared lengths of rows of x [X, D] and of y [Y, D] (None: of x again), as `longest_kernel` does."""
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    bound = torch.zeros(2, dtype=torch.int32, device=x.device)
+    tile = row_tile(x.shape[1], 8192)
+    blocks = triton.cdiv(len(x), tile["ROWS"]) + (0 if y is None else triton.cdiv(len(y), tile["ROWS"]))
+    tensors = {"x_pointer": x, "y_pointer": y, "bound_pointer": bound}
+    launch(longest_kernel, (blocks,), **tensors, X=len(x), Y=0 if y is None else len(y), **tile)
+    return bound
+
+
 def _merge(parts: dict[str, Tensor | None], whole: dict[str, Tensor | None], block_d: int) -> None:
-    """Fills `whole` with the parts' logsumexp, mean and expectation."""
+    """Fills `whole` with what the parts make together."""
     num_parts, num_rows = parts["lse"].shape
     width = 1 if parts["mean"] is None else parts["mean"].shape[2]
     block_x = 16
@@ -307,7 +416,7 @@ def summed(
     if num_x == 0 or len(y) == 0:
         return x.new_zeros((num_x, width) if wide else (num_x,), dtype=dtype)
     sizes = tiles(kernel.fn.__name__, x.dtype, width, x.device)
-    walk = grid(num_x, len(y), width if wide else 0, sizes, x.device)
+    walk = grid(num_x, len(y), width if wide else 0, sizes, x.device, WORKSPACE // 2)
     out = x.new_empty((walk.parts, *shape), dtype=dtype if walk.parts == 1 else torch.float32)
     launch_walk(kernel, walk, sizes, temperature, integers, **tensors, out=out)
     answer = out[0] if walk.parts == 1 else out.sum(dim=0).to(dtype)
@@ -324,9 +433,10 @@ def launch_walk(
 ) -> None:
     """Launches a kernel whose programs walk over y; the tensors, x [X, D] and y [Y, D] among them, by name."""
     tensors |= {name: padded(x) for name, x in tensors.items() if name in OPERANDS and x is not None}
-    if tensors.get("x_group") is None or tensors.get("y_group") is None:
-        # One side's groups alone leave nothing out.
-        tensors |= {name: None for name in ("x_group", "y_group") if name in tensors}
+    for pair in (("x_label", "y_label"), ("x_drop", "y_drop")):
+        if any(tensors.get(name) is None for name in pair):
+            # One side's labels alone say nothing.
+            tensors |= {name: None for name in pair if name in tensors}
     x, y = tensors["x"], tensors["y"]
     launch(
         kernel,

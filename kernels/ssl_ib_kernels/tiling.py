@@ -13,7 +13,8 @@ import torch
 
 from .variant import capability_of
 
-#: The partial outputs of a split may take this many bytes.
+#: The partial outputs of a forward may take this many bytes, those of a gradient half of it: a kept mean of 32 MiB may
+#: lie beside them, and all of it shall be 64 MB at most.
 WORKSPACE = 32 * 2**20
 
 MOST_PARTS = 128
@@ -73,14 +74,18 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
         # Three products of tf32 make one of float32, whose operands take registers: the logits are summed in steps.
         crowded = kernel in ("row_gradient", "prototype_gradient")
         return Tiles(64, 16 if crowded else 32, narrow, min(narrow, 32), 8, 2)
+    if kernel in ("positives", "gradient_from_mean"):
+        # They read little but labels, and the more rows a program owns the more tiles hold a positive.
+        return Tiles(64, 32, narrow, min(narrow, 64), 8, 2)
     if width <= 128:
         block_x, block_y, *launch = NARROW[size]
         return Tiles(block_x, block_y, narrow, narrow, *launch)
     if width > 256 or kernel not in WIDE[size]:
         block_x, block_y, *launch = PIECES[size]
         return Tiles(block_x, block_y, 128, 64, *launch)
-    if size == "large" and capability_of(device) != 90 and kernel in ("logsumexp", "softmax_forward"):
-        # On a B200 the larger tiles of these two would spill.
+    crowded = kernel in ("logsumexp", "softmax_forward") or (kernel == "lse_gradient" and dtype == torch.float16)
+    if size == "large" and capability_of(device) != 90 and crowded:
+        # On a B200 their larger tiles would spill.
         size = "small"
     block_x, block_y, *launch = WIDE[size][kernel]
     if dtype == torch.float16 and kernel in ("lse_gradient", "row_gradient", "prototype_gradient"):
@@ -103,11 +108,14 @@ class Grid:
         return self.blocks, self.pieces, self.parts
 
 
-def grid(num_x: int, num_y: int, width: int, sizes: Tiles, device: torch.device) -> Grid:
-    """The programs for x [num_x, ...] and y [num_y, ...]; width: that of the output, 0 for one number a row."""
+def grid(num_x: int, num_y: int, width: int, sizes: Tiles, device: torch.device, workspace: int = WORKSPACE) -> Grid:
+    """The programs for x [num_x, ...] and y [num_y, ...]; width: that of the output, 0 for one number a row.
+
+    workspace: bytes that the parts may take together.
+    """
     blocks, steps = math.ceil(num_x / sizes.block_x), math.ceil(num_y / sizes.block_y)
     pieces = max(1, math.ceil(width / sizes.block_d))
-    most = min(steps, MOST_PARTS, max(1, WORKSPACE // (4 * num_x * max(width, 1))))
+    most = min(steps, MOST_PARTS, max(1, workspace // (4 * num_x * max(width, 1))))
     parts = split(blocks * pieces, steps, most, _multiprocessors(device))
     # Parts of equal length may be fewer than asked for: the last would have nothing to do.
     steps = math.ceil(steps / parts)

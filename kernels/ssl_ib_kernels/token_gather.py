@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import BLOCK_K, DTYPES, next_namer, row_of, row_tile, strides
+from .rows import BLOCK_K, DTYPES, load_token, next_namer, row_of, row_tile, strides
 from .variant import Variant, launch, recording
 
 
@@ -37,10 +37,9 @@ def token_gather_kernel(
     d = tl.program_id(0) % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (row < num_rows)[:, None] & (d < D)[None, :]
 
-    token = tl.load(keep + row, mask=row < num_rows, other=0)
-    exists = (token >= 0) & (token < num_tokens)
+    token, exists = load_token(keep + row, row < num_rows, num_tokens)
     source = row_of(x, (row // kept).to(tl.int64), token, stride_image, stride_row, UNIT) + d[None, :]
-    values = tl.load(source, mask=inside & exists[:, None])
+    values = tl.load(source, mask=inside & exists[:, None], other=0.0)
     tl.store(out + row.to(tl.int64)[:, None] * D + d[None, :], values, mask=inside)
 
 
@@ -80,7 +79,7 @@ def token_gather_backward_kernel(
 
 
 def token_gather(x: Tensor, keep: Tensor) -> Tensor:
-    """x [B, L, D], keep int [B, K] with values in [0, L) -> [B, K, D]."""
+    """x [B, L, D], keep int [B, K] with values in [0, L) -> [B, K, D]. A value out of range gives zeros."""
     (_, num_tokens, width), (batch, kept) = x.shape, keep.shape
     out = x.new_empty(batch, kept, width)
     if out.numel():

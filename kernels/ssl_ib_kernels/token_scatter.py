@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import BLOCK_K, DTYPES, PROGRAMS, last_namer, row_of, row_tile, split, strides
+from .rows import BLOCK_K, DTYPES, PROGRAMS, last_namer, load_token, row_of, row_tile, split, strides
 from .variant import Variant, launch, recording
 
 #: A program uses its tile of positions for so many images. Read anew for each, float32 positions would be most of the
@@ -40,11 +40,13 @@ def token_scatter_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A program writes the same ROWS rows of IMAGES images."""
+    """A program writes the same ROWS rows of IMAGES images; its neighbours write them of other images, so that the
+    positions that are read at a time are few.
+    """
     length = num_prefix + num_tokens
-    chunks, blocks = tl.cdiv(D, BLOCK_D), tl.cdiv(length, ROWS)
+    chunks, groups = tl.cdiv(D, BLOCK_D), tl.cdiv(num_images, IMAGES)
     block = tl.program_id(0) // chunks
-    row = block % blocks * ROWS + tl.arange(0, ROWS)
+    row = block // groups * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(0) % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (row < length)[:, None] & (d < D)[None, :]
 
@@ -53,7 +55,7 @@ def token_scatter_kernel(
         shift += tl.load(pos + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
     blank = tl.load(mask_token + d, mask=d < D, other=0.0).to(tl.float32)
 
-    first = block // blocks * IMAGES
+    first = block % groups * IMAGES
     for image in range(first, tl.minimum(first + IMAGES, num_images)):
         image = tl.cast(image, tl.int64)
         k = last_namer(keep + image * kept, kept, row - num_prefix, BLOCK_K)
@@ -93,9 +95,8 @@ def latents_gradient_kernel(
     keep += image * kept
 
     named = row >= num_prefix
-    token = tl.load(keep + row - num_prefix, mask=named & (row < length), other=0)
-    wins = last_namer(keep, kept, token.to(tl.int32), BLOCK_K) == row - num_prefix
-    exists = (token >= 0) & (token < num_tokens)
+    token, exists = load_token(keep + row - num_prefix, named & (row < length), num_tokens)
+    wins = last_namer(keep, kept, token, BLOCK_K) == row - num_prefix
     source = tl.where(named, num_prefix + token, row)
     source = row_of(x, image, source, stride_image, stride_row, UNIT) + d[None, :]
     values = tl.load(source, mask=inside & (~named | (wins & exists))[:, None], other=0.0)

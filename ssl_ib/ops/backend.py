@@ -3,7 +3,7 @@
     reference  plain torch, the definition; differentiable twice
     chunked    plain torch in pieces: the memory promise on any device
     triton     `kernels/ssl_ib_kernels`, on a GPU (or on the CPU under Triton's interpreter)
-    cuda       `csrc`, on a GPU: built at first use, or with the package
+    cuda       `csrc`, on a GPU: built at first use, or with the package; ops that it has no kernel for run in Triton
 
 Every backend but the reference offers the same functions on plain tensors; `operators` makes torch operators of them.
 The choice is `use_backend(...)`, or the environment's `SSL_IB_OPS`; "auto" follows the table `crossover.py`.
@@ -141,11 +141,13 @@ def choose(op: str, tensor: Tensor, work: int, dtype: torch.dtype | None = None)
         return choice
     device, dtype = tensor.device.type, dtype or tensor.dtype
     if choice != "auto":
+        instead = f"{asked} has no such function" if choice != asked else None
         reason = why_not(choice, device, dtype)
         if reason is not None:
-            raise UserError(f"{op}: the backend {asked!r} was asked for and cannot run: {reason}")
-        if choice != asked:
-            _say_once(op, device, choice, [f"{asked} has no such function"])
+            clause = f" ({instead}, so {choice} would run)" if instead else ""
+            raise UserError(f"{op}: the backend {asked!r} was asked for and cannot run: {reason}{clause}")
+        if instead:
+            _say_once(op, device, choice, [instead])
         return choice
     best, obstacles = automatic(op, device, dtype, work)
     _say_once(op, device, best, obstacles)
@@ -181,6 +183,7 @@ def function(kernel: str, name: str, backend: str, tensor: Tensor, dtype: torch.
     Raises UserError where the backend cannot run them.
     """
     device, dtype = tensor.device.type, dtype or tensor.dtype
+    backend = crossover.INSTEAD.get((kernel, backend), backend)
     if backend == "auto":
         backend, _ = automatic(kernel, device, dtype, None)
     reason = why_not(backend, device, dtype)

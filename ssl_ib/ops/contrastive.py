@@ -40,7 +40,8 @@ def info_nce(
     check("info_nce", rows, cols, row_labels, col_labels, temperature, self_index, own)
     arguments = (rows, cols, row_labels, col_labels, temperature, self_index, own, False)
     lse, positive, count = _parts("info_nce", *arguments)
-    return (lse - positive).masked_fill(count == 0, 0.0)
+    loss = lse - positive
+    return loss if count is None else loss.masked_fill(count == 0, 0.0)
 
 
 def info_nce_parts(
@@ -104,58 +105,34 @@ def _parts(
     self_index: Tensor | None,
     own: Tensor | None,
     drop_group: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logsumexp, mean positive logit, number of positives), each [N]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logsumexp, mean positive logit, number of positives), each [N]; None for the number: no row is without one."""
     backend, rows, cols = operands("info_nce", rows, cols)
     if backend == "reference":
         return _reference(rows, cols, row_labels, col_labels, temperature, self_index, own, drop_group)
-    groups = None
     if row_labels is not None:
-        groups = Groups(row_labels, row_labels if col_labels is None else col_labels, self_index)
-    lse, _ = operators.lse(
-        rows,
-        cols,
-        temperature,
-        self_index,
-        groups.rows if drop_group and groups else None,
-        groups.cols if drop_group and groups and cols is not None else None,
-        cols is not None and rows.requires_grad and torch.is_grad_enabled(),
-        backend,
+        row_labels, col_labels = labels_of_one_kind(row_labels, col_labels)
+    with_mean = cols is not None and rows.requires_grad and torch.is_grad_enabled()
+    lse, _, positive, count = operators.lse(
+        rows, cols, temperature, self_index, row_labels, col_labels, drop_group, with_mean, backend
     )
-    if groups is None:
-        positive, count = torch.zeros_like(lse), torch.zeros_like(lse, dtype=torch.int64)
-    else:
-        positive = operators.positives(rows, cols, groups.rows, groups.cols, groups.counts, groups.own, temperature)
-        count = groups.counts
-    if own is not None:
-        own_logit = (rows.to(lse.dtype) * own.to(lse.dtype)).sum(dim=1) / temperature
-        positive = (positive * count + own_logit) / (count + 1)
-        count = count + 1
-        if not drop_group:
-            lse = torch.logaddexp(lse, own_logit)
-    return lse, positive, count
+    if own is None:
+        return lse, positive, count
+    logit = operators.own_logits(rows, own, temperature)
+    if not drop_group:
+        lse = torch.logaddexp(lse, logit)
+    if row_labels is None:
+        return lse, logit, None
+    # The own column is one more positive.
+    return lse, (positive * count + logit) / (count + 1), None
 
 
-class Groups:
-    """Labels as numbers of groups, found by sorting: nothing of size N x M, and no waiting for a GPU.
-
-    rows [N], cols [M]: int32, which columns a row's positives are among; a row without any has the number M.
-    counts [N]: a row's positives but itself. own [N]: the column that a row leaves out where it is of its group, else
-    -1; None where no row leaves any out.
-    """
-
-    def __init__(self, row_labels: Tensor, col_labels: Tensor, self_index: Tensor | None):
-        num_cols = len(col_labels)
-        ordered = col_labels.sort().values
-        first, after = torch.searchsorted(ordered, row_labels), torch.searchsorted(ordered, row_labels, right=True)
-        self.counts = after - first
-        self.rows = first.masked_fill(self.counts == 0, num_cols).int()
-        self.cols = torch.searchsorted(ordered, col_labels).int()
-        self.own = None
-        if self_index is not None and num_cols:
-            among = (self_index >= 0) & (col_labels[self_index.clamp(min=0)] == row_labels)
-            self.own = self_index.masked_fill(~among, -1)
-            self.counts = self.counts - among.long()
+def labels_of_one_kind(row_labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both labels in one dtype that kernels compare: int32 or int64."""
+    kinds = {x.dtype for x in (row_labels, col_labels) if x is not None}
+    if kinds not in ({torch.int32}, {torch.int64}):
+        row_labels, col_labels = row_labels.long(), None if col_labels is None else col_labels.long()
+    return row_labels, col_labels
 
 
 def _reference(

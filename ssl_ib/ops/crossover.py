@@ -1,7 +1,8 @@
 """What `auto` picks: for every kernel, the backends in order of preference and the size from which the first ones pay.
 
-CPU: measured with `tools/crossover.py` (the machine and date stand in docs/kernels.md). GPU: predicted from the
-work each kernel does and not yet measured; `tools/gpu_check.sh` measures it and says where the prediction is wrong.
+CPU: measured by `tools/crossover.py` on the machine and date that docs/kernels.md states under "Measured".
+GPU: not measured. The order is a prediction from the work each kernel does. On a GPU `tools/gpu_check.sh` prints for
+every shape what `auto` took and which backend was the fastest.
 
 The size is counted in numbers: of the output for gather and scatter, of the prediction for the reconstruction error,
 of the logits (rows x columns) for the softmax ops.
@@ -19,21 +20,25 @@ CPU = {
     "posterior": 524_288,
 }
 
-#: Moving bytes needs no tensor-core scheduling, where hand-written CUDA is at its best; the products do, and Triton's
-#: run on Hopper's wgmma while csrc's run on mma.sync.
+#: Not measured. Predicted: moving bytes needs no scheduling of tensor cores, where hand-written CUDA is at its best.
+#: The products need it, and Triton's tiles are larger than csrc's, with more stages of copies under way.
 GPU = {
     "token_gather": ("cuda", "triton", "chunked"),
     "token_scatter": ("cuda", "triton", "chunked"),
-    "masked_patch_mse": ("cuda", "triton", "chunked"),
-    "patch_embed_gather": ("triton", "cuda", "chunked"),
+    "masked_patch_mse": ("triton", "chunked"),
+    "patch_embed_gather": ("triton", "chunked"),
     "lse": ("triton", "cuda", "chunked"),
     "posterior": ("triton", "cuda", "chunked"),
     "augment": ("triton", "reference"),
 }
 
 #: What runs in place of a backend that has no such function.
-INSTEAD = {("augment", "chunked"): "reference", ("augment", "cuda"): "triton"}
-
+INSTEAD = {
+    ("augment", "chunked"): "reference",
+    ("augment", "cuda"): "triton",
+    ("patch_embed_gather", "cuda"): "triton",
+    ("masked_patch_mse", "cuda"): "triton",
+}
 
 #: The kernel behind an op, where it is not the op's own.
 KERNELS = {"info_nce": "lse", "gmm_lse": "lse", "gmm_posterior": "posterior", "gmm_assign": "posterior"}

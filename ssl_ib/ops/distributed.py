@@ -33,8 +33,8 @@ def info_nce(
     cols [m, d] is this process's share of the columns, or None for the rows; labels name groups across processes;
     self_index [n] numbers this process's own columns. shares: how many columns each process has, where the caller knows
     (asking makes a GPU wait).
-    With cols None the gradient of the gathered rows is worked out where they live: processes exchange two numbers a
-    row, and no gradient of a column. Otherwise the columns' gradients are sent home and added up.
+    With cols None the gradient of the gathered rows is worked out where they live: processes exchange three numbers
+    a row, and no gradient of a column. Otherwise the columns' gradients are sent home and added up.
     Raises UserError for arguments that do not fit.
     """
     if distributed.world_size() == 1:
@@ -50,6 +50,7 @@ def info_nce(
         gathered = distributed.gather_rows(columns, shares)
         return contrastive.info_nce(rows, gathered, row_labels, everyones, temperature, self_index)
     contrastive.check("info_nce", rows, None, row_labels, None, temperature, None, None)
+    row_labels, everyones = contrastive.labels_of_one_kind(row_labels, everyones)
     return _Symmetric.apply(rows, row_labels, everyones, temperature, self_index, shares, first)
 
 
@@ -61,40 +62,27 @@ class _Symmetric(torch.autograd.Function):
         ctx.backend, rows_in, _ = operands("info_nce", rows, None)
         ctx.dtype, ctx.temperature, ctx.shares, ctx.first = rows.dtype, temperature, shares, first
         cols = distributed.gather_rows(rows_in, shares)
-        groups = contrastive.Groups(labels, everyones, self_index)
-        lse, _ = operators.lse(rows_in, cols, temperature, self_index, None, None, False, ctx.backend)
-        positive = operators.positives(rows_in, cols, groups.rows, groups.cols, groups.counts, groups.own, temperature)
-        ctx.save_for_backward(rows_in, cols, lse, self_index, everyones)
-        ctx.groups = groups
-        return (lse - positive).masked_fill_(groups.counts == 0, 0.0)
+        lse, _, positive, count = operators.lse(
+            rows_in, cols, temperature, self_index, labels, everyones, False, False, ctx.backend
+        )
+        ctx.save_for_backward(rows_in, cols, lse, count, self_index, labels, everyones)
+        return (lse - positive).masked_fill_(count == 0, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, cols, lse, self_index, everyones = ctx.saved_tensors
-        groups, shares = ctx.groups, ctx.shares
-        grad = grad.masked_fill(groups.counts == 0, 0.0)
-        numbers = torch.stack([grad, lse], dim=1)
-        grads, lses = distributed.gather_rows(numbers, shares).unbind(dim=1)
-        selves = None if self_index is None else distributed.gather_rows(self_index, shares)
+        rows, cols, lse, count, self_index, labels, everyones = ctx.saved_tensors
+        grad = grad.masked_fill(count == 0, 0.0)
+        # A row pulls at its positives, and the rows whose positive it is pull at it: what these need is gathered.
+        numbers = torch.stack([grad, lse, operators.pull_of(-grad, count)], dim=1)
+        theirs = [x.contiguous() for x in distributed.gather_rows(numbers, ctx.shares).unbind(dim=1)]
+        selves = None if self_index is None else distributed.gather_rows(self_index, ctx.shares)
+        mine = [x.contiguous() for x in numbers.unbind(dim=1)]
         d_rows = operators.lse_strip_backward(
-            rows, cols, grad, lse, grads.contiguous(), lses.contiguous(), ctx.temperature, self_index, selves, None,
-            None, ctx.first, ctx.backend,
+            rows, cols, *mine, *theirs, ctx.temperature, self_index, selves, labels, everyones, False, ctx.first,
+            ctx.backend,
         )  # fmt: skip
-        # As rows, these pull towards their groups; as columns, every row of their groups pulls at them.
-        as_rows, _ = operators.positives_backward(
-            grad, rows, cols, groups.rows, groups.cols, groups.counts, groups.own, ctx.temperature, True, False
-        )
-        mine = slice(ctx.first, ctx.first + len(rows))
-        if selves is not None:
-            selves = selves - ctx.first
-            selves = selves.masked_fill((selves < 0) | (selves >= len(rows)), -1)
-        back = contrastive.Groups(everyones, everyones[mine], selves)
-        counts = distributed.gather_rows(groups.counts, shares)
-        _, as_cols = operators.positives_backward(
-            grads, cols, rows, back.rows, back.cols, counts, back.own, ctx.temperature, False, True
-        )
-        return (d_rows - as_rows - as_cols).to(ctx.dtype), *[None] * 6
+        return d_rows.to(ctx.dtype), *[None] * 6
 
 
 def gmm_assign(

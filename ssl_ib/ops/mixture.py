@@ -30,7 +30,7 @@ def gmm_lse(x: Tensor, prototypes: Tensor, tau: float) -> Tensor:
     if backend == "reference":
         return _logits("gmm_lse", x, prototypes, tau).logsumexp(dim=1)
     with_mean = x.requires_grad and torch.is_grad_enabled()
-    return softmax_operators.lse(x, prototypes, tau, None, None, None, with_mean, backend)[0]
+    return softmax_operators.lse(x, prototypes, tau, None, None, None, False, with_mean, backend)[0]
 
 
 def gmm_posterior(

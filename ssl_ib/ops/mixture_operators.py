@@ -99,7 +99,7 @@ posterior.register_autograd(_posterior_gradient, setup_context=_save_posterior)
 
 def _crops(s, t, c, tau_s, tau_t, log_prior, detach_p, want_marginal, with_mean, backend):
     """What `lse` gives for student's rows s [S, d], then what `posterior` gives for teacher's t [T, d]."""
-    student = lse(s, c, tau_s, None, None, None, with_mean, backend)
+    student = lse(s, c, tau_s, None, None, None, False, with_mean, backend)[:2]
     return *student, *posterior(t, c, tau_t, log_prior, detach_p, want_marginal, backend)
 
 
@@ -146,8 +146,8 @@ def _crops_gradient(ctx, d_lse, _, *gradients):
     want_s, want_t, want_c = ctx.needs_input_grad[:3]
     d_s = d_t = d_c = None
     if d_lse is not None:
-        no_masks, wanted = (None, None, None), (want_s, want_c)
-        both = lse_backward(d_lse, lse_s, mean_s, s, c, ctx.tau_s, *no_masks, *wanted, ctx.backend)
+        no_masks, wanted = (None, None, None, False), (want_s, want_c)
+        both = lse_backward(d_lse, lse_s, None, mean_s, s, c, ctx.tau_s, *no_masks, *wanted, ctx.backend)
         d_s, d_c = (x if want else None for x, want in zip(both, wanted, strict=True))
     if any(gradient is not None for gradient in gradients):
         slopes = _slopes(t, c, ctx.tau_t, answers, log_prior, ctx.detach_p, ctx.backend, *gradients)

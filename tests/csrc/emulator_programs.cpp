@@ -38,7 +38,7 @@ __global__ void rotate(float* out, bool with_barrier) {
 __global__ void pass_along(float* out, bool with_barrier) {
     SSL_IB_SHARED(float, tile, [kCount]);
     tile[threadIdx.x] = threadIdx.x;
-    if (with_barrier) __syncwarp();
+    if (with_barrier) __ballot_sync(~0u, true);
     out[threadIdx.x] = tile[threadIdx.x ^ 31];
 }
 
@@ -47,31 +47,31 @@ __global__ void step_on_toes(float* out, bool apart) {
     SSL_IB_SHARED(float, tile, [kCount]);
     float* const mine = tile + (apart ? threadIdx.x / 32 * 32 : 0);
     mine[threadIdx.x % 32] = threadIdx.x;
-    __syncwarp();
+    __ballot_sync(~0u, true);
     out[threadIdx.x] = mine[31 - threadIdx.x % 32];
 }
 
 __global__ void shuffles(float* out) {
     const int lane = threadIdx.x % 32;
-    const int x = __shfl_xor_sync(~0u, lane, 5), down = __shfl_down_sync(~0u, lane, 4, 8);
-    const int third = __shfl_sync(~0u, lane, 3, 16);
+    const int x = __shfl_xor_sync(~0u, lane, 5);
+    const unsigned odd = __ballot_sync(~0u, lane % 2);
     // Two halves of a warp, each on its own.
     const unsigned half = lane < 16 ? 0xFFFFu : 0xFFFF0000u;
     const int neighbour = __shfl_xor_sync(half, lane, 1);
-    const bool right = x == (lane ^ 5) && down == (lane % 8 < 4 ? lane + 4 : lane) && third == lane / 16 * 16 + 3 &&
-                       neighbour == (lane ^ 1);
+    const unsigned first = __ballot_sync(half, lane % 16 == 0);
+    const bool right = x == (lane ^ 5) && odd == 0xAAAAAAAAu && neighbour == (lane ^ 1) && __ffs(first) == lane / 16 * 16 + 1;
     out[threadIdx.x] = right;
 }
 
 __global__ void shuffle_from_a_lane_that_left(float* out) {
     if (threadIdx.x == 1) return;
-    out[threadIdx.x] = __shfl_sync(~0u, 1.0f, 1);
+    out[threadIdx.x] = __shfl_xor_sync(~0u, 1.0f, 1);
 }
 
 __global__ void leave_early(float* out) {
     if (threadIdx.x % 2) return;
     __syncthreads();
-    __syncwarp();
+    __ballot_sync(~0u, true);
     out[threadIdx.x] = 1.0f;
 }
 
@@ -88,7 +88,7 @@ __global__ void wait_for_ever(float* out) {
     if (threadIdx.x == 0) {
         __syncthreads();
     } else {
-        __syncwarp();
+        __ballot_sync(~0u, true);
     }
     out[threadIdx.x] = 1.0f;
 }

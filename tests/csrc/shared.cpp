@@ -169,11 +169,14 @@ void online(const float* logits, const float* values, int n, int step, float* ls
 
 float probability_of(float logit, float lse) { return probability(logit - lse); }
 
-int is_left_out(int column, int self, int row_group, int column_group) {
-    return left_out(column, self, row_group, column_group);
+int are_of_one_label(int low, int high, int other_low, int other_high) {
+    return Label{low, high} == Label{other_low, other_high};
 }
 
-int no_groups_are_equal() { return kNoRowGroup != kNoColumnGroup; }
+// The label of row i of `count`, whose words these are, beside a column without one.
+int is_of_no_label(const int* low, const int* high, int i, int count) {
+    return label_at({low, high}, i, count) == Label{0, 0};
+}
 
 void part(int tiles, int split, int splits, int* begin_and_end) {
     const Span span = part_of(tiles, split, splits);
@@ -182,5 +185,5 @@ void part(int tiles, int split, int splits, int* begin_and_end) {
 
 int piece(int step, int own, int pieces) { return piece_at(step, own, pieces); }
 
-int splits(long blocks, long tiles, int slots) { return splits_for(blocks, tiles, slots); }
+int splits(long blocks, long tiles, long slots, long most) { return splits_for(blocks, tiles, slots, most); }
 }

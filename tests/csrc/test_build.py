@@ -21,9 +21,6 @@ HEAVY = ("lse.cu", "posterior.cu")
 INSTRUCTIONS = {
     "token_gather.cu": (r"ld\.global\.nc\.v4", r"st\.global\.v4"),
     "token_scatter.cu": (r"ld\.global\.nc\.v4", r"st\.global\.v4"),
-    "masked_patch_mse.cu": (r"ld\.global\.nc\.v4", r"st\.global\.v4"),
-    "patch_embed_gather.cu": (r"ld\.global\.v4", r"mma\.sync\.aligned\.m16n8k16", r"cp\.async\.cg", r"ldmatrix"),
-    "patch_embed_gather_backward.cu": (r"ld\.global\.nc\.v4", r"st\.global\.v4"),
 }
 
 

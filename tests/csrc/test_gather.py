@@ -1,12 +1,11 @@
 """The gather family's CUDA kernels, emulated, against the reference in float64.
 
-Shapes: B images, C channels, p patch side, L tokens or patches, K kept, P prefix tokens, D width, G reconstructions.
+Shapes: B images, L tokens, K kept, P prefix tokens, D width.
 """
 
 import ctypes
 import faulthandler
 import itertools
-import math
 import mmap
 import os
 import traceback
@@ -199,211 +198,6 @@ def test_token_scatter_backward_over_many_images(csrc):
     assert_close("dpos", dpos, grad.sum(0), grad.double().sum(0), F32)
 
 
-# ---- patch_embed_gather ----
-
-EMBEDDINGS = {  # B, C, patches down and across, p, K, P, D
-    "runs of 8": (3, 3, 4, 5, 8, 7, 1, 40),
-    "two tiles of rows": (11, 1, 4, 4, 8, 12, 0, 24),
-    "the wide tile": (2, 2, 2, 3, 8, 4, 2, 264),
-    "two wide tiles": (1, 1, 2, 2, 8, 3, 0, 400),
-    "side 16": (2, 3, 2, 3, 16, 5, 1, 64),
-    "runs of 2": (2, 3, 3, 2, 14, 4, 0, 20),
-    "side 4, odd width": (3, 3, 3, 3, 4, 6, 1, 33),
-    "odd side": (2, 3, 2, 4, 3, 5, 1, 150),
-    "one pixel": (2, 1, 3, 3, 1, 2, 0, 1),
-}
-DTYPES = [(F32, F32), (F32, BF16), (BF16, BF16), (F32, F16), (F16, F16), (BF16, F32), (F16, BF16)]
-every_embedding = pytest.mark.parametrize("shape", EMBEDDINGS.values(), ids=EMBEDDINGS)
-every_pair = pytest.mark.parametrize(
-    ("pixels", "dtype"), DTYPES, ids=[f"{str(a)[6:]} to {str(b)[6:]}" for a, b in DTYPES]
-)
-
-
-def draw_embedding(shape, pixels, dtype):
-    """images, keep, weight, bias, pos, prefix."""
-    batch, channels, down, across, side, kept, num_prefix, width = shape
-    return (
-        draw(batch, channels, down * side, across * side, dtype=pixels),
-        draw_keep(batch, down * across, kept),
-        (draw(width, channels, side, side, seed=1) / math.sqrt(channels) / side).to(dtype),
-        draw(width, seed=2),
-        draw(down * across, width, seed=3),
-        draw(num_prefix, width, seed=4) if num_prefix else None,
-    )
-
-
-def embed(images, keep, weight, bias, pos, prefix):
-    """The reference on pixels converted to the weight's dtype; bias too, as a convolution demands."""
-    bias = None if bias is None else bias.to(weight.dtype)
-    return ops.patch_embed_gather(images.to(weight.dtype), keep, weight, bias, pos, prefix)
-
-
-def doubled(tensors):
-    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
-
-
-@every_pair
-@every_embedding
-def test_patch_embed_gather(csrc, shape, pixels, dtype):
-    arguments = draw_embedding(shape, pixels, dtype)
-    # Pixels are rounded to the weight's dtype, by definition.
-    truth = embed(*doubled([arguments[0].to(dtype), *arguments[1:]]))
-    answer = csrc.patch_embed_gather(*arguments)
-    assert answer.dtype == dtype
-    assert_close("tokens", answer, embed(*arguments), truth, dtype)
-    images, keep, weight, bias, pos, prefix = arguments
-    moved = csrc.patch_embed_gather(off_by_one(images), keep.int(), off_by_one(weight), bias, pos, prefix)
-    assert_close("tokens, unaligned", moved, embed(*arguments), truth, dtype)
-
-
-@every_dtype
-def test_patch_embed_gather_without_bias_or_kept_patches(csrc, dtype):
-    images, keep, weight, _, pos, prefix = draw_embedding(EMBEDDINGS["runs of 8"], F32, dtype)
-    arguments = images, keep, weight, None, pos.bfloat16(), prefix.half()
-    truth = embed(*doubled([images.to(dtype), *arguments[1:]]))
-    assert_close("tokens", csrc.patch_embed_gather(*arguments), embed(*arguments), truth, dtype)
-    alone = csrc.patch_embed_gather(images, keep[:, :0], weight, draw(40), pos, prefix)
-    assert bits_equal(alone, prefix.to(dtype).expand(3, 1, 40))
-
-
-@every_dtype
-@pytest.mark.parametrize("side", [3, 8, 14])
-def test_patch_embed_gather_rounds_pixels_to_the_weights_dtype(csrc, dtype, side):
-    """The difference of two pixels that are one in half precision, and not in float32."""
-    images, weight = torch.ones(1, 1, side, side), torch.zeros(1, 1, side, side, dtype=dtype)
-    images[..., 0, 0] += 2**-12
-    weight[..., 0, 0], weight[..., 0, 1] = 1, -1
-    answer = csrc.patch_embed_gather(
-        images, torch.zeros(1, 1, dtype=torch.int32), weight, None, torch.zeros(1, 1), None
-    )
-    assert answer.item() == (2**-12 if dtype == F32 else 0)
-
-
-@every_pair
-@every_embedding
-def test_patch_embed_gather_backward(csrc, shape, pixels, dtype):
-    images, keep, weight, bias, pos, prefix = draw_embedding(shape, pixels, dtype)
-    keep = torch.cat([keep, keep[:, :2], keep[:, :1]], dim=1)
-    num_prefix = 0 if prefix is None else len(prefix)
-    grad = draw(len(keep), num_prefix + keep.shape[1], len(weight), dtype=dtype, seed=5)
-
-    def tokens(images, weight, pos):
-        return embed(images, keep, weight, None, pos, None if prefix is None else prefix.to(weight.dtype))
-
-    _, reference = gradients(tokens, images, weight, pos, upstream=grad)
-    _, truth = gradients(tokens, images.to(dtype).double(), weight.double(), pos.double(), upstream=grad.double())
-    answer = csrc.patch_embed_gather_backward(grad, images, keep, weight, num_prefix, True, True, True)
-    assert [t.dtype for t in answer] == [pixels, F32, F32]
-    coarsest = max(pixels, dtype, key=lambda x: torch.finfo(x).eps)
-    assert_close("dimages", answer[0], reference[0], truth[0], coarsest)
-    assert_close("dweight", answer[1], reference[1], truth[1], dtype)
-    assert_close(
-        "dpos", answer[2], gradients(tokens, images.float(), weight.float(), pos, upstream=grad)[1][2], truth[2], F32
-    )
-    for wanted in itertools.product([False, True], repeat=3):
-        parts = csrc.patch_embed_gather_backward(grad, off_by_one(images), keep.int(), weight, num_prefix, *wanted)
-        for part, full, want in zip(parts, answer, wanted, strict=True):
-            assert bits_equal(part, full) if want else part.numel() == 0
-
-
-def test_patch_embed_gather_backward_in_chunks(csrc):
-    """More than 16 MB of pixels, and slices of the batch."""
-    images, keep = draw(90, 3, 64, 64), (torch.arange(64) + torch.arange(90)[:, None]) % 15
-    weight, grad = draw(8, 3, 16, 16, seed=1), draw(90, 64, 8, seed=2)
-    assert keep.numel() * weight[0].numel() * 4 > 16 << 20
-
-    def tokens(images, weight, pos):
-        return embed(images, keep, weight, None, pos, None)
-
-    pos = torch.zeros(16, 8)
-    _, reference = gradients(tokens, images, weight, pos, upstream=grad)
-    _, truth = gradients(tokens, images.double(), weight.double(), pos.double(), upstream=grad.double())
-    answer = csrc.patch_embed_gather_backward(grad, images, keep, weight, 0, True, True, True)
-    for name, *parts in zip(("dimages", "dweight", "dpos"), answer, reference, truth, strict=True):
-        assert_close(name, *parts, F32)
-
-
-# ---- masked_patch_mse ----
-
-RECONSTRUCTIONS = [  # images, reconstructions of each, C, patches down and across, p
-    (2, 1, 3, 2, 3, 4),
-    (3, 2, 3, 3, 3, 3),
-    (1, 3, 1, 2, 2, 8),
-    (2, 2, 3, 1, 2, 16),
-    (1, 1, 4, 1, 1, 32),
-    (5, 1, 1, 7, 9, 1),
-]
-
-
-def draw_reconstruction(batch, per_image, channels, down, across, side, pixels, dtype):
-    """pred, images, mask. Pixels far from zero, as a variance by differences of squares would show; one is flat."""
-    images = (draw(batch, channels, down * side, across * side) + 30).to(pixels)
-    images[-1, :, :side, :side] = 30
-    shape = batch * per_image, down * across
-    return draw(*shape, side * side * channels, dtype=dtype, seed=1), images, draw(*shape, seed=2) > 0.3
-
-
-def mse_sums(pred, images, mask, norm_pix):
-    """The reference's means times their counts."""
-    means = torch.stack(ops.masked_patch_mse(pred, images, mask, norm_pix))
-    return means * torch.stack([mask.sum(), (~mask).sum()])
-
-
-@every_pair
-@pytest.mark.parametrize("norm_pix", [False, True])
-@pytest.mark.parametrize("shape", RECONSTRUCTIONS)
-def test_masked_patch_mse(csrc, shape, norm_pix, pixels, dtype):
-    pred, images, mask = draw_reconstruction(*shape, pixels, dtype)
-    # Targets of one pixel have no deviation.
-    if norm_pix and pred.shape[2] == 1:
-        assert csrc.masked_patch_mse(pred, images, mask, norm_pix).isnan().all()
-        return
-    wide = mse_sums(pred.double(), images.double(), mask, norm_pix)
-    answer = csrc.masked_patch_mse(pred, images, mask, norm_pix)
-    assert answer.dtype == F32
-    for i in range(2):  # each against its own size: one group may be much the smaller
-        assert_close(
-            "sums", answer[i : i + 1], mse_sums(pred.float(), images, mask, norm_pix)[i : i + 1], wide[i : i + 1], F32
-        )
-    moved = csrc.masked_patch_mse(off_by_one(pred), off_by_one(images), mask.T.contiguous().T, norm_pix)
-    assert_close("sums, unaligned", moved, answer, wide, F32)
-
-    scale = torch.tensor([0.7, -0.3])
-    leaf = pred.double().requires_grad_()
-    error = (mse_sums(leaf, images.double(), mask, norm_pix) * scale).sum() * (pred.shape[2] / 2)
-    (truth,) = torch.autograd.grad(error, leaf)
-    dpred = csrc.masked_patch_mse_backward(scale, pred, images, mask, norm_pix)
-    assert dpred.dtype == dtype
-    assert_close("dpred", dpred, truth.float().to(dtype), truth, dtype)
-    moved = csrc.masked_patch_mse_backward(scale, off_by_one(pred), off_by_one(images), mask, norm_pix)
-    assert_close("dpred, unaligned", moved, truth.float().to(dtype), truth, dtype)
-
-
-def test_masked_patch_mse_of_more_patches_than_warps(csrc):
-    """A warp takes several patches, one after another."""
-    pred, images, mask = draw_reconstruction(2, 1, 3, 128, 129, 2, F32, F32)
-    assert mask.numel() > 8 * 4096
-    truth = mse_sums(pred.double(), images.double(), mask, True)
-    answer = csrc.masked_patch_mse(pred, images, mask, True)
-    assert_close("sums", answer, mse_sums(pred, images, mask, True), truth, F32)
-    dpred = csrc.masked_patch_mse_backward(torch.ones(2), pred, images, mask, False)
-    truth = pred.double() - ops.patchify(images.double(), 2)
-    assert_close("dpred", dpred, pred - ops.patchify(images, 2), truth, F32)
-
-
-@pytest.mark.parametrize("hidden", [True, False])
-def test_masked_patch_mse_of_an_empty_group_is_zero(csrc, hidden):
-    pred, images, mask = draw_reconstruction(2, 1, 3, 2, 3, 4, F32, F32)
-    answer = csrc.masked_patch_mse(pred, images, torch.full_like(mask, hidden), False)
-    assert answer[int(hidden)] == 0 and answer[int(not hidden)] > 0
-
-
-def test_masked_patch_mse_refuses_a_patch_beyond_shared_memory(csrc):
-    images, mask = torch.zeros(1, 1, 240, 240), torch.ones(1, 1, dtype=torch.bool)
-    with pytest.raises(ValueError, match="too many pixels"):
-        csrc.masked_patch_mse(torch.zeros(1, 1, 240 * 240), images, mask, False)
-
-
 # ---- All of them ----
 
 HOSTILE = [-1, 4, 5, -(2**31), 2**31 - 1, 2**40, -(2**62)]
@@ -430,37 +224,17 @@ def test_indices_out_of_range_touch_nothing(csrc):
         dmask_token, csrc.token_scatter_backward(x[1:], keep[1:], 0, False, True, False)[1]
     )
 
-    images = torch.full((4, 1, 16, 16), torch.nan)
-    images[1:3] = draw(2, 1, 16, 16)
-    for side, dtype in [(8, F32), (8, BF16), (8, F16)]:
-        weight, pos = draw(16, 1, side, side, dtype=dtype), draw(4, 16)
-        answer = csrc.patch_embed_gather(images[1:3], keep, weight, None, pos, None)
-        assert answer.isfinite().all()
-        assert bits_equal(answer[:1], csrc.patch_embed_gather(images[1:2], good, weight, None, pos, None))
-        tokens = draw(2, 7, 16, dtype=dtype)
-        answer = csrc.patch_embed_gather_backward(tokens, images[1:3], keep, weight, 0, True, True, True)
-        expected = csrc.patch_embed_gather_backward(tokens[:1], images[1:2], good, weight, 0, True, True, True)
-        assert not answer[0][1].any() and bits_equal(answer[0][:1], expected[0])
-        assert torch.equal(answer[2], expected[2]) and torch.allclose(answer[1], expected[1], atol=1e-6)
 
-
-def run_everything(csrc, dtype=BF16, width=40, side=8, place=lambda tensor: tensor):
+def run_everything(csrc, dtype=BF16, width=40, place=lambda tensor: tensor):
     """Every output of every kernel, with its inputs where `place` puts them."""
     entries = torch.cat([draw_keep(5, 12, 6), draw_keep(5, 12, 2)], dim=1)
     entries[0, 0], entries[-1, -1] = 0, 11
-    keep, mask = place(entries), place(draw(10, 12) > 0)
+    keep, mask_token = place(entries), place(draw(width))
     tokens, latents, full = (place(draw(5, n, width, dtype=dtype, seed=n)) for n in (12, 9, 13))
-    images, weight = place(draw(5, 3, 3 * side, 4 * side)), place(draw(width, 3, side, side, dtype=dtype))
-    bias, pos, prefix = (place(draw(*shape, width)) for shape in ((), (12,), (1,)))
-    pred = place(draw(10, 12, 3 * side * side, dtype=dtype))
     yield csrc.token_gather(tokens, keep)
     yield csrc.token_gather_backward(place(draw(5, 8, width, dtype=dtype)), keep, 12)
-    yield csrc.token_scatter(latents, keep, bias, 12, place(draw(13, width)), 1)
+    yield csrc.token_scatter(latents, keep, mask_token, 12, place(draw(13, width)), 1)
     yield from csrc.token_scatter_backward(full, keep, 1, True, True, True)
-    yield csrc.patch_embed_gather(images, keep, weight, bias, pos, prefix)
-    yield from csrc.patch_embed_gather_backward(latents, images, keep, weight, 1, True, True, True)
-    yield csrc.masked_patch_mse(pred, images, mask, True)
-    yield csrc.masked_patch_mse_backward(place(draw(2)), pred, images, mask, True)
 
 
 def test_the_same_bits_in_any_order_of_the_threads(csrc):
@@ -486,15 +260,15 @@ def fenced(tensor, at_end):
     return copy.copy_(tensor)
 
 
-@pytest.mark.parametrize(("dtype", "width", "side"), [(BF16, 40, 8), (F16, 24, 14), (F32, 33, 3)])
+@pytest.mark.parametrize(("dtype", "width"), [(BF16, 40), (F16, 24), (F32, 33)])
 @pytest.mark.parametrize("at_end", [True, False])
-def test_inputs_are_not_read_beyond_their_ends(csrc, at_end, dtype, width, side):
+def test_inputs_are_not_read_beyond_their_ends(csrc, at_end, dtype, width):
     child = os.fork()
     if child == 0:
         try:
             faulthandler.disable()
-            count = sum(1 for _ in run_everything(csrc, dtype, width, side, lambda tensor: fenced(tensor, at_end)))
-            os._exit(0 if count == 12 else 1)
+            count = sum(1 for _ in run_everything(csrc, dtype, width, lambda tensor: fenced(tensor, at_end)))
+            os._exit(0 if count == 6 else 1)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -507,7 +281,6 @@ def test_inputs_are_not_read_beyond_their_ends(csrc, at_end, dtype, width, side)
 def test_nothing_to_do(csrc, dtype):
     none = torch.zeros(0, 3, dtype=torch.int64)
     keep = torch.zeros(2, 0, dtype=torch.int64)
-    images, weight, pos = draw(2, 3, 8, 8), draw(5, 3, 4, 4, dtype=dtype), draw(4, 5)
     assert csrc.token_gather(draw(2, 4, 6, dtype=dtype), keep).shape == (2, 0, 6)
     assert csrc.token_gather(draw(0, 4, 6, dtype=dtype), none).shape == (0, 3, 6)
     assert torch.equal(
@@ -519,20 +292,6 @@ def test_nothing_to_do(csrc, dtype):
         dlatents.shape == (0, 4, 6)
         and torch.equal(dmask_token, torch.zeros(6))
         and torch.equal(dpos, torch.zeros(5, 6))
-    )
-    assert csrc.patch_embed_gather(images, keep, weight, None, pos, None).shape == (2, 0, 5)
-    assert csrc.patch_embed_gather(images[:0], none, weight, None, pos, None).shape == (0, 3, 5)
-    dimages, dweight, dpos = csrc.patch_embed_gather_backward(
-        draw(2, 0, 5, dtype=dtype), images, keep, weight, 0, True, True, True
-    )
-    assert torch.equal(dimages, torch.zeros_like(images)) and dweight.shape == weight.shape and not dweight.any()
-    assert torch.equal(dpos, torch.zeros(4, 5))
-    mask = torch.zeros(0, 4, dtype=torch.bool)
-    assert torch.equal(csrc.masked_patch_mse(draw(0, 4, 48, dtype=dtype), images[:0], mask, False), torch.zeros(2))
-    assert csrc.masked_patch_mse_backward(draw(2), draw(0, 4, 48, dtype=dtype), images[:0], mask, False).shape == (
-        0,
-        4,
-        48,
     )
 
 

@@ -266,10 +266,13 @@ def test_probability(shared):
     assert math.isnan(shared.probability_of(math.nan, 0.0))
 
 
-def test_left_out(shared):
-    assert shared.is_left_out(4, 4, 1, 2) and shared.is_left_out(4, -1, 2, 2)
-    assert not shared.is_left_out(4, 3, 1, 2) and not shared.is_left_out(4, -1, 1, 2)
-    assert shared.no_groups_are_equal()
+def test_labels(shared):
+    assert shared.are_of_one_label(4, 5, 4, 5)
+    assert not shared.are_of_one_label(4, 5, 4, 6) and not shared.are_of_one_label(4, 5, 3, 5)
+    words = torch.zeros(2, dtype=torch.int32)
+    assert shared.is_of_no_label(words, words, 1, 2)
+    # Past the last row, and where no labels are given, a row has one that columns do not have.
+    assert not shared.is_of_no_label(words, words, 2, 2) and not shared.is_of_no_label(0, 0, 1, 2)
 
 
 # ---- Indices ----
@@ -295,7 +298,11 @@ def test_a_block_s_own_piece_comes_last(shared, pieces):
 
 
 def test_splits_fill_the_device_and_no_more(shared):
-    assert shared.splits(1, 100, 264) == 100  # no split without a tile
-    assert shared.splits(1, 1000, 264) == 264
-    assert shared.splits(100, 1000, 264) == 2
-    assert shared.splits(133, 1000, 264) == shared.splits(5000, 1000, 264) == 1
+    # 6144 rows of a mixture of 65536: 480 of the 528 places of two waves. Two parts would fill 192 of one wave's 264.
+    assert shared.splits(96, 1024, 264, 5) == shared.splits(96, 1024, 264, 100) == 5
+    assert shared.splits(96, 1024, 264, 3) == 2  # three parts would be two waves
+    assert shared.splits(1, 100, 264, 128) == 100  # no split without a tile
+    assert shared.splits(4, 10000, 264, 128) == 60
+    assert shared.splits(4, 10000, 264, 7) == 7
+    assert shared.splits(260, 1000, 264, 128) == shared.splits(5000, 1000, 264, 128) == 1
+    assert shared.splits(1, 1, 264, 0) == 1

@@ -60,20 +60,32 @@ def unit(*shape, dtype, seed=0):
 
 
 def masks_of(which, num_rows, num_cols):
-    """self_index, row_group and col_group as the kernels take them."""
+    """self_index, row_label, col_label and drop as kernels take them. Some labels are alike in one of two words."""
     self_index = integers(num_cols + 1, num_rows, seed=3) - 1 if "self" in which else None
-    groups = [integers(4, n, seed=4) if "group" in which else None for n in (num_rows, num_cols)]
-    return self_index, *groups
+    labels = [integers(4, n, seed=4).long() for n in (num_rows, num_cols)]
+    labels = [x // 2 + (x % 2 << 40) for x in labels] if "label" in which or "drop" in which else [None, None]
+    return self_index, *labels, "drop" in which
 
 
-def write_out(rows, cols, temperature, self_index=None, row_group=None, col_group=None):
+NO_MASKS = (None, None, None, False)
+
+
+def write_out(rows, cols, temperature, self_index=None, row_label=None, col_label=None, drop=False):
     """The logits [N, M], minus infinity where left out."""
     logits = rows @ cols.T / temperature
     if self_index is not None:
         logits = logits.masked_fill(self_index[:, None] == torch.arange(len(cols)), -torch.inf)
-    if row_group is not None:
-        logits = logits.masked_fill(row_group[:, None] == col_group, -torch.inf)
+    if drop:
+        logits = logits.masked_fill(row_label[:, None] == col_label, -torch.inf)
     return logits
+
+
+def positives_of(num_rows, num_cols, self_index=None, row_label=None, col_label=None, drop=False):
+    """[N, M], 1 where a column is a positive of the row."""
+    same = torch.zeros(num_rows, num_cols) if row_label is None else (row_label[:, None] == col_label).float()
+    if self_index is not None:
+        same[self_index[:, None] == torch.arange(num_cols)] = 0
+    return same
 
 
 def softmax(logits):
@@ -95,29 +107,37 @@ def compare(answers, written_out, *tensors, temperature=TEMPERATURE):
 
 
 @every_run
-@every_shape_with("masks", "self and group", "", "self", "group", "self", "", "self and group")
+@every_shape_with("masks", "self and drop", "", "self", "label", "self and label", "", "drop")
 def test_lse_and_its_gradients(csrc, num_rows, num_cols, width, masks, dtype):
     rows, cols = unit(num_rows, width, dtype=dtype), unit(num_cols, width, dtype=dtype, seed=1)
-    masks, grad = masks_of(masks, num_rows, num_cols), draw(num_rows, seed=2)
+    masks, grad, pull = masks_of(masks, num_rows, num_cols), draw(num_rows, seed=2), draw(num_rows, seed=5)
+    same = positives_of(num_rows, num_cols, *masks)
+    labelled = masks[1] is not None
 
-    def written_out(rows, cols, grad):
+    def written_out(rows, cols, grad, pull):
         lse, p = softmax(write_out(rows, cols, TEMPERATURE, *masks))
-        weights = p * grad[:, None] / TEMPERATURE
-        return lse, p @ cols, weights @ cols, weights.T @ rows
+        weights = (p * grad[:, None] + same.to(pull) * pull[:, None]) / TEMPERATURE
+        count = same.sum(dim=1)
+        positive = (same.to(pull) * (rows @ cols.T)).sum(dim=1) / TEMPERATURE / count.clamp(min=1)
+        return lse, p @ cols, positive, count.to(pull), weights @ cols, weights.T @ rows
 
-    def check(lse, mean, drows, dcols):
-        answers = {"lse": lse, "mean": mean, "drows": drows, "dcols": dcols}
-        compare(answers, written_out, rows, cols, grad)
+    def check(lse, mean, positive, count, drows, dcols):
+        answers = {"lse": lse, "mean": mean, "positive": positive, "count": count, "drows": drows, "dcols": dcols}
+        compare(answers, written_out, rows, cols, grad, pull)
 
-    lse, mean = csrc.lse(rows, cols, TEMPERATURE, *masks, True)
-    drows, dcols = csrc.lse_backward(grad, lse, mean, rows, cols, TEMPERATURE, *masks, True, True)
+    def positives(positive, count):
+        assert labelled or positive.numel() == count.numel() == 0
+        return (positive, count) if labelled else (None, None)
+
+    lse, mean, *others = csrc.lse(rows, cols, TEMPERATURE, *masks, True)
+    drows, dcols = csrc.lse_backward(grad, lse, pull, mean, rows, cols, TEMPERATURE, *masks, True, True)
     assert lse.dtype == mean.dtype == torch.float32 and drows.dtype == dcols.dtype == dtype
-    check(lse, mean, drows, dcols)
-    lse_alone, empty = csrc.lse(rows, cols, TEMPERATURE, *masks, False)
-    drows_alone, nothing = csrc.lse_backward(grad, lse, empty, rows, cols, TEMPERATURE, *masks, True, False)
+    check(lse, mean, *positives(*others), drows, dcols)
+    lse_alone, empty, *others = csrc.lse(rows, cols, TEMPERATURE, *masks, False)
+    drows_alone, nothing = csrc.lse_backward(grad, lse, pull, empty, rows, cols, TEMPERATURE, *masks, True, False)
     assert empty.numel() == nothing.numel() == 0
-    check(lse_alone, None, drows_alone, None)
-    nothing, dcols_alone = csrc.lse_backward(grad, lse, mean, rows, cols, TEMPERATURE, *masks, False, True)
+    check(lse_alone, None, *positives(*others), drows_alone, None)
+    nothing, dcols_alone = csrc.lse_backward(grad, lse, pull, mean, rows, cols, TEMPERATURE, *masks, False, True)
     assert nothing.numel() == 0 and torch.equal(dcols_alone, dcols)
 
 
@@ -125,26 +145,41 @@ def test_lse_and_its_gradients(csrc, num_rows, num_cols, width, masks, dtype):
 @pytest.mark.parametrize(
     ("num_cols", "first", "num_rows", "width"), [(70, 0, 70, 8), (130, 37, 60, 64), (40, 5, 9, 300)]
 )
-@pytest.mark.parametrize("masks", ["self", "group", "self and group"])
+@pytest.mark.parametrize("masks", ["self", "label", "self and drop"])
 def test_symmetric_gradient(csrc, num_cols, first, num_rows, width, masks, dtype):
-    points, grad = unit(num_cols, width, dtype=dtype), draw(num_cols, seed=2)
-    self_index, group, _ = masks_of(masks, num_cols, num_cols)
+    points, grad, pull = unit(num_cols, width, dtype=dtype), draw(num_cols, seed=2), draw(num_cols, seed=5)
+    self_index, label, _, drop = masks_of(masks, num_cols, num_cols)
     mine = slice(first, first + num_rows)
+    same = positives_of(num_cols, num_cols, self_index, label, label)
 
-    def written_out(points, grad):
-        lse, p = softmax(write_out(points, points, TEMPERATURE, self_index, group, group))
-        weights = p * grad[:, None] / TEMPERATURE
+    def written_out(points, grad, pull):
+        lse, p = softmax(write_out(points, points, TEMPERATURE, self_index, label, label, drop))
+        weights = (p * grad[:, None] + same.to(pull) * pull[:, None]) / TEMPERATURE
         return (((weights + weights.T) @ points)[mine],)
 
-    lse, _ = csrc.lse(points, points, TEMPERATURE, self_index, group, group, False)
+    lse, *_ = csrc.lse(points, points, TEMPERATURE, self_index, label, label, drop, False)
 
     def part(tensor):
         return None if tensor is None else tensor[mine]
 
-    sides = (points[mine], points, grad[mine], lse[mine], grad, lse, TEMPERATURE)
-    drows = csrc.lse_backward_symmetric(*sides, part(self_index), self_index, part(group), group, first)
+    sides = (points[mine], points, grad[mine], lse[mine], pull[mine], grad, lse, pull, TEMPERATURE)
+    drows = csrc.lse_backward_symmetric(*sides, part(self_index), self_index, part(label), label, drop, first)
     assert drows.dtype == dtype
-    compare({"drows": drows}, written_out, points, grad)
+    compare({"drows": drows}, written_out, points, grad, pull)
+
+
+@every_dtype
+def test_short_vectors_need_no_maximum_and_long_ones_get_it(csrc, dtype):
+    """Around the bound, and far beyond what float32 holds without a maximum."""
+    for length in (1.0, 5.0, 300.0):
+        rows, cols = length * unit(70, 24, dtype=dtype), unit(130, 24, dtype=dtype, seed=1)
+
+        def written_out(rows, cols):
+            lse, p = softmax(write_out(rows, cols, TEMPERATURE))
+            return lse, p @ cols
+
+        lse, mean, *_ = csrc.lse(rows, cols, TEMPERATURE, *NO_MASKS, True)
+        compare({"lse": lse, "mean": mean}, written_out, rows, cols, temperature=TEMPERATURE / length)
 
 
 def test_symmetric_gradient_is_autograd_s(csrc):
@@ -154,7 +189,8 @@ def test_symmetric_gradient_is_autograd_s(csrc):
     lse = write_out(points, points, 1.0, itself).logsumexp(dim=1)
     (expected,) = torch.autograd.grad((grad * lse).sum(), points)
     points, grad, lse = points.detach().float(), grad.float(), lse.detach().float()
-    answer = csrc.lse_backward_symmetric(points, points, grad, lse, grad, lse, 1.0, itself, itself, None, None, 0)
+    side = (grad, lse, None)
+    answer = csrc.lse_backward_symmetric(points, points, *side, *side, 1.0, itself, itself, None, None, False, 0)
     assert error(answer, expected) < 1e-5 * expected.abs().max()
 
 
@@ -214,15 +250,16 @@ def test_gradients_of_small_upstream_gradients(csrc, dtype):
     """1e-5 times a probability of 1/60 is lost in float16, and so it must not be in between."""
     rows, cols, small = unit(90, 40, dtype=dtype), unit(60, 40, dtype=dtype, seed=1), 1e-5
     grad, a, v = draw(90, seed=2) * small, draw(90, 40, seed=3) * small, draw(90, 40, seed=4) * small
-    lse, mean = csrc.lse(rows, cols, TEMPERATURE, None, None, None, True)
-    none = (None, None, None)
-    answers = [*csrc.lse_backward(grad, lse, mean, rows, cols, TEMPERATURE, *none, True, True)]
+    lse, mean, *_ = csrc.lse(rows, cols, TEMPERATURE, *NO_MASKS, True)
+    answers = [*csrc.lse_backward(grad, lse, None, mean, rows, cols, TEMPERATURE, *NO_MASKS, True, True)]
     answers += csrc.posterior_backward(
         rows, cols, TEMPERATURE, lse, grad, grad, a, v, grad, torch.ones(60), grad[:60], True, True
     )
     itself = torch.arange(90)
     answers += [
-        csrc.lse_backward_symmetric(rows, rows, grad, lse, grad, lse, TEMPERATURE, itself, itself, None, None, 0)
+        csrc.lse_backward_symmetric(
+            rows, rows, *(grad, lse, None) * 2, TEMPERATURE, itself, itself, None, None, False, 0
+        )
     ]
 
     def written_out(rows, cols, grad, a, v, lse):
@@ -249,8 +286,8 @@ def test_an_overflown_gradient_stays_one(csrc, bad, dtype):
     rows, cols = unit(5, 8, dtype=dtype), unit(6, 8, dtype=dtype, seed=1)
     grad = torch.ones(5)
     grad[2] = bad
-    lse, mean = csrc.lse(rows, cols, TEMPERATURE, None, None, None, True)
-    drows, dcols = csrc.lse_backward(grad, lse, mean, rows, cols, TEMPERATURE, None, None, None, True, True)
+    lse, mean, *_ = csrc.lse(rows, cols, TEMPERATURE, *NO_MASKS, True)
+    drows, dcols = csrc.lse_backward(grad, lse, None, mean, rows, cols, TEMPERATURE, *NO_MASKS, True, True)
     assert not drows[2].isfinite().any() and not dcols.isfinite().any()
     assert drows[[0, 1, 3, 4]].isfinite().all()
     rest = (None,) * 6
@@ -262,36 +299,39 @@ def test_an_overflown_gradient_stays_one(csrc, bad, dtype):
 def test_rows_with_nothing_left(csrc, dtype):
     """Their logsumexp is minus infinity, and everything else exactly zero."""
     rows, cols = unit(70, 24, dtype=dtype), unit(130, 24, dtype=dtype, seed=1)
-    row_group, col_group = torch.arange(70, dtype=torch.int32) % 2, torch.ones(130, dtype=torch.int32)
-    masks, empty = (None, row_group, col_group), row_group == 1
-    lse, mean = csrc.lse(rows, cols, TEMPERATURE, *masks, True)
+    row_label, col_label = torch.arange(70, dtype=torch.int32) % 2, torch.ones(130, dtype=torch.int32)
+    masks, empty = (None, row_label, col_label, True), row_label == 1
+    lse, mean, *_ = csrc.lse(rows, cols, TEMPERATURE, *masks, True)
     truth = write_out(rows.double(), cols.double(), TEMPERATURE).logsumexp(dim=1)
     assert (lse[empty] == -torch.inf).all() and (mean[empty] == 0).all()
     assert error(lse[~empty], truth[~empty]) < 1e-5
-    drows, dcols = csrc.lse_backward(torch.ones(70), lse, mean, rows, cols, TEMPERATURE, *masks, True, True)
+    drows, dcols = csrc.lse_backward(torch.ones(70), lse, None, mean, rows, cols, TEMPERATURE, *masks, True, True)
     assert (drows[empty] == 0).all() and (drows[~empty] != 0).any(dim=1).all() and (dcols != 0).any(dim=1).all()
     only_empty = torch.where(empty, 1.0, 0.0)
     # Even without the mask that made them so.
-    for left_out in (masks, (None, None, None)):
+    for left_out in (masks, NO_MASKS):
         for mean_or_none in (mean, torch.empty(0)):
-            parts = csrc.lse_backward(only_empty, lse, mean_or_none, rows, cols, TEMPERATURE, *left_out, True, True)
+            parts = csrc.lse_backward(
+                only_empty, lse, None, mean_or_none, rows, cols, TEMPERATURE, *left_out, True, True
+            )
             assert all((part == 0).all() for part in parts)
-    single = csrc.lse(rows[:1], cols[:1], TEMPERATURE, torch.zeros(1, dtype=torch.int64), None, None, True)
+    single = csrc.lse(rows[:1], cols[:1], TEMPERATURE, torch.zeros(1, dtype=torch.int64), None, None, False, True)
     assert single[0].item() == -torch.inf and (single[1] == 0).all()
 
 
 @every_dtype
 def test_nothing_at_all(csrc, dtype):
-    rows, cols, none = unit(3, 8, dtype=dtype), unit(4, 8, dtype=dtype), (None, None, None)
-    lse, mean = csrc.lse(rows, cols[:0], 1.0, *none, True)
+    rows, cols, none = unit(3, 8, dtype=dtype), unit(4, 8, dtype=dtype), NO_MASKS
+    lse, mean, *_ = csrc.lse(rows, cols[:0], 1.0, *none, True)
     assert lse.tolist() == [-torch.inf] * 3 and torch.equal(mean, torch.zeros(3, 8))
-    drows, dcols = csrc.lse_backward(torch.ones(3), lse, mean, rows, cols[:0], 1.0, *none, True, True)
+    drows, dcols = csrc.lse_backward(torch.ones(3), lse, None, mean, rows, cols[:0], 1.0, *none, True, True)
     assert torch.equal(drows, torch.zeros_like(rows)) and dcols.shape == (0, 8)
-    lse, mean = csrc.lse(rows[:0], cols, 1.0, *none, True)
+    lse, mean, *_ = csrc.lse(rows[:0], cols, 1.0, *none, True)
     assert lse.shape == (0,) and mean.shape == (0, 8)
-    drows, dcols = csrc.lse_backward(lse, lse, mean, rows[:0], cols, 1.0, *none, True, True)
+    drows, dcols = csrc.lse_backward(lse, lse, None, mean, rows[:0], cols, 1.0, *none, True, True)
     assert drows.shape == (0, 8) and torch.equal(dcols, torch.zeros_like(cols))
-    drows = csrc.lse_backward_symmetric(rows[:0], cols, lse, lse, torch.ones(4), torch.ones(4), 1.0, *([None] * 4), 0)
+    sides = (lse, lse, None, torch.ones(4), torch.ones(4), None)
+    drows = csrc.lse_backward_symmetric(rows[:0], cols, *sides, 1.0, *([None] * 4), False, 0)
     assert drows.shape == (0, 8) and drows.dtype == dtype
     lse, mean, expected, marginal = csrc.posterior(rows[:0], cols, 1.0, torch.zeros(4), True)
     assert lse.shape == expected.shape == (0,) and mean.shape == (0, 8) and torch.equal(marginal, torch.zeros(4))
@@ -305,8 +345,8 @@ def test_extreme_logits(csrc, length, temperature, dtype):
     """Up to 1e4, far beyond what exponentials of float32 hold; and all alike."""
     rows, cols = unit(70, 16, dtype=dtype) * length, unit(100, 16, dtype=dtype, seed=1) * length
     grad = draw(70, seed=2)
-    lse, mean = csrc.lse(rows, cols, temperature, None, None, None, True)
-    gradients = csrc.lse_backward(grad, lse, mean, rows, cols, temperature, None, None, None, True, True)
+    lse, mean, *_ = csrc.lse(rows, cols, temperature, *NO_MASKS, True)
+    gradients = csrc.lse_backward(grad, lse, None, mean, rows, cols, temperature, *NO_MASKS, True, True)
     logits = write_out(rows.double(), cols.double(), temperature)
     true_lse, p = softmax(logits)
     largest = logits.abs().max().item()
@@ -323,42 +363,43 @@ def test_extreme_logits(csrc, length, temperature, dtype):
 def test_operands_of_any_layout(csrc):
     """Strided, transposed, at odd addresses; indices of either width; gradients that are expanded."""
     rows, cols = unit(40, 24, dtype=torch.bfloat16), unit(50, 24, dtype=torch.bfloat16, seed=1)
-    self_index, group = integers(50, 40, seed=3), integers(4, 50, seed=4)
+    self_index, label = integers(50, 40, seed=3), integers(4, 50, seed=4)
     odd = torch.empty(40 * 24 + 1, dtype=torch.bfloat16)[1:].view(40, 24).copy_(rows)
     wide = torch.empty(50, 48, dtype=torch.bfloat16)[:, ::2].copy_(cols)
     tall = torch.empty(24, 50, dtype=torch.bfloat16).T.copy_(cols)
-    masks = (self_index, group[:40], group)
+    masks = (self_index, label[:40], label, False)
     expected = csrc.lse(rows, cols, TEMPERATURE, *masks, True)
     for r, c in ((odd, wide), (odd, tall)):
-        answer = csrc.lse(r, c, TEMPERATURE, self_index.long(), group.repeat_interleave(2)[::2][:40], group, True)
+        twisted = label.long().repeat_interleave(2)[::2][:40]
+        answer = csrc.lse(r, c, TEMPERATURE, self_index.long(), twisted, label, False, True)
         assert all(map(torch.equal, answer, expected))
     grad = torch.ones(()).expand(40)
-    answer = csrc.lse_backward(grad, *expected, odd, tall, TEMPERATURE, *masks, True, True)
-    assert all(
-        map(
-            torch.equal,
-            answer,
-            csrc.lse_backward(torch.ones(40), *expected, rows, cols, TEMPERATURE, *masks, True, True),
-        )
-    )
+    lse, mean, *_ = expected
+    answer = csrc.lse_backward(grad, lse, grad, mean, odd, tall, TEMPERATURE, *masks, True, True)
+    same = csrc.lse_backward(
+        torch.ones(40), lse, torch.ones(40), mean, rows, cols, TEMPERATURE, *masks, True, True
+    )  # fmt: skip
+    assert all(map(torch.equal, answer, same))
 
 
 def test_indices_out_of_range_are_harmless(csrc):
     rows, cols = unit(40, 8, dtype=torch.float32), unit(50, 8, dtype=torch.float32, seed=1)
-    far = torch.tensor([2**31 - 1, -(2**31), 50, -7] * 10, dtype=torch.int32)
-    answer = csrc.lse(rows, cols, TEMPERATURE, far, None, None, True)
-    assert all(map(torch.equal, answer, csrc.lse(rows, cols, TEMPERATURE, None, None, None, True)))
+    labels = torch.arange(40) % 5, torch.arange(50) % 5, True
+    for far in (torch.tensor([2**31 - 1, -(2**31), 50, -7] * 10, dtype=torch.int32), torch.full((40,), 2**32 + 3)):
+        answer = csrc.lse(rows, cols, TEMPERATURE, far, *labels, True)
+        assert all(map(torch.equal, answer, csrc.lse(rows, cols, TEMPERATURE, None, *labels, True)))
 
 
 @every_dtype
 def test_answers_repeat_bit_by_bit(csrc, dtype):
     """Whatever order threads and blocks come in."""
+    masks = masks_of("self and label", 70, 130)
     rows, cols, grad = unit(70, 20, dtype=dtype), unit(130, 20, dtype=dtype, seed=1), draw(70, seed=2)
 
     def run():
-        lse, mean = csrc.lse(rows, cols, TEMPERATURE, None, None, None, True)
-        yield from (lse, mean)
-        yield from csrc.lse_backward(grad, lse, mean, rows, cols, TEMPERATURE, None, None, None, True, True)
+        lse, mean, *positives = csrc.lse(rows, cols, TEMPERATURE, *masks, True)
+        yield from (lse, mean, *positives)
+        yield from csrc.lse_backward(grad, lse, grad, mean, rows, cols, TEMPERATURE, *masks, True, True)
         yield from csrc.posterior(rows, cols, TEMPERATURE, grad.repeat(2)[:130], True)
         rest = (None, rows.float(), rows.float(), None, None, None)
         yield from csrc.posterior_backward(rows, cols, TEMPERATURE, lse, grad, *rest, True, True)
@@ -386,6 +427,6 @@ def test_wide_embeddings(csrc):
 
 def test_operands_of_two_dtypes_are_refused(csrc):
     with pytest.raises(RuntimeError, match="one dtype"):
-        csrc.lse(torch.ones(2, 3), torch.ones(2, 3).bfloat16(), 1.0, None, None, None, False)
+        csrc.lse(torch.ones(2, 3), torch.ones(2, 3).bfloat16(), 1.0, *NO_MASKS, False)
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
-        csrc.lse(torch.ones(2, 3).double(), torch.ones(2, 3).double(), 1.0, None, None, None, False)
+        csrc.lse(torch.ones(2, 3).double(), torch.ones(2, 3).double(), 1.0, *NO_MASKS, False)

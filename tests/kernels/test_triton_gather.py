@@ -6,6 +6,7 @@ shows in the result, and one written outside shows in the margins.
 Shapes: B images, L tokens or patches, K kept, P prefix tokens, D width, G reconstructions.
 """
 
+import out_of_range
 import pytest
 import torch
 import torch.nn.functional as F
@@ -481,3 +482,8 @@ def test_absent_tensors_are_neutral_ones(device, name):
 def test_an_absent_tensor_is_a_neutral_one(device, name, not_compiled):
     for absent in absences(KERNELS[name])[1:-1]:
         check(KERNELS[name], name, absent, device, torch.float32)
+
+
+@pytest.mark.parametrize("name", out_of_range.GATHERS)
+def test_an_index_out_of_range_names_nothing(device, name):
+    out_of_range.check_gather(KERNELS[name], name, device)

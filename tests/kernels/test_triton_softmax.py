@@ -5,6 +5,7 @@ Shapes: N rows, M columns, K prototypes, d width.
 
 import math
 
+import out_of_range
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 
 from ssl_ib_kernels import lse as lse_kernels
 from ssl_ib_kernels import posterior as posterior_kernels
+from ssl_ib_kernels import softmax as softmax_kernels
 from ssl_ib_kernels import tiling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,7 +30,7 @@ WIDTHS = [
     (torch.float16, 136),
 ]
 
-KINDS = ["", "self", "self and group", "group"]
+KINDS = ["", "self", "self and label", "label", "self and drop", "drop"]
 
 KERNELS = {
     **{name: getattr(lse_kernels, name) for name in ("lse", "lse_backward", "lse_backward_symmetric")},
@@ -56,56 +58,67 @@ def unit(num, width, dtype, seed, device):
 
 
 def masks(kind, num_rows, num_cols, device):
-    """(self_index, row_group, col_group); int32 numbers of columns where there are groups too."""
+    """(self_index, row_label, col_label, drop); int32 labels and columns where positives are dropped, else int64."""
     generator = torch.Generator().manual_seed(7)
-    itself = torch.randint(-1, num_cols, (num_rows,), generator=generator).to(device)
-    groups = [
-        torch.randint(0, 5, (n,), generator=generator, dtype=torch.int32).to(device) for n in (num_rows, num_cols)
-    ]
-    itself = itself.int() if "group" in kind else itself
-    return (
-        itself if "self" in kind else None,
-        *(groups if "group" in kind else (None, None)),
-    )
+    kinds = dict(generator=generator, dtype=torch.int32 if "drop" in kind else torch.int64)
+    itself = torch.randint(-1, num_cols, (num_rows,), **kinds).to(device)
+    labels = [torch.randint(0, 5, (n,), **kinds).to(device) for n in (num_rows, num_cols)]
+    if "drop" not in kind:
+        # Beyond 32 bits, of which the low ones are alike.
+        labels = [label << 40 for label in labels]
+    labelled = "label" in kind or "drop" in kind
+    return itself if "self" in kind else None, *(labels if labelled else (None, None)), "drop" in kind
 
 
-def logits_of(rows, cols, temperature, self_index=None, row_group=None, col_group=None):
+def written_out(rows, cols, temperature, self_index=None, row_label=None, col_label=None, drop=False):
+    """The logits [N, M] with -inf where something is left out, the mean logit of the positives, and their number."""
     logits = rows @ cols.T / temperature
+    own = torch.zeros_like(logits, dtype=torch.bool)
+    same = torch.zeros_like(own)
     if self_index is not None:
-        logits = logits.masked_fill(self_index[:, None] == torch.arange(len(cols), device=cols.device), -torch.inf)
-    if row_group is not None:
-        logits = logits.masked_fill(row_group[:, None] == col_group, -torch.inf)
-    return logits
+        own = self_index[:, None] == torch.arange(len(cols), device=cols.device)
+    if row_label is not None:
+        same = (row_label[:, None] == col_label) & ~own
+    count = same.sum(dim=1)
+    positive = torch.where(same, logits, 0.0).sum(dim=1) / count.clamp(min=1)
+    return logits.masked_fill(own | same if drop else own, -torch.inf), positive, count
 
 
-def plain_lse(dtype, rows, cols, temperature, grad, *left_out):
-    """(lse, mean, d_rows, d_cols) computed in `dtype`, the gradients rounded as the kernels' are."""
+def plain_lse(dtype, rows, cols, temperature, grad, pull, *left_out):
+    """(lse, mean, positive, count, d_rows, d_cols) computed in `dtype`, the gradients rounded as the kernels' are."""
     x, y = rows.to(dtype).requires_grad_(), cols.to(dtype).requires_grad_()
-    logits = logits_of(x, y, temperature, *left_out)
+    logits, positive, count = written_out(x, y, temperature, *left_out)
     lse, mean = logits.logsumexp(dim=1), logits.softmax(dim=1) @ y
-    gradients = torch.autograd.grad(lse, (x, y), grad.to(dtype))
+    through_positives = (positive * count * pull).sum()
+    gradients = torch.autograd.grad((lse * grad.to(dtype)).sum() + through_positives, (x, y))
     rounded = gradients if dtype == torch.float64 else [g.to(rows.dtype) for g in gradients]
-    return lse.detach(), mean.detach(), *rounded
+    return lse.detach(), mean.detach(), positive.detach(), count.to(dtype), *rounded
 
 
 def check_lse(rows, cols, grad, *left_out, temperature=TEMPERATURE, **tolerance):
-    truth = plain_lse(torch.float64, rows, cols, temperature, grad, *left_out)
-    reference = plain_lse(torch.float32, rows, cols, temperature, grad, *left_out)
-    lse, mean = lse_kernels.lse(rows, cols, temperature, *left_out, True)
-    alone, empty = lse_kernels.lse(rows, cols, temperature, *left_out, False)
+    pull = draw(len(rows), seed=9, device=rows.device) * grad.abs().max().nan_to_num(1.0)
+    truth = plain_lse(torch.float64, rows, cols, temperature, grad, pull, *left_out)
+    reference = plain_lse(torch.float32, rows, cols, temperature, grad, pull, *left_out)
+    lse, mean, *positives = lse_kernels.lse(rows, cols, temperature, *left_out, True)
+    alone, empty, *others = lse_kernels.lse(rows, cols, temperature, *left_out, False)
     assert empty.numel() == 0 and lse.dtype == mean.dtype == torch.float32
     backward = lse_kernels.lse_backward
     arguments = (rows, cols, temperature, *left_out)
-    kept = backward(grad, lse, mean, *arguments, True, True)
-    again = backward(grad, lse, empty, *arguments, True, False)
-    assert again[1].numel() == 0 and backward(grad, lse, mean, *arguments, False, True)[0].numel() == 0
+    kept = backward(grad, lse, pull, mean, *arguments, True, True)
+    again = backward(grad, lse, pull, empty, *arguments, True, False)
+    assert again[1].numel() == 0 and backward(grad, lse, pull, mean, *arguments, False, True)[0].numel() == 0
     assert all(x.dtype == rows.dtype and x.is_contiguous() for x in (*kept, again[0]))
     assert_close("lse", lse, reference[0], truth[0], torch.float32, **tolerance)
     assert_close("lse alone", alone, reference[0], truth[0], torch.float32, **tolerance)
     assert_close("mean", mean, reference[1], truth[1], rows.dtype, **tolerance)
-    assert_close("d_rows", kept[0], reference[2], truth[2], rows.dtype, **tolerance)
-    assert_close("d_rows without mean", again[0], reference[2], truth[2], rows.dtype, **tolerance)
-    assert_close("d_cols", kept[1], reference[3], truth[3], rows.dtype, **tolerance)
+    if left_out[1] is None:
+        assert all(x.numel() == 0 for x in (*positives, *others))
+    else:
+        assert_close("positive", positives[0], reference[2], truth[2], torch.float32, **tolerance)
+        assert torch.equal(positives[1], reference[3]) and all(map(torch.equal, positives, others))
+    assert_close("d_rows", kept[0], reference[4], truth[4], rows.dtype, **tolerance)
+    assert_close("d_rows without mean", again[0], reference[4], truth[4], rows.dtype, **tolerance)
+    assert_close("d_cols", kept[1], reference[5], truth[5], rows.dtype, **tolerance)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), spread(KINDS, DTYPES))
@@ -124,15 +137,17 @@ def test_strides(device):
     rows = unit(24, 20, torch.float32, 0, device).T
     cols = unit(40, 48, torch.float32, 1, device)[:, ::2]
     itself = torch.arange(20, device=device)
-    check_lse(rows, cols, torch.ones(1, device=device).expand(20), itself, None, None)
+    check_lse(rows, cols, torch.ones(1, device=device).expand(20), itself, None, None, False)
 
 
-@pytest.mark.parametrize("far", [10**6, -7])
+@pytest.mark.parametrize("far", [10**6, -7, 2**32 + 1])
 def test_a_self_index_out_of_range_leaves_nothing_out(far, device):
     rows, cols = unit(5, 24, torch.float32, 0, device), unit(6, 24, torch.float32, 1, device)
     itself = torch.full((5,), far, device=device)
-    answer, _ = lse_kernels.lse(rows, cols, TEMPERATURE, itself, None, None, False)
-    assert torch.equal(answer, lse_kernels.lse(rows, cols, TEMPERATURE, None, None, None, False)[0])
+    out_of_range.check_columns(lse_kernels.lse, device)
+    labels = torch.arange(5, device=device), torch.arange(6, device=device), True
+    answer = lse_kernels.lse(rows, cols, TEMPERATURE, itself, *labels, False)
+    assert all(map(torch.equal, answer, lse_kernels.lse(rows, cols, TEMPERATURE, None, *labels, False)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,85 +157,127 @@ def test_extreme_logits(dtype, sign, device):
     rows = F.normalize(1 + 0.1 * draw(5, 24, device=device), dim=1).to(dtype)
     cols = (sign * F.normalize(1 + 0.1 * draw(67, 24, seed=1, device=device), dim=1)).to(dtype)
     grad = draw(5, seed=2, device=device)
-    check_lse(rows, cols, grad, None, None, None, temperature=1e-3, logits=1e3, scale=1e3)
+    check_lse(rows, cols, grad, None, None, None, False, temperature=1e-3, logits=1e3, scale=1e3)
 
 
 def test_rows_with_nothing_left_give_exactly_zero(device):
     rows, cols = unit(3, 24, torch.float32, 0, device), unit(70, 24, torch.float32, 1, device)
-    row_group = torch.tensor([4, 5, 5], dtype=torch.int32, device=device)
-    col_group = torch.full((70,), 5, dtype=torch.int32, device=device)
+    row_label = torch.tensor([4, 5, 5], dtype=torch.int32, device=device)
+    col_label = torch.full((70,), 5, dtype=torch.int32, device=device)
     grad = torch.tensor([1.0, torch.nan, torch.inf], device=device)
-    lse, mean = lse_kernels.lse(rows, cols, TEMPERATURE, None, row_group, col_group, True)
+    lse, mean, *_ = lse_kernels.lse(rows, cols, TEMPERATURE, None, row_label, col_label, True, True)
     assert lse[0].isfinite() and lse[1:].tolist() == [-math.inf] * 2 and (mean[1:] == 0).all()
     for kept in (mean, mean.new_empty(0)):
-        arguments = (rows, cols, TEMPERATURE, None, row_group, col_group, True, True)
-        d_rows, d_cols = lse_kernels.lse_backward(grad, lse, kept, *arguments)
+        arguments = (rows, cols, TEMPERATURE, None, row_label, col_label, True, True, True)
+        d_rows, d_cols = lse_kernels.lse_backward(grad, lse, None, kept, *arguments)
         assert (d_rows[1:] == 0).all() and d_rows[0].abs().max() > 0
         only_first = lse_kernels.lse_backward(
-            grad[:1], lse[:1], kept[:1], rows[:1], cols, TEMPERATURE, None, row_group[:1], col_group, False, True
-        )
+            grad[:1], lse[:1], None, kept[:1], rows[:1], cols, TEMPERATURE, None, row_label[:1], col_label, True,
+            False, True,
+        )  # fmt: skip
         assert_close("d_cols", d_cols, only_first[1], only_first[1].double(), torch.float32)
 
 
 @pytest.mark.parametrize(("num_rows", "num_cols"), [(0, 5), (5, 0), (0, 0)])
 def test_lse_of_nothing(num_rows, num_cols, device):
     rows, cols = torch.ones(num_rows, 12, device=device), torch.ones(num_cols, 12, device=device)
-    lse, mean = lse_kernels.lse(rows, cols, TEMPERATURE, None, None, None, True)
+    none = (None, None, None, False)
+    lse, mean, *_ = lse_kernels.lse(rows, cols, TEMPERATURE, *none, True)
+    labels = (torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_cols, dtype=torch.int64))
+    labelled = lse_kernels.lse(rows, cols, TEMPERATURE, None, *(x.to(device) for x in labels), False, False)
+    assert all(torch.equal(x, torch.zeros_like(lse)) for x in labelled[2:])
     assert lse.shape == (num_rows,) and (lse == -math.inf).all() and torch.equal(mean, torch.zeros_like(rows))
     grad = torch.ones(num_rows, device=device)
     for kept in (mean, mean.new_empty(0)):
-        gradients = lse_kernels.lse_backward(grad, lse, kept, rows, cols, TEMPERATURE, None, None, None, True, True)
+        gradients = lse_kernels.lse_backward(grad, lse, None, kept, rows, cols, TEMPERATURE, *none, True, True)
         assert torch.equal(gradients[0], torch.zeros_like(rows)) and torch.equal(gradients[1], torch.zeros_like(cols))
 
 
 def square(dtype, kind, width, device, scale=1.0):
-    """A problem whose columns are its rows: (z, grad, itself, group, truth, reference)."""
+    """A problem whose columns are its rows: (z, grad and pull, masks, truth, reference)."""
     z = unit(75, width, dtype, 0, device)
-    grad = scale * draw(75, seed=2, device=device)
+    grad, pull = (scale * draw(75, seed=seed, device=device) for seed in (2, 3))
     itself = torch.arange(75, device=device) if "self" in kind else None
-    group = (torch.arange(75, device=device) // 4).int() if "group" in kind else None
+    labelled = "label" in kind or "drop" in kind
+    label = torch.arange(75, device=device) // 4 if labelled else None
+    left_out = (itself, label, label, "drop" in kind)
 
     def gradient(compute):
         x = z.to(compute).requires_grad_()
-        lse = logits_of(x, x, TEMPERATURE, itself, group, group).logsumexp(dim=1)
-        (answer,) = torch.autograd.grad(lse, x, grad.to(compute))
+        logits, positive, count = written_out(x, x, TEMPERATURE, *left_out)
+        total = (logits.logsumexp(dim=1) * grad).sum() + (positive * count * pull).sum()
+        (answer,) = torch.autograd.grad(total, x)
         return answer if compute == torch.float64 else answer.to(dtype)
 
-    return z, grad, itself, group, gradient(torch.float64), gradient(torch.float32)
+    return z, (grad, pull if labelled else None), left_out, gradient(torch.float64), gradient(torch.float32)
+
+
+def whole(z, vectors, left_out):
+    """The symmetric gradient of all rows."""
+    itself, label, _, drop = left_out
+    lse, *_ = lse_kernels.lse(z, z, TEMPERATURE, *left_out, False)
+    side = (vectors[0], lse, vectors[1])
+    answer = lse_kernels.lse_backward_symmetric(
+        z, z, *side, *side, TEMPERATURE, itself, itself, label, label, drop, 0
+    )  # fmt: skip
+    return lse, answer
 
 
 @pytest.mark.parametrize(("kind", "dtype"), spread(KINDS, DTYPES))
 def test_symmetric_gradient(dtype, kind, device):
-    z, grad, itself, group, truth, reference = square(dtype, kind, 20, device)
-    lse, _ = lse_kernels.lse(z, z, TEMPERATURE, itself, group, group, False)
-    backward = lse_kernels.lse_backward_symmetric
-    sides = (grad, lse, grad, lse, TEMPERATURE, itself, itself, group, group)
-    assert_close("whole", backward(z, z, *sides, 0), reference, truth, dtype)
+    z, vectors, left_out, truth, reference = square(dtype, kind, 20, device)
+    lse, answer = whole(z, vectors, left_out)
+    assert_close("whole", answer, reference, truth, dtype)
+    itself, label, _, drop = left_out
     # Vectors that do not begin on 16 bytes are a compilation of their own.
     middle = 10 if kind == "self" else 16
     for first, last in ((0, middle), (middle, 75)):
-        mine = [None if x is None else x[first:last] for x in (grad, lse, itself, group)]
-        strip = backward(
-            z[first:last], z, mine[0], mine[1], grad, lse, TEMPERATURE, mine[2], itself, mine[3], group, first
-        )
+        mine = [None if x is None else x[first:last] for x in (vectors[0], lse, vectors[1], itself, label)]
+        strip = lse_kernels.lse_backward_symmetric(
+            z[first:last], z, *mine[:3], vectors[0], lse, vectors[1], TEMPERATURE, mine[3], itself, mine[4], label,
+            drop, first,
+        )  # fmt: skip
         assert_close(f"strip {first}", strip, reference[first:last], truth[first:last], dtype)
 
 
 def test_symmetric_gradient_of_wide_rows(device):
-    z, grad, itself, group, truth, reference = square(torch.bfloat16, "self", 300, device)
-    lse, _ = lse_kernels.lse(z, z, TEMPERATURE, itself, group, group, False)
-    sides = (grad, lse, grad, lse, TEMPERATURE, itself, itself, group, group)
-    assert_close("whole", lse_kernels.lse_backward_symmetric(z, z, *sides, 0), reference, truth, torch.bfloat16)
+    z, vectors, left_out, truth, reference = square(torch.bfloat16, "self and label", 300, device)
+    assert_close("whole", whole(z, vectors, left_out)[1], reference, truth, torch.bfloat16)
+
+
+@pytest.mark.parametrize("temperature", [0.03, 0.02])
+def test_short_vectors_need_no_maximum_and_long_ones_get_it(temperature, device, monkeypatch):
+    """What the kernels measure decides: 1 / 0.03 is within the bound and 1 / 0.02 is not, nor are vectors of length 9.
+
+    Where a kernel without a maximum ran on logits that are out of bounds, its sums overflow; and where one with a
+    maximum ran on bounded ones, the answers are right too, so what ran is seen by what another bound makes of it.
+    """
+    rows, cols = unit(20, 24, torch.float32, 0, device), unit(70, 24, torch.float32, 1, device)
+    bound = softmax_kernels.longest(rows, 3 * cols).view(torch.float32)
+    assert_close("bound", bound, bound, torch.tensor([1.0, 9.0], device=device).double(), torch.float32)
+    for length in (1.0, 9.0):
+        check_lse(length * rows, cols, draw(20, seed=2, device=device), None, None, None, False,
+                  temperature=temperature, logits=length / temperature, scale=length / temperature)  # fmt: skip
+    far = softmax_kernels.forward(100 * rows, 100 * cols, temperature, None)[0]
+    assert far.isfinite().all()
+    monkeypatch.setattr(softmax_kernels, "longest", lambda x, y: torch.zeros(2, dtype=torch.int32, device=device))
+    wrong = softmax_kernels.forward(100 * rows, 100 * cols, temperature, None)[0]
+    assert not wrong.isfinite().all(), "no kernel without a maximum ran"
+
+
+def test_rows_that_are_no_numbers_are_not_bounded(device):
+    rows, cols = unit(20, 24, torch.float32, 0, device), unit(70, 24, torch.float32, 1, device)
+    rows[3, 2] = -torch.nan
+    lse = lse_kernels.lse(rows, cols, TEMPERATURE, None, None, None, False, False)[0]
+    assert lse.isnan().tolist() == [i == 3 for i in range(20)]
 
 
 def test_small_gradients_survive_float16(device):
     """Weights of 1e-5 / M are far below the least number of float16."""
-    z, grad, itself, group, truth, reference = square(torch.float16, "", 24, device, scale=1e-5)
-    lse, mean = lse_kernels.lse(z, z, TEMPERATURE, itself, group, group, True)
-    sides = (grad, lse, grad, lse, TEMPERATURE, itself, itself, group, group)
-    assert_close("symmetric", lse_kernels.lse_backward_symmetric(z, z, *sides, 0), reference, truth, torch.float16)
+    z, vectors, left_out, truth, reference = square(torch.float16, "label", 24, device, scale=1e-5)
+    assert_close("symmetric", whole(z, vectors, left_out)[1], reference, truth, torch.float16)
     rows, cols = unit(70, 24, torch.float16, 0, device), unit(200, 24, torch.float16, 1, device)
-    check_lse(rows, cols, 1e-5 * draw(70, seed=2, device=device), None, None, None)
+    check_lse(rows, cols, 1e-5 * draw(70, seed=2, device=device), *masks("label", 70, 200, device))
     tiny = {name: 1e-5 * x for name, x in gradients_of_posterior(70, 130, 24, device).items()}
     check_posterior_backward(torch.float16, 70, 130, 24, device, tiny)
     tiny |= {"v": tiny["a"], "u": 1e5 * tiny["u"]}
@@ -327,7 +384,7 @@ def test_any_split_gives_the_same_answers(parts, device, monkeypatch):
 
     monkeypatch.setattr(tiling, "split", split)
     rows, cols = unit(20, 24, torch.float32, 0, device), unit(300, 24, torch.float32, 1, device)
-    check_lse(rows, cols, draw(20, seed=2, device=device), *masks("group", 20, 300, device))
+    check_lse(rows, cols, draw(20, seed=2, device=device), *masks("label", 20, 300, device))
     given = gradients_of_posterior(150, 200, 24, device)
     check_posterior_backward(torch.bfloat16, 150, 200, 24, device, given)
     t, c = unit(150, 24, torch.float32, 0, device), unit(200, 24, torch.float32, 1, device)
@@ -341,12 +398,18 @@ def test_any_split_gives_the_same_answers(parts, device, monkeypatch):
 
 def test_answers_repeat_bit_for_bit(device):
     rows, cols = unit(70, 20, torch.bfloat16, 0, device), unit(300, 20, torch.bfloat16, 1, device)
-    left_out, grad = masks("self", 70, 300, device), draw(70, seed=2, device=device)
+    left_out, grad = masks("self and label", 70, 300, device), draw(70, seed=2, device=device)
 
     def everything():
-        lse, mean = lse_kernels.lse(rows, cols, TEMPERATURE, *left_out, True)
-        gradients = lse_kernels.lse_backward(grad, lse, mean, rows, cols, TEMPERATURE, *left_out, True, True)
-        return lse, mean, *gradients, *posterior_kernels.posterior(rows, cols, TEMPERATURE, cols[:, 0].float(), True)
+        lse, mean, *positives = lse_kernels.lse(rows, cols, TEMPERATURE, *left_out, True)
+        gradients = lse_kernels.lse_backward(grad, lse, grad, mean, rows, cols, TEMPERATURE, *left_out, True, True)
+        return (
+            lse,
+            mean,
+            *positives,
+            *gradients,
+            *posterior_kernels.posterior(rows, cols, TEMPERATURE, cols[:, 0].float(), True),
+        )
 
     assert all(torch.equal(x, y) for x, y in zip(everything(), everything(), strict=True))
 

@@ -39,8 +39,12 @@ OPERATORS = {
         gather_operators.masked_patch_mse,
         lambda: (leaf(4, 4, 12), draw(2, 3, 4, 4), draw(4, 4) > 0, True),
     ),
-    "lse_symmetric": (softmax_operators.lse, lambda: (leaf(6, 3), None, 0.5, torch.arange(6), None, None, False)),
-    "lse": (softmax_operators.lse, lambda: (leaf(6, 3), leaf(5, 3), 0.5, None, LABELS, LABELS[:5], True)),
+    "lse_symmetric": (
+        softmax_operators.lse,
+        lambda: (leaf(6, 3), None, 0.5, torch.arange(6), LABELS, None, False, False),
+    ),
+    "lse": (softmax_operators.lse, lambda: (leaf(6, 3), leaf(5, 3), 0.5, None, LABELS, LABELS[:5], True, True)),
+    "lse_bare": (softmax_operators.lse, lambda: (leaf(6, 3), leaf(5, 3), 0.5, None, None, None, False, True)),
     "posterior": (mixture_operators.posterior, lambda: (leaf(6, 3), leaf(5, 3), 0.5, draw(5), False, True)),
     "crops": (
         mixture_operators.crops,
@@ -60,22 +64,18 @@ def test_opcheck(name):
 
 
 def test_opcheck_of_the_operators_without_a_backend():
-    groups = LABELS.int()
-    arguments = (leaf(6, 3), leaf(6, 3), groups, groups, torch.full((6,), 1), torch.arange(6), 0.5)
-    torch.library.opcheck(softmax_operators.positives, arguments)
+    torch.library.opcheck(softmax_operators.own_logits, (leaf(6, 3), leaf(6, 3), 0.5))
     rows, lse = draw(6, 3), draw(6)
     strip = (
         rows[:2],
         rows,
-        lse[:2],
-        lse[:2],
-        lse,
-        lse,
+        *(lse[:2], lse[:2], lse[:2], lse, lse, lse),
         0.5,
         torch.arange(2),
         torch.arange(6),
-        None,
-        None,
+        LABELS[:2],
+        LABELS,
+        False,
         0,
         "chunked",
     )

@@ -30,10 +30,26 @@ def spans(count: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _flat(keep: Tensor, rows: int, first: int = 0) -> Tensor:
-    """keep [B, K]: numbers of the kept rows in a [B * rows, ...] matrix, `first` rows of each image skipped."""
+def _inside(keep: Tensor, num_tokens: int) -> tuple[Tensor, Tensor | None]:
+    """keep [B, K] with its numbers brought into [0, L), and which were not there [B, K]; None where all were."""
+    if torch.compiler.is_compiling():
+        # Of the functions here the reference uses some, and a graph cannot ask.
+        return keep, None
+    outside = (keep < 0) | (keep >= num_tokens)
+    # Asking would make a GPU wait.
+    if keep.is_cpu and not outside.any():
+        return keep, None
+    return keep.clamp(0, max(num_tokens - 1, 0)), outside
+
+
+def _flat(keep: Tensor, rows: int, first: int = 0, outside: Tensor | None = None) -> Tensor:
+    """keep [B, K]: numbers of the kept rows in a [B * rows, ...] matrix, `first` rows of each image skipped.
+
+    What lies outside gets the number of the row behind all.
+    """
     start = torch.arange(len(keep), device=keep.device)[:, None] * rows + first
-    return (keep + start).flatten()
+    index = keep + start
+    return (index if outside is None else index.masked_fill_(outside, len(keep) * rows)).flatten()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -43,27 +59,34 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def token_gather(x: Tensor, keep: Tensor) -> Tensor:
     batch, num_tokens, width = x.shape
+    keep, outside = _inside(keep, num_tokens)
     out = x.reshape(batch * num_tokens, width).index_select(0, _flat(keep, num_tokens))
-    return out.view(batch, keep.shape[1], width)
+    out = out.view(batch, keep.shape[1], width)
+    return out if outside is None else out.masked_fill_(outside[..., None], 0.0)
 
 
 def token_gather_backward(grad: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
     batch, kept, width = grad.shape
-    out = grad.new_zeros(batch * num_tokens, width)
-    out.index_add_(0, _flat(keep, num_tokens), grad.reshape(batch * kept, width))
-    return out.view(batch, num_tokens, width)
+    keep, outside = _inside(keep, num_tokens)
+    # What names no token goes to a row behind all.
+    out = grad.new_zeros(batch * num_tokens + (outside is not None), width)
+    out.index_add_(0, _flat(keep, num_tokens, 0, outside), grad.reshape(batch * kept, width))
+    return out[: batch * num_tokens].view(batch, num_tokens, width)
 
 
 def last_place(keep: Tensor, num_tokens: int) -> Tensor:
     """The inverse of keep [B, K]: [B, L], where a token stands in its row of keep (the last place), -1 if nowhere."""
     places = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-    empty = torch.full((len(keep), num_tokens), -1, device=keep.device)
-    return empty.scatter_reduce(1, keep.long(), places, "amax")
+    inside, outside = _inside(keep.long(), num_tokens)
+    if outside is not None:
+        inside = inside.masked_fill(outside, num_tokens)
+    empty = torch.full((len(keep), num_tokens + (outside is not None)), -1, device=keep.device)
+    return empty.scatter_reduce(1, inside, places, "amax")[:, :num_tokens]
 
 
 def _deciding_places(keep: Tensor, num_tokens: int) -> Tensor | None:
     """[B, K]: of the places that name the same token the last; None where it is known that none is named twice."""
-    deciding = last_place(keep, num_tokens).gather(1, keep.long())
+    deciding = last_place(keep, num_tokens).gather(1, _inside(keep.long(), num_tokens)[0])
     # Asking would make a GPU wait.
     if keep.is_cpu and torch.equal(deciding, torch.arange(keep.shape[1]).expand_as(keep)):
         return None
@@ -79,19 +102,22 @@ def token_scatter(
     if pos is not None:
         pos = pos.to(latents.dtype)
         blank = blank + pos
-    out = latents.new_empty(batch, total, width)
+    inside, outside = _inside(keep, num_tokens)
+    # What names no token goes to a row behind all.
+    rows_of_all = latents.new_empty(batch * total + (outside is not None), width)
+    out = rows_of_all[: batch * total].view(batch, total, width)
     out[:, num_prefix:] = blank[num_prefix:]
     out[:, :num_prefix] = latents[:, :num_prefix]
     visible = latents[:, num_prefix:]
     if pos is not None:
         out[:, :num_prefix] += pos[:num_prefix]
-        visible = visible + pos[num_prefix:].index_select(0, keep.flatten()).view_as(visible)
+        visible = visible + pos[num_prefix:].index_select(0, inside.flatten()).view_as(visible)
     deciding = _deciding_places(keep, num_tokens)
     if deciding is not None:
         # Rows are written in no certain order, so all that go to one place are made the same.
         visible = token_gather(visible, deciding)
     rows = visible.reshape(-1, width)
-    out.view(batch * total, width).index_copy_(0, _flat(keep, total, num_prefix), rows)
+    rows_of_all.index_copy_(0, _flat(inside, total, num_prefix, outside), rows)
     return out
 
 
@@ -105,8 +131,11 @@ def token_scatter_backward(
     if want_latents:
         latents = grad.new_empty(batch, num_prefix + kept, width)
         latents[:, :num_prefix] = grad[:, :num_prefix]
-        rows = grad.reshape(batch * total, width).index_select(0, _flat(keep, total, num_prefix))
+        inside, outside = _inside(keep, num_tokens)
+        rows = grad.reshape(batch * total, width).index_select(0, _flat(inside, total, num_prefix))
         latents[:, num_prefix:] = rows.view(batch, kept, width)
+        if outside is not None:
+            latents[:, num_prefix:].masked_fill_(outside[..., None], 0.0)
         deciding = _deciding_places(keep, num_tokens)
         if deciding is not None:
             latents[:, num_prefix:] *= (deciding == torch.arange(kept, device=keep.device))[..., None]
@@ -152,10 +181,13 @@ def patch_embed_gather(
         out[:, :num_prefix] = prefix
     offset = pos.to(accumulator(weight.dtype))
     offset = (offset if bias is None else offset + bias).to(weight.dtype)
+    keep, outside = _inside(keep, len(pos))
     for span in spans(batch, piece(images) // max(kept * max(flat.shape), 1)):
         pixels = _pixels(images[span], keep[span], weight.shape[-1], weight.dtype)
         tokens = offset.index_select(0, keep[span].flatten()).addmm_(pixels, flat.T)
         out[span, num_prefix:] = tokens.view(span.stop - span.start, kept, len(weight))
+    if outside is not None:
+        out[:, num_prefix:].masked_fill_(outside[..., None], 0.0)
     return out
 
 
@@ -181,8 +213,11 @@ def patch_embed_gather_backward(
         d_weight = torch.zeros_like(flat)
     if want_pos:
         d_pos = grad.new_zeros(num_patches, len(weight), dtype=dtype)
+    keep, outside = _inside(keep, num_patches)
     for span in spans(batch, piece(images) // max(kept * max(flat.shape), 1)):
         tokens = grad[span, num_prefix:].reshape(-1, len(weight)).to(dtype)
+        if outside is not None:
+            tokens = tokens.masked_fill(outside[span].reshape(-1, 1), 0.0)
         if want_weight:
             d_weight.addmm_(tokens.T, _pixels(images[span], keep[span], side, weight.dtype).to(dtype))
         if want_pos:

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import positives
 from .gather import accumulator, piece, spans
+from .positives import Groups
 
 #: Numbers from 2^-60 to 2^60, and sums of 2^40 of them times gradients of 2^-20, are far inside float32.
 SAFE = 60.0
@@ -26,8 +28,7 @@ LN2 = math.log(2)
 class _Logits:
     """Logits in base 2, a tile at a time, each overwriting the last; what is left out is -inf.
 
-    self_index [N]: the column a row leaves out; row_group [N], col_group [M]: pairs of equal groups are left out, and
-    none without both.
+    self_index [N]: the column a row leaves out; groups: whose pairs of one group are left out, and none without.
     """
 
     def __init__(
@@ -36,12 +37,11 @@ class _Logits:
         cols: Tensor,
         temperature: float,
         self_index: Tensor | None = None,
-        row_group: Tensor | None = None,
-        col_group: Tensor | None = None,
+        groups: Groups | None = None,
     ):
         dtype = accumulator(rows.dtype)
         self.rows, self.cols = rows.to(dtype) * (1 / (temperature * LN2)), cols.to(dtype)
-        self.self_index, self.row_group, self.col_group = self_index, row_group, col_group
+        self.self_index, self.groups = self_index, groups
         self.step = math.isqrt(piece(rows))
         # A few rows are given wide tiles.
         self.col_step = max(self.step, piece(rows) // max(len(rows), 1))
@@ -71,8 +71,8 @@ class _Logits:
         tile = torch.mm(x, c.T, out=self.buffer[: len(x) * len(c)].view(len(x), len(c)))
         if self.self_index is not None:
             fill_at(tile, self.self_index[rows] - cols.start, -torch.inf)
-        if self.row_group is not None and self.col_group is not None:
-            tile.masked_fill_(self.row_group[rows, None] == self.col_group[cols], -torch.inf)
+        if self.groups is not None:
+            tile.masked_fill_(self.groups.rows[rows, None] == self.groups.cols[cols], -torch.inf)
         return tile
 
 
@@ -132,14 +132,25 @@ def lse(
     cols: Tensor,
     temperature: float,
     self_index: Tensor | None,
-    row_group: Tensor | None,
-    col_group: Tensor | None,
+    row_label: Tensor | None,
+    col_label: Tensor | None,
+    drop: bool,
     with_mean: bool,
-) -> tuple[Tensor, Tensor]:
-    logits = _Logits(rows, cols, temperature, self_index, row_group, col_group)
-    symmetric = not with_mean and row_group is col_group and _symmetric(rows, cols, self_index)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = _groups(row_label, col_label, self_index)
+    logits = _Logits(rows, cols, temperature, self_index, groups if drop else None)
+    square = rows is cols and row_label is col_label
+    symmetric = not with_mean and square and _symmetric(rows, cols, self_index)
     answer, mean, _ = _forward(logits, with_mean, None, symmetric)
-    return answer.mul_(LN2), mean
+    answer = answer.mul_(LN2)
+    if groups is None:
+        return answer, mean, answer.new_empty(0), answer.new_empty(0)
+    return answer, mean, positives.mean_logits(groups, rows, cols, temperature), groups.counts.to(answer.dtype)
+
+
+def _groups(row_label: Tensor | None, col_label: Tensor | None, self_index: Tensor | None) -> Groups | None:
+    """None where one side has no labels: then nothing is a positive."""
+    return None if row_label is None or col_label is None else Groups(row_label, col_label, self_index)
 
 
 def _divisor(lse: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,17 +161,20 @@ def _divisor(lse: Tensor, dtype: torch.dtype) -> Tensor:
 def lse_backward(
     grad: Tensor,
     lse: Tensor,
+    pull: Tensor | None,
     mean: Tensor,
     rows: Tensor,
     cols: Tensor,
     temperature: float,
     self_index: Tensor | None,
-    row_group: Tensor | None,
-    col_group: Tensor | None,
+    row_label: Tensor | None,
+    col_label: Tensor | None,
+    drop: bool,
     want_rows: bool,
     want_cols: bool,
 ) -> tuple[Tensor, Tensor]:
-    logits = _Logits(rows, cols, temperature, self_index, row_group, col_group)
+    groups = _groups(row_label, col_label, self_index)
+    logits = _Logits(rows, cols, temperature, self_index, groups if drop else None)
     lse2 = _divisor(lse, logits.rows.dtype)
     grad = grad.to(lse2.dtype).masked_fill(lse == -torch.inf, 0.0)
     d_rows = d_cols = logits.rows.new_empty(0)
@@ -178,7 +192,14 @@ def lse_backward(
             if want_cols:
                 d_cols[c].addmm_(tile.T, logits.rows[r])
     # The columns met rows that hold the logits' factor already, but in base 2.
-    return d_rows.div_(temperature).to(rows.dtype), d_cols.mul_(LN2).to(cols.dtype)
+    d_rows, d_cols = d_rows.div_(temperature), d_cols.mul_(LN2)
+    if groups is not None and pull is not None:
+        pull = pull.to(logits.rows.dtype) / temperature
+        if want_rows:
+            positives.pull_rows(d_rows, groups, cols, pull)
+        if want_cols:
+            positives.pull_cols(d_cols, groups, rows, pull)
+    return d_rows.to(rows.dtype), d_cols.to(cols.dtype)
 
 
 def lse_backward_symmetric(
@@ -186,18 +207,22 @@ def lse_backward_symmetric(
     cols: Tensor,
     grad_rows: Tensor,
     lse_rows: Tensor,
+    pull_rows: Tensor | None,
     grad_cols: Tensor,
     lse_cols: Tensor,
+    pull_cols: Tensor | None,
     temperature: float,
     self_rows: Tensor | None,
     self_cols: Tensor | None,
-    row_group: Tensor | None,
-    col_group: Tensor | None,
+    row_label: Tensor | None,
+    col_label: Tensor | None,
+    drop: bool,
     first: int,
 ) -> Tensor:
-    same = lse_rows is lse_cols and grad_rows is grad_cols and self_rows is self_cols and row_group is col_group
+    same = lse_rows is lse_cols and grad_rows is grad_cols and self_rows is self_cols and row_label is col_label
     half = same and _symmetric(rows, cols, self_rows)
-    logits = _Logits(rows, cols, temperature, self_rows if half else None, row_group, col_group)
+    groups = _groups(row_label, col_label, self_rows)
+    logits = _Logits(rows, cols, temperature, self_rows if half else None, groups if drop else None)
     dtype = logits.rows.dtype
     row_lse, col_lse = _divisor(lse_rows, dtype), _divisor(lse_cols, dtype)
     grad_rows = grad_rows.to(dtype).masked_fill(lse_rows == -torch.inf, 0.0)
@@ -222,6 +247,12 @@ def lse_backward_symmetric(
             if not half and self_cols is not None:
                 fill_at(theirs.T, self_cols[c] - first - r.start, 0.0)
             out[r].addmm_(mine.add_(theirs), logits.cols[c])
+    if groups is not None and pull_rows is not None:
+        positives.pull_rows(out, groups, cols, pull_rows.to(dtype))
+    if groups is not None and pull_cols is not None:
+        # The columns as rows, whose positives are among the rows.
+        back = groups if same else Groups(col_label, row_label, None if self_cols is None else self_cols - first)
+        positives.pull_cols(out, back, cols, pull_cols.to(dtype))
     return out.div_(temperature).to(rows.dtype)
 
 
