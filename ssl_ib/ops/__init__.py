@@ -3,6 +3,7 @@
 Needs torch alone. Legend of the shape letters at the head of each module.
 """
 
+from . import flop_formulas as flop_formulas
 from .backend import BACKENDS, record, use_backend, wanted, why_not
 from .contrastive import info_nce, info_nce_parts
 from .mixture import gmm_assign, gmm_crops, gmm_lse, gmm_posterior
