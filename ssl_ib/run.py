@@ -120,6 +120,14 @@ def build_run(config: Config, dry: bool = False, resumed: bool = False) -> Run:
             problems.append(f"ops.backend: {ops.wanted()!r} cannot run here: {reason}")
     except UserError as error:
         problems.append(f"ops.backend: {error}")
+    if config.compile == "graphs":
+        if device and device.type != "cuda":
+            problems.append("compile: graphs are a GPU's, and the device is cpu: use compile=true or compile=false")
+        if config.parallel in ("fsdp", "hybrid"):
+            problems.append(
+                f"compile: graphs read weights where they are, and parallel={config.parallel} moves them: use "
+                "compile=true or parallel=ddp"
+            )
     if "wandb" in config.logger and not _installed("wandb"):
         problems.append("logger: wandb is not installed: pip install 'ssl-ib[wandb]', or leave it out of logger")
     first, last = config.optim.warmup_epochs, config.epochs

@@ -25,6 +25,7 @@ from .data.transfer import on_device
 from .errors import EndedElsewhere, UserError
 from .evals.online import Online
 from .flops import peak
+from .graphs import Graphs
 from .part import Context, Step, detached, parts
 from .record import checkpoint, ledger, shards
 from .record.backbone import in_checkpoint
@@ -95,7 +96,8 @@ class Trainer:
         self.flops = flops * config.accumulate
         self._peak = peak(run.device, config.precision)
         self.sharded = self._sharded(mesh) if mesh is not None else None
-        if config.compile and self.sharded is None:
+        self.graphs = Graphs(run.model) if config.compile == "graphs" else None
+        if config.compile is True and self.sharded is None:
             run.model.compile()
         self.results: dict[str, dict[str, float]] = {}
         self.first = run.first_evaluation
@@ -264,6 +266,8 @@ class Trainer:
         self._set_schedules()
         self.state.train()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.graphs is not None:
+            self.graphs.begin_step()
         progress, sums = self.progress(), {}
         for i in range(count):
             with self._phase("views"):

@@ -80,9 +80,8 @@ def test_a_configuration_needs_no_parts():
 #: The rooms of the package, lowest first: a module imports its own room and those before it.
 ROOMS = (
     "errors types random heartbeat distributed device flops config part contract ops info run data record pretrained "
-    "initialise maskers tasks models criterions evals embed export optim sharding trainer sweep report api bench "
-    "instruments "
-    "doctor cli"
+    "initialise maskers tasks models criterions evals embed export optim sharding graphs trainer sweep report api "
+    "bench instruments doctor cli"
 ).split()
 
 

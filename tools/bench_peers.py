@@ -94,7 +94,7 @@ class Peer(ABC):
         if not own_transforms and self.device.type == "cpu" and run.config.precision == "bf16":
             plain_attention(self.model)
         if run.config.compile:
-            self.model.compile()
+            self.model.compile(mode="reduce-overhead" if run.config.compile == "graphs" else None)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
         self.transform, self.clock = self.transforms(), Clock(self.device)
@@ -115,13 +115,15 @@ class Peer(ABC):
     def step(self) -> dict[str, float]:
         clock = self.clock
         start = clock.now()
+        self.optimizer.zero_grad()
         with clock.phase("data"):
             sample = next(self.batches).to(self.device)
         with clock.phase("views"):
             views = self._own_views(sample) if self.own else self._our_views(sample)
+        if self.config.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
         with clock.phase("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             loss = self.score(views)
-        self.optimizer.zero_grad()
         with clock.phase("backward"):
             loss.backward()
         with clock.phase("optimiser"):

@@ -202,6 +202,7 @@ def _heading(trainer, out: Path | None) -> str:
     place = "in memory" if trainer.images.in_memory else "streamed"
     lr = config.optim.lr if isinstance(config.optim.lr, dict) else format(config.optim.lr * trainer.scale, ".4g")
     scaled = f" ({config.optim.lr} x {trainer.scale:g})" if trainer.scale != 1 else ""
+    compiled = {False: "", True: ", compiled", "graphs": ", compiled, in CUDA graphs"}[config.compile]
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     lines += [
         f"  data       {len(trainer.images):,} training images ({place}), {held}",
@@ -209,7 +210,7 @@ def _heading(trainer, out: Path | None) -> str:
         f"  parameters {counts['all']:,}, of which {counts['trained']:,} are trained",
         f"  batch      {_batch(run)} a step, {config.epochs} epochs, {steps:,} steps",
         f"  optimiser  {config.optim.name}, learning rate {lr}{scaled}",
-        f"  device     {device}{threads}, {config.precision}{', compiled' * config.compile}, seed {config.seed}",
+        f"  device     {device}{threads}, {config.precision}{compiled}, seed {config.seed}",
         f"  ops        {ops.wanted()}",
     ]
     lines += _terms(trainer.example, run.criterion.nats)

@@ -158,15 +158,16 @@ class Config(Section):
     """A whole run. The six parts are `{name: ..., key: value}`, completed with their constructors' defaults.
 
     recipe names the run's folder. init names the weights that the encoder starts from: the folder of a run, a
-    checkpoint of one, a file of weights under timm's names, or timm:NAME for timm's own, which are downloaded;
-    heads are dropped and positions resampled. batch_size counts the images of an optimiser step over all processes;
+    checkpoint of one, a file of weights under timm's names, or timm:NAME for timm's own, which are downloaded; heads
+    are dropped and positions resampled. batch_size counts the images of an optimiser step over all processes;
     `accumulate` cuts it into so many forward passes of each. device is auto, cpu, cuda or cuda:N. workers decode
     streamed images, and one that gives nothing for `worker_timeout` seconds ends the run; log_every counts the steps
     from one row of `metrics.jsonl` to the next (a short run logs 20 rows at least), and logger says who gets a copy of
-    the rows. deterministic takes, on CUDA, slower operations that give the same numbers every time. parallel is for
-    processes that torchrun starts: with ddp each has all weights, with fsdp they share them, with hybrid those of a
-    machine do (docs/scale.md); one for which the others have waited `process_timeout` seconds is named and ends the
-    run. plugins are imported before the parts are looked up.
+    the rows. compile has torch.compile make the model's kernels; graphs also records them in CUDA graphs, which a GPU
+    replays without waiting for the host. deterministic takes, on CUDA, slower operations that give the same numbers
+    every time. parallel is for processes that torchrun starts: with ddp each has all weights, with fsdp they share
+    them, with hybrid those of a machine do (docs/scale.md); one for which the others have waited `process_timeout`
+    seconds is named and ends the run. plugins are imported before the parts are looked up.
     """
 
     recipe: str
@@ -183,7 +184,7 @@ class Config(Section):
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
+    compile: bool | Literal["graphs"] = False
     deterministic: bool = True
     workers: Annotated[int, Interval(ge=0, le=1024)] = 2
     worker_timeout: Positive = 600.0
@@ -203,6 +204,13 @@ class Config(Section):
         if not isinstance(logger, list | tuple):
             raise ValueError("a list of tensorboard and wandb, such as [tensorboard] or []")
         return tuple(logger)
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _is_one_of_three(cls, compile: Any) -> Any:
+        if not isinstance(compile, bool) and compile != "graphs":
+            raise ValueError("true, false or graphs")
+        return compile
 
     @field_validator("recipe")
     @classmethod

@@ -356,7 +356,7 @@ def test_all_mistakes_at_once(plain):
         ("seed=-1", "seed: expected greater than or equal to 0"),
         ("seed=4294967296", "seed: expected less than 4294967296"),
         ("seed='3'", "seed: expected a valid integer, got '3'"),
-        ("compile=1", "compile: expected a valid boolean"),
+        ("compile=1", "compile: expected true, false or graphs, got 1"),
         ("parallel=dpp", "parallel: expected 'none', 'ddp', 'fsdp' or 'hybrid', got 'dpp'"),
         ("device.x=1", "device: expected a valid string"),
         ("epochs.x=1", "epochs.x: epochs is 7, which has no keys"),
