@@ -18,7 +18,7 @@ from .config.recipe import PARTS
 from .config.registry import Built, build_part
 from .config.schedule import Schedule
 from .device import Bounded, choose_device, require_memory
-from .errors import ConfigError, UserError
+from .errors import ConfigError, EndedElsewhere, UserError
 from .part import Criterion, Model, RunInfo, Task, parts
 
 _logger = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ def build_run(config: Config, dry: bool = False, resumed: bool = False) -> Run:
     def attempt(kind: str, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
+        except EndedElsewhere:
+            raise  # Nothing of this process's is wrong.
         except UserError as error:
             text = str(error)
             # Two parts may ask the masker the same, and both be refused: that is one problem.

@@ -5,13 +5,18 @@ Shapes: n images, H x W pixels.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import PurePath
 
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..errors import UserError, nearest
+
+#: Images that are summed at a time.
+_CHUNK = 32
 
 #: (mean, standard deviation), each one number a channel (red, green, blue), for pixels scaled to [0, 1].
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -54,14 +59,20 @@ def check(name: str | None) -> str | None:
 def measure(images: Tensor, sizes: Tensor) -> Statistics:
     """Statistics of images uint8 [n, 3, H, W] of sizes int64 [n, 2], padded with zeros, which do not count.
 
-    A standard deviation is at least 1/255, so that one can divide by it.
+    Several processes ask at once, and each reads its share of the pixels. Sums are of whole numbers, so that they do
+    not depend on how many there are. A standard deviation is at least 1/255, so that one can divide by it.
     """
-    total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for chunk in images.split(256):
-        pixels = chunk.to(torch.float64) / 255
-        total += pixels.sum(dim=(0, 2, 3)).cpu()
-        squares += pixels.square().sum(dim=(0, 2, 3)).cpu()
-    count = int(sizes.prod(dim=1).sum())
-    mean = total / count
-    deviation = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1 / 255)
-    return tuple(mean.tolist()), tuple(deviation.tolist())
+    sums = distributed.shared(_sums, images.split(_CHUNK))
+    total, squares = (torch.tensor(column, dtype=torch.int64).sum(0).tolist() for column in zip(*sums, strict=True))
+    # Python's whole numbers have no largest one.
+    whole = 255 * int(sizes.prod(dim=1).sum())
+    count = whole // 255
+    mean = tuple(x / whole for x in total)
+    deviation = tuple(max(math.sqrt(count * xx - x * x), count) / whole for x, xx in zip(total, squares, strict=True))
+    return mean, deviation
+
+
+def _sums(images: Tensor) -> tuple[list[int], list[int]]:
+    """The sum of the pixels of each channel, and that of their squares."""
+    pixels = images.to(torch.int32)
+    return pixels.sum((0, 2, 3)).tolist(), pixels.square().sum((0, 2, 3)).tolist()

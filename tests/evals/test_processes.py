@@ -14,7 +14,10 @@ from ranks import answers_of, join
 
 from ssl_ib import UserError, distributed
 from ssl_ib.cli import embed, eval, exits
+from ssl_ib.data import statistics
 from ssl_ib.data.sources.base import InMemory
+from ssl_ib.data.views.augment import Augment
+from ssl_ib.data.views.splits import ColourSplit
 from ssl_ib.errors import EndedElsewhere
 from ssl_ib.evals import ledger
 from ssl_ib.evals.features import extract
@@ -68,6 +71,27 @@ def pieces() -> list[torch.Tensor]:
     return found
 
 
+def measured() -> dict:
+    """The statistics of images and of their colours, and how many images were read for them here."""
+    images, read, sums = IMAGES, [0], statistics._sums
+
+    def counted(chunk):
+        read[0] += len(chunk)
+        return sums(chunk)
+
+    class Held:
+        def train(self):
+            return images
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "_sums", counted)
+        patch.setattr(statistics, "_CHUNK", 3)
+        pixels = statistics.measure(IMAGES.images, IMAGES.sizes)
+    views = ColourSplit(Augment(2), "ydbdr")
+    views.measure(Held())
+    return {"pixels": pixels, "colours": views.statistics, "read": read[0]}
+
+
 def command(main, *arguments: str) -> tuple[int, str, str]:
     """Exit code, output and errors of a command."""
     output, errors = io.StringIO(), io.StringIO()
@@ -119,6 +143,7 @@ def work(rank: int, port: int, path: str) -> None:
     exits.PATIENCE = 0.0  # There is no torchrun to end the others.
     answers = {
         "pieces": pieces(),
+        "statistics": measured(),
         "shared": distributed.shared(lambda item: (item, rank), "abc"),
         "message": command(lambda arguments: exits.exit_code("program", nested)),
         "bug": ended(broken(ZeroDivisionError())),
@@ -169,6 +194,12 @@ def test_features_and_neighbours(answers):
     for answer in answers:
         assert all(torch.equal(a, b) for a, b in zip(answer["pieces"], expected, strict=True))
         assert answer["shared"] == [("a", 0), ("b", 1), ("c", 1)]
+
+
+def test_statistics(answers):
+    one, found = measured(), [answer["statistics"] for answer in answers]
+    assert [each.pop("read") for each in (one, *found)] == [8, 3, 5]
+    assert found == [one, one]
 
 
 def test_a_run_is_evaluated_as_by_one_process(answers):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import random
+from ... import distributed, random
 from ...config.hints import Count, PositiveInt
 from ...config.registry import register_views
 from ...errors import UserError
@@ -75,16 +75,21 @@ class Split(Views):
         return self._normalised(self.divide(self._plain(sample)))
 
     def measure(self, source: Any) -> None:
-        """On some thousand training images, or on some hundred where they stream; always the same ones."""
+        """On some thousand training images, or on some hundred where they stream; always the same ones.
+
+        Of several processes each reads its share.
+        """
         if self._stated is not None or self._source is source:
             return
         images = source.train()
         count = min(len(images), _MEASURED if images.in_memory else _MEASURED_STREAMED)
-        total, squares = torch.zeros(2, self.channels, dtype=torch.float64)
-        for index in (torch.arange(count) * len(images) // count).split(64):
+
+        def sums(index: Tensor) -> list[list[float]]:
             channels = self.divide(self._plain(images.gather(index))).double()
-            total += channels.mean((2, 3)).sum(0).cpu()
-            squares += channels.square().mean((2, 3)).sum(0).cpu()
+            return torch.stack([channels.mean((2, 3)).sum(0), channels.square().mean((2, 3)).sum(0)]).tolist()
+
+        chunks = (torch.arange(count) * len(images) // count).split(64)
+        total, squares = torch.tensor(distributed.shared(sums, chunks), dtype=torch.float64).sum(0)
         mean = total / count
         # At least a grey level's, so that one can divide by it: the colours of grey images do not vary.
         deviation = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1 / 255)
