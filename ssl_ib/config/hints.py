@@ -18,6 +18,8 @@ NonNegative = Annotated[float, Ge(0)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
 #: A share of something of which a part must remain, such as a mask ratio.
 Ratio = Annotated[float, Interval(ge=0, lt=1)]
+#: Of the centre crop, of the resized image's shorter side.
+CropRatio = Annotated[float, Interval(ge=0.01, le=1)]
 
 
 def show(hint: Any) -> str:

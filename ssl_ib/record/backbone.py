@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from .. import __version__, distributed
-from ..config.hints import Count, PositiveInt
+from ..config.hints import Count, CropRatio, PositiveInt
 from ..config.outside import read_json
 from ..device import Bounded
 from ..errors import UserError
@@ -67,7 +67,7 @@ class _Preprocessing(BaseModel):
     model_config = ConfigDict(strict=True)
 
     size: Annotated[int, Interval(ge=1, le=LARGEST["img_size"])]
-    crop_ratio: Annotated[float, Interval(ge=0.01, le=1)]
+    crop_ratio: CropRatio
     interpolation: Interpolation
     max_side: PositiveInt | None
 

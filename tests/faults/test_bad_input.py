@@ -10,8 +10,9 @@ import pytest
 
 from ssl_ib.cli.train import main
 from ssl_ib.config import outside, plugins
+from ssl_ib.config.hints import CropRatio
 from ssl_ib.config.recipe import MOST_BASES
-from ssl_ib.config.registry import MASKERS
+from ssl_ib.config.registry import MASKERS, VIEWS
 
 BASE = "base: mrcl_digits\n"
 #: Nine levels of nine aliases each: 300 bytes that stand for 387,420,489 values.
@@ -95,6 +96,7 @@ OVERRIDES = {
         "source.labels: there is no user",
     ),
     "films": ("source={name: moving_mnist, sequences: 10}", "the source has films [10, 3, 64, 64]"),
+    "a crop of no pixel": ("views.crop_ratio=1e-300", "views.crop_ratio: expected greater than or equal to 0.01"),
     "many workers": ("workers=1000000", "workers: expected less than or equal to 1024"),
 }
 
@@ -104,6 +106,12 @@ def test_an_override(refused, tmp_path, override, says):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").touch()
     assert says in refused("mrcl_digits", override, "--dry-run")
+
+
+@pytest.mark.parametrize("name", [name for name in VIEWS.names() if "crop_ratio" in VIEWS.schema(name)])
+def test_views_crop_as_a_backbone_may_say(name):
+    """Else a run would leave a backbone.json that nobody can read."""
+    assert VIEWS.schema(name)["crop_ratio"].annotation == CropRatio
 
 
 @pytest.mark.parametrize("init", [LONG, NOBODY])

@@ -4,7 +4,7 @@ and the constructions of its studies. As in recipes.py, `strength` multiplies th
 
 from __future__ import annotations
 
-from ...config.hints import Count, NonNegative, Positive, PositiveInt, Probability
+from ...config.hints import Count, CropRatio, NonNegative, Positive, PositiveInt, Probability
 from ...config.registry import register_views
 from ...errors import UserError
 from ...ops.pixels.resample import Interpolation
@@ -12,7 +12,7 @@ from .augment import Augment, Crops
 from .colour_spaces import Space
 from .jigsaw import CropsAndJigsaw, Jigsaw
 from .rand_augment import OPS, PLAIN_OPS, RandAugment
-from .recipes import Scale, Share
+from .recipes import Scale
 from .splits import ColourSplit, FrequencySplit
 
 
@@ -39,7 +39,7 @@ def infomin(
     jigsaw_patch: PositiveInt = 64,
     jigsaw_grid: PositiveInt = 3,
     jigsaw_scale: Scale = (0.6, 1.0),
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
 ) -> Crops:
@@ -86,7 +86,7 @@ def instdis(
     strength: NonNegative = 1.0,
     jitter_p: Probability = 1.0,
     grey_p: Probability = 0.2,
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
 ) -> Crops:
@@ -101,7 +101,7 @@ def moco_v1(
     strength: NonNegative = 1.0,
     jitter_p: Probability = 1.0,
     grey_p: Probability = 0.2,
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
 ) -> Crops:
@@ -120,7 +120,7 @@ def pirl(
     jigsaw_patch: PositiveInt = 64,
     jigsaw_grid: PositiveInt = 3,
     jigsaw_scale: Scale = (0.6, 1.0),
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
 ) -> Crops:
@@ -144,7 +144,7 @@ def cmc(
     op_p: Probability = 0.5,
     ops: tuple[str, ...] = PLAIN_OPS,
     op_strengths: dict[str, float] | None = None,
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
     mean: tuple[float, float, float] | None = None,
@@ -173,7 +173,7 @@ def colour_split(
     space: Space = "ydbdr",
     size: PositiveInt = 64,
     scale: Scale = (0.2, 1.0),
-    crop_ratio: Share = 1.0,
+    crop_ratio: CropRatio = 1.0,
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
 ) -> ColourSplit:
@@ -189,7 +189,7 @@ def frequency_split(
     sigma: Positive = 0.7,
     size: PositiveInt = 64,
     scale: Scale = (0.2, 1.0),
-    crop_ratio: Share = 1.0,
+    crop_ratio: CropRatio = 1.0,
     interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
 ) -> FrequencySplit:

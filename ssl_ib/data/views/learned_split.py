@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config.hints import NonNegative, PositiveInt, Probability
+from ...config.hints import CropRatio, NonNegative, PositiveInt, Probability
 from ...config.registry import register_views
 from ...errors import UserError
 from ...ops.pixels.resample import Interpolation
 from .augment import Augment
 from .generator import Generator, Space
-from .recipes import Scale, Share
+from .recipes import Scale
 from .splits import Split
 
 #: Where the generator of the model `view_generator` is among a checkpoint's parts.
@@ -49,7 +49,7 @@ class LearnedSplit(Split):
         strength: NonNegative = 0.0,
         grey_p: Probability = 0.0,
         blur_p: Probability = 0.0,
-        crop_ratio: Share = 1.0,
+        crop_ratio: CropRatio = 1.0,
         interpolation: Interpolation = "bicubic",
         resumed: bool = False,
     ):

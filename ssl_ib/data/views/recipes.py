@@ -12,7 +12,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from ...config.hints import Count, NonNegative, PositiveInt, Probability
+from ...config.hints import Count, CropRatio, NonNegative, PositiveInt, Probability
 from ...config.registry import register_views
 from ...errors import UserError
 from ...ops.pixels.resample import Interpolation
@@ -61,7 +61,7 @@ def simclr(
     jitter_p: Probability = 0.8,
     grey_p: Probability = 0.2,
     blur_p: Probability = 0.5,
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bicubic",
     flip: Probability = 0.5,
 ) -> Crops:
@@ -77,7 +77,7 @@ def simclr_cifar(
     strength: NonNegative = 0.5,
     jitter_p: Probability = 0.8,
     grey_p: Probability = 0.2,
-    crop_ratio: Share = 1.0,
+    crop_ratio: CropRatio = 1.0,
     interpolation: Interpolation = "bicubic",
     flip: Probability = 0.5,
 ) -> Crops:
@@ -93,7 +93,7 @@ def moco_v2(
     jitter_p: Probability = 0.8,
     grey_p: Probability = 0.2,
     blur_p: Probability = 0.5,
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bilinear",
 ) -> Crops:
     """Two views alike: jitter (.4, .4, .4, .1), grey, blur (Chen et al., MoCo v2)."""
@@ -111,7 +111,7 @@ def byol(
     grey_p: Probability = 0.2,
     blur_p: Probabilities = (1.0, 0.1),
     solarise_p: Probabilities = (0.0, 0.2),
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bicubic",
 ) -> Crops:
     """Two unlike views: the first always blurred, the second at times solarised (Grill et al., BYOL, appendix B)."""
@@ -127,7 +127,7 @@ def byol_cifar(
     jitter_p: Probability = 0.8,
     grey_p: Probability = 0.2,
     solarise_p: Probabilities = (0.0, 0.2),
-    crop_ratio: Share = 1.0,
+    crop_ratio: CropRatio = 1.0,
     interpolation: Interpolation = "bicubic",
 ) -> Crops:
     """BYOL's views of small images: no blur; the second view is still solarised at times."""
@@ -143,7 +143,7 @@ def dino(
     grey_p: Probability = 0.2,
     blur_p: Probabilities = (1.0, 0.1),
     solarise_p: Probabilities = (0.0, 0.2),
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bicubic",
 ) -> Crops:
     """DINO's two global views: BYOL's, of larger crops (Caron et al., DINO, appendix)."""
@@ -164,7 +164,7 @@ def multi_crop(
     grey_p: Probability = 0.2,
     blur_p: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5),
     solarise_p: tuple[Probability, Probability, Probability] = (0.0, 0.2, 0.0),
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bicubic",
     flip: Probability = 0.5,
 ) -> Crops:
@@ -196,7 +196,7 @@ def plain(
     size: PositiveInt = 224,
     scale: Scale = (0.2, 1.0),
     num_views: PositiveInt = 1,
-    crop_ratio: Share = 0.875,
+    crop_ratio: CropRatio = 0.875,
     interpolation: Interpolation = "bicubic",
     flip: Probability = 0.5,
 ) -> Crops:
