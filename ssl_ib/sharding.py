@@ -83,8 +83,6 @@ class Sharded:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         # FSDP finds out in the first forward which module is the outermost, which an evaluation does not call.
         step._get_fsdp_state()._lazy_init()
-        # As after a checkpoint: a part that takes note of its weights, as prototypes do, takes note of the new tensors.
-        step.load_state_dict(step.state_dict())
         self._whole = False
 
     def _check(self) -> None:

@@ -136,10 +136,7 @@ class Trainer:
         with warnings.catch_warnings():
             # Its successor in later versions of torch still copies the main process's buffers, once.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            # What has been loaded is the same in all. Written once more it would count as changed, and prototypes would
-            # be scaled anew, which moves their last bits.
-            more = {"broadcast_buffers": False, "init_sync": not self.step}
-            return nn.parallel.DistributedDataParallel(module, device_ids=devices, **more)
+            return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
     @cached_property
     def log(self) -> RunLog:

@@ -104,8 +104,6 @@ def trainer_of(recipe: str, mesh=None, out: Path | None = None) -> Trainer:
     still(run)
     for part in (run.model, run.criterion):
         part.double()
-        # Prototypes take note that these are of length 1 too.
-        part.load_state_dict(part.state_dict())
     run.task.prepare, run.views.center = doubled(run.task.prepare), doubled(run.views.center)
     return Trainer(run, out, mesh=mesh)
 

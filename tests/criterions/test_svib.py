@@ -58,16 +58,17 @@ def info(views: int = 4, images: int = 1000, width: int = D, **more) -> RunInfo:
 
 
 def build(views: int = 4, width: int = D, images: int = 1000, **given) -> SVIB:
-    """Prototypes that are not of length 1, in float64."""
+    """Prototypes and all else in float64."""
     criterion = SVIB(info(views, images, width), **{"K": K, **given}).double()
     with torch.no_grad():
-        criterion.prototypes.weight.copy_(1.7 * draw(criterion.num_prototypes, width, seed=99))
+        criterion.prototypes.weight.copy_(draw(criterion.num_prototypes, width, seed=99))
+    criterion.prototypes.rescale()
     return criterion
 
 
 def explicit(
     outputs,
-    weight,
+    c,
     beta=0.5,
     tau_s=0.1024,
     tau_t=0.04,
@@ -77,9 +78,8 @@ def explicit(
     mean=None,
     pairs=None,
 ):
-    """(cross-entropy, divergence) from explicit softmaxes over prototypes of unit length, image by image."""
+    """(cross-entropy, divergence) from explicit softmaxes over the unit prototypes c, image by image."""
     student, teacher = outputs["student"], outputs["teacher"]
-    c = weight / weight.square().sum(1, keepdim=True).sqrt()
     q = torch.full((len(c),), 1 / len(c), dtype=torch.float64) if q is None else q
 
     none = torch.zeros(len(c), dtype=torch.float64)
@@ -303,6 +303,7 @@ def test_dead_prototypes_show_within_few_steps():
         # Two prototypes far from everything, the others where the teacher's embeddings are.
         criterion.prototypes.weight[:5] = torch.cat(outputs["teacher"])[:5]
         criterion.prototypes.weight[5:] = -outputs["teacher"][0].sum(0)
+    criterion.prototypes.rescale()
     assert step(criterion, outputs)["dead_prototypes"] == 0.0
     assert step(criterion, outputs)["dead_prototypes"].item() == pytest.approx(2 / 7)
 

@@ -36,7 +36,8 @@ def build(views: int = V, num_global: int | None = G, **given) -> SwAV:
     info = RunInfo(((3, 8, 8),) * views, B, width=lambda name: D, num_global=num_global)
     criterion = SwAV(info, **{"K": K, **given}).double()
     with torch.no_grad():
-        criterion.prototypes.weight.copy_(1.7 * draw(K, D, seed=99))
+        criterion.prototypes.weight.copy_(draw(K, D, seed=99))
+    criterion.prototypes.rescale()
     return criterion
 
 
@@ -51,7 +52,7 @@ def by_matrices(scores: torch.Tensor, epsilon: float, iterations: int) -> torch.
 
 
 def expected_loss(criterion: SwAV, outputs, past=None) -> torch.Tensor:
-    c = F.normalize(criterion.prototypes.weight, dim=1)
+    c = criterion.prototypes.weight
     student, losses = outputs["student"], []
     for t, s in PAIRS:
         rows = student[t] if past is None else torch.cat([student[t], past[t]])
