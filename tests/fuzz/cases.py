@@ -241,7 +241,8 @@ def mutations(draw, values: st.SearchStrategy, most: int = 3) -> list[tuple]:
 def mutate(tree: dict, changes: list[tuple], known: Mapping[str, list] = MappingProxyType({})) -> object:
     """Changes nested mappings and lists in place, and returns them; known: values that a key may have elsewhere."""
     for what, first, second, value in changes:
-        there = places(tree)
+        # A tree of its own values: further changes reach no other case, and none comes to contain itself.
+        value, there = copy.deepcopy(value), places(tree)
         if not there:
             return tree
         path = there[first % len(there)]
@@ -256,10 +257,7 @@ def mutate(tree: dict, changes: list[tuple], known: Mapping[str, list] = Mapping
         elif what == "rename" and isinstance(holder, dict):
             holder[value if isinstance(value, str | int | float | None) else f"{key}s"] = holder.pop(key)
         elif what == "move":
-            holder[key] = parent(tree, other)[other[-1]] if other[: len(path)] != path else value
-            # No value may contain itself: what is written down would have no end.
-            if path[: len(other)] == other:
-                holder[key] = value
+            holder[key] = copy.deepcopy(parent(tree, other)[other[-1]])
         elif what == "wrap":
             holder[key] = [holder[key]] if second % 2 else {str(key): holder[key]}
         elif what == "schedule":

@@ -1,10 +1,11 @@
 """Recipes and overrides that nobody would write: built up to the first step, or refused."""
 
+import random
 import re
 from functools import cache
 
 import yaml
-from fuzz.cases import WRONG, empty_folder, fuzzed, holds, mutate, mutations, nudge, parent, places
+from fuzz.cases import CHANGES, WRONG, empty_folder, fuzzed, holds, mutate, mutations, nudge, parent, places
 from harness import TINY, without_files
 from hypothesis import strategies as st
 
@@ -151,3 +152,15 @@ def test_overrides(given, swap):
     words = [word.replace("\0", "").encode("utf-8", "replace").decode() for word in (*given, *swap)]
     with empty_folder() as folder:
         holds("overrides", main, TINY, *words, "--dry-run", folder=folder)
+
+
+def test_changes_reach_no_other_case_and_make_no_circle():
+    how, before = random.Random(0), repr(WRONG)
+    for _ in range(2000):
+        changes = [
+            (how.choice(CHANGES), how.randrange(99), how.randrange(99), how.choice(WRONG))
+            for _ in range(how.randrange(6))
+        ]
+        made = repr(mutate({"a": {"b": [1, {"c": 2}]}, "d": [3]}, changes))
+        assert "{...}" not in made and "[...]" not in made
+    assert repr(WRONG) == before

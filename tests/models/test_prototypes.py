@@ -1,6 +1,5 @@
 """Prototypes: vectors whose length does not count, and the head that ends in them."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
