@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
-STEPS = ["build", "bench", "tests", "sanitizer"]
+STEPS = ["build", "bench", "tests", "sanitizer", "training"]
 
 #: Hides packages from this process as if they were not installed, then imports whatever the check does.
 BARE = """
@@ -84,7 +84,8 @@ def machine(tmp_path):
     folder.mkdir()
     note = f'#!/bin/bash\necho "$(basename "$0") $* | PYTHONPATH=$PYTHONPATH" >> {calls}\n'
     programs = {
-        "python3": 'echo "off: $PYTORCH_NO_CUDA_MEMORY_CACHING"\n[[ -n "$FAIL" && "$*" =~ $FAIL ]] && exit 3\nexit 0\n',
+        "python3": 'echo "off: $PYTORCH_NO_CUDA_MEMORY_CACHING"\n[[ -n "$FAIL" && "$*" =~ $FAIL ]] && exit 3\n'
+        'while [ $# -gt 0 ]; do [ "$1" = --json ] && touch "$2"; shift; done\nexit 0\n',
         "compute-sanitizer": 'echo "$SANITIZER"\nexit ${SANITIZER_CODE:-0}\n',
         "nvidia-smi": "",
         "nvcc": "",
@@ -127,6 +128,31 @@ def test_steps_that_are_named_run_alone_and_as_named(machine):
     assert [line.partition(":")[0] for line in machine.summary()] == ["tests", "build"]
     calls = machine.calls.read_text()
     assert "bench" not in calls and "small_shapes" not in calls
+
+
+def test_training_is_timed_case_by_case_and_goes_on_where_it_was(machine):
+    def cases() -> list[str]:
+        pattern = r"bench_train.py (?:simclr|dino|mae|moco)_.*compile=\w+ .*--json \S+/training/(\S+).json"
+        found = re.findall(pattern, machine.calls.read_text())
+        machine.calls.unlink()
+        return found
+
+    assert machine(machine.out, "training", FAIL="graphs|compile=true").returncode == 1
+    assert cases() == [
+        f"{name}-{mode}" for mode in ("false", "graphs", "true") for name in ("simclr", "dino", "mae", "moco")
+    ]
+    assert "training: failed (exit 3)" in machine.summary()[-1]
+    (machine.out / "training" / "mae-false.json").unlink()
+    (machine.out / "training" / "dino-true.failed").unlink()
+    answer = machine(machine.out, "training", TRAINING="log_every=7")
+    assert answer.returncode == 0
+    calls = machine.calls.read_text()
+    assert cases() == ["mae-false", "dino-true"] and calls.count("log_every=7") == 2
+
+
+def test_training_needs_what_the_package_needs(machine):
+    answer = machine(machine.out, "training", FAIL="import pydantic")
+    assert answer.returncode == 0 and "training: skipped: it needs the package's requirements" in machine.summary()[0]
 
 
 def test_a_python_path_is_extended(machine):

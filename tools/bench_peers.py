@@ -26,7 +26,12 @@ from ssl_ib.trainer import Trainer
 
 
 class Clock:
-    """Seconds spent in named phases since the last `take`."""
+    """Seconds spent in named phases since the last `take`.
+
+    phases: whether they are timed, by all clocks; on a GPU each of their borders waits for the device.
+    """
+
+    phases = True
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, defaultdict(float)
@@ -38,6 +43,9 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if not self.phases:
+            yield
+            return
         start = self.now()
         yield
         self.seconds[name] += self.now() - start
@@ -93,7 +101,8 @@ class Peer(ABC):
         self.model = self.build(*run.model.export()).to(self.device)
         if not own_transforms and self.device.type == "cpu" and run.config.precision == "bf16":
             plain_attention(self.model)
-        if run.config.compile:
+        self.compiled = bool(run.config.compile)
+        if self.compiled:
             self.model.compile(mode="reduce-overhead" if run.config.compile == "graphs" else None)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
@@ -117,7 +126,7 @@ class Peer(ABC):
         start = clock.now()
         self.optimizer.zero_grad()
         with clock.phase("data"):
-            sample = next(self.batches).to(self.device)
+            sample = next(self.batches)
         with clock.phase("views"):
             views = self._own_views(sample) if self.own else self._our_views(sample)
         if self.config.compile == "graphs":
@@ -289,9 +298,9 @@ class DINO(Peer):
 PEERS = {"info_nce": SimCLR, "mae": MAE, "dino": DINO}
 
 
-def peers(trainer: Trainer, batches: Iterator, clock: Clock) -> list[Peer]:
-    """lightly's counterpart of a recipe, on its transforms and on ours. Raises UserError where there is none."""
+def peers(trainer: Trainer, batches: Iterator, clock: Clock, transforms: tuple[bool, ...]) -> list[Peer]:
+    """lightly's counterpart of a recipe, on its transforms (True) and on ours. Raises UserError where there is none."""
     criterion = trainer.run.config.criterion["name"]
     if criterion not in PEERS:
         raise UserError(f"--lightly: no counterpart of criterion {criterion!r}; there is one of {', '.join(PEERS)}")
-    return [PEERS[criterion](trainer, batches, clock, own_transforms) for own_transforms in (True, False)]
+    return [PEERS[criterion](trainer, batches, clock, own) for own in transforms]

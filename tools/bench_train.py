@@ -8,10 +8,11 @@
     python tools/bench_train.py prototypes --help
 
 Every contender takes one step a round, in turn, so that a busy machine disturbs all alike; medians over the rounds are
-printed. rows/s counts what the encoder gets, images times views times masks; the ratio is that of rows/s to the first
-contender's. Peak memory is that of a process of its own that takes three steps. Overrides before `--also` go to every
-recipe. --lightly adds its counterpart of the first recipe, SimCLR, MAE or DINO by what that one's criterion is
-(tools/bench_peers.py).
+printed. On a GPU the phases' shares are those of further rounds, because their borders wait for the device. rows/s
+counts what the encoder gets, images times views times masks; the ratio is that of rows/s to the first contender's. Peak
+memory is that of a process of its own that takes three steps; --no-memory leaves it out. Overrides before `--also` go
+to every recipe. --lightly adds its counterpart of the first recipe, SimCLR, MAE or DINO by what that one's criterion is
+(tools/bench_peers.py), --lightly-views that on our views alone. `source=noise` is random images (tools/bench_noise.py).
 
 "outside" is the share of a step that no transformer block is at work in, of encoder or decoder: data, views,
 embedding, loss, optimiser and all else. It comes from further rounds with hooks on the blocks, which a compiled model
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -36,15 +38,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+import bench_noise  # noqa: E402, F401 (it registers a source)
 import bench_prototypes  # noqa: E402
 from bench_peers import Clock, peers  # noqa: E402
 
 from ssl_ib.bench.measure import memory_status  # noqa: E402
 from ssl_ib.config.config import resolve  # noqa: E402
+from ssl_ib.data.transfer import on_device  # noqa: E402
 from ssl_ib.errors import UserError  # noqa: E402
 from ssl_ib.run import build_run  # noqa: E402
 from ssl_ib.trainer import Trainer  # noqa: E402
 
+#: Steps that do not count: they allocate and compile, and CUDA graphs are recorded in the second of them.
+WARM_UP = 3
 PHASES = ("data", "views", "forward", "backward", "optimiser")
 
 
@@ -54,6 +60,11 @@ class Ours:
     def __init__(self, arguments: list[str]):
         config = resolve(arguments[0], arguments[1:])
         self.name, self.run = config.recipe, build_run(config)
+        if self.run.device.type == "cuda" and config.deterministic:
+            # As `ssl_ib.train` does.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         self.trainer = Trainer(self.run, None)
         self.clock = Clock(self.run.device)
         self.batch_size, self.model = self.run.batch_size, self.run.model
@@ -62,7 +73,8 @@ class Ours:
         module = self.trainer.step_module
         module.forward = self.clock.timed("forward", module.forward)
         self.trainer.optimizer.step = self.clock.timed("optimiser", self.trainer.optimizer.step)
-        self.batches = self._batches()
+        self.batches = on_device(self._batches(), self.run.device)
+        self.compiled = bool(config.compile)
 
     def _rows_an_image(self) -> int:
         """Views times masks."""
@@ -78,7 +90,7 @@ class Ours:
     def step(self) -> dict[str, float]:
         start = self.clock.now()
         with self.clock.phase("data"):
-            sample = next(self.batches).to(self.run.device)
+            sample = next(self.batches)
         backward = torch.Tensor.backward
         torch.Tensor.backward = self.clock.timed("backward", backward)
         try:
@@ -92,8 +104,9 @@ def contenders(options: argparse.Namespace) -> list:
     """The first recipe, lightly on it, and the others."""
     first = Ours([options.recipe, *options.overrides])
     found = [first]
-    if options.lightly:
-        found += peers(first.trainer, first.batches, first.clock)
+    if options.lightly or options.lightly_views:
+        transforms = (True, False) if options.lightly else (False,)
+        found += peers(first.trainer, first.batches, first.clock, transforms)
     for text in options.also:
         recipe, *extra = shlex.split(text)
         found.append(Ours([recipe, *options.overrides, *extra]))
@@ -123,8 +136,14 @@ def measure_memory(contender, device: torch.device) -> float:
     return (memory_status("VmHWM") - before) / 2**20
 
 
-def summary(found: list, rows: list[list[dict[str, float]]], number: int) -> dict[str, float | str]:
-    """Speed, phases and memory of contender `number` from the rounds' steps."""
+def rounds(found: list, count: int, phases: bool) -> list[list[dict[str, float]]]:
+    """Seconds of each contender's steps, in turns; phases: whether also those of their phases."""
+    Clock.phases = phases
+    return [[contender.step() for contender in found] for _ in range(count)]
+
+
+def summary(found: list, rows: list, watched: list, number: int, memory: bool) -> dict[str, float | str | None]:
+    """Speed and memory of contender `number` from the rounds' steps, and its phases from those that were watched."""
     contender, first, steps = found[number], found[0], [row[number] for row in rows]
     total = statistics.median(step["total"] for step in steps)
     slower = statistics.median(row[number]["total"] / row[0]["total"] for row in rows)
@@ -133,19 +152,22 @@ def summary(found: list, rows: list[list[dict[str, float]]], number: int) -> dic
         "images_per_s": contender.batch_size / total,
         "rows_per_s": contender.rows / total,
         "speed_ratio": contender.rows / first.rows / slower,
-        **{name: statistics.median(step.get(name, 0.0) / step["total"] for step in steps) for name in PHASES},
-        "memory_mb": peak_memory(number),
+        **{
+            name: statistics.median(row[number].get(name, 0.0) / row[number]["total"] for row in watched)
+            for name in PHASES
+        },
+        "memory_mb": peak_memory(number) if memory else None,
     }
 
 
-def outside(found: list, rounds: int, compiled: bool) -> list[float | None]:
+def outside(found: list, count: int) -> list[float | None]:
     """The share of each contender's step spent outside its transformer blocks; None where there is no telling."""
-    if compiled:
+    if any(contender.compiled for contender in found):
         return [None] * len(found)
     for contender in found:
         contender.clock.time_blocks(contender.model)
         contender.step()
-    steps = [[contender.step() for contender in found] for _ in range(rounds)]
+    steps = rounds(found, count, True)
     shares = [[1 - step["blocks"] / step["total"] if "blocks" in step else None for step in row] for row in steps]
     return [None if None in column else statistics.median(column) for column in zip(*shares, strict=True)]
 
@@ -159,6 +181,8 @@ def main() -> None:
     p.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     p.add_argument("--also", action="append", default=[], metavar='"RECIPE KEY=VALUE ..."')
     p.add_argument("--lightly", action="store_true")
+    p.add_argument("--lightly-views", action="store_true", help="lightly on our views alone")
+    p.add_argument("--no-memory", action="store_true", help="leave out the peaks, each of which starts a process")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--json", type=Path)
     p.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
@@ -173,12 +197,14 @@ def main() -> None:
         print(measure_memory(found[options.memory_of], device))
         return
     for contender in found:
-        contender.step()
-        contender.step()
-    rows = [[contender.step() for contender in found] for _ in range(options.rounds)]
-    table = [summary(found, rows, number) for number in range(len(found))]
+        for _ in range(WARM_UP):
+            contender.step()
+    on_gpu, memory = device.type == "cuda", not options.no_memory
+    rows = rounds(found, options.rounds, not on_gpu)
+    watched = rounds(found, options.rounds, True) if on_gpu else rows
+    table = [summary(found, rows, watched, number, memory) for number in range(len(found))]
     config = found[0].run.config
-    for row, share in zip(table, outside(found, options.rounds, config.compile), strict=True):
+    for row, share in zip(table, outside(found, options.rounds), strict=True):
         row["outside"] = share
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {config.precision}, "
@@ -190,7 +216,8 @@ def main() -> None:
         shares = " ".join(f"{row[name]:>9.1%}" for name in PHASES)
         beside = "-" if row["outside"] is None else f"{row['outside']:.1%}"
         speed = f"{row['images_per_s']:>9.1f} {row['rows_per_s']:>9.1f} {row['speed_ratio']:>6.2f}"
-        print(f"{speed} {shares} {beside:>9} {row['memory_mb']:>8.0f}  {row['contender']}")
+        peak = "-" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}"
+        print(f"{speed} {shares} {beside:>9} {peak:>8}  {row['contender']}")
     if options.json:
         options.json.write_text(json.dumps(table, indent=2) + "\n")
 

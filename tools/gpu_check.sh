@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds, measures and tests the kernels on a machine with a GPU, straight from a checkout. Installs nothing: it needs
-# torch, triton, ninja, nvcc and pytest, and none of the package's other requirements.
+# Builds, measures and tests the kernels on a machine with a GPU, straight from a checkout, and times training. Installs
+# nothing: it needs torch, triton, ninja, nvcc and pytest; the step `training` also the package's other requirements.
 #
 #   tools/gpu_check.sh OUT                every step, the most valuable first
 #   tools/gpu_check.sh OUT bench tests    these steps alone, in this order
@@ -14,21 +14,33 @@ set -uo pipefail
 
 # Seconds until a step is interrupted. It is killed $grace seconds later if it has not ended by then.
 grace=15
-declare -A limit=([build]=300 [bench]=500 [tests]=500 [sanitizer]=500 [compiled]=500 [shapes]=500)
+declare -A limit=([build]=300 [bench]=500 [tests]=500 [sanitizer]=500 [training]=500 [compiled]=500 [shapes]=500)
 declare -A what=(
     [build]="csrc with nvcc; the steps that need it build it themselves where this one has not run"
     [bench]="the shapes that goals are stated for: time, memory, error, and whether the answers repeat"
     [tests]="the kernels' and the ops' tests, a line a test"
     [sanitizer]="compute-sanitizer's memcheck and racecheck on every op"
+    [training]="steps of recipes, plain, compiled and in CUDA graphs: images/s, the views' share; call it until all is done"
     [compiled]="only on request: the same shapes beside torch.compile, which tunes each of them for a minute"
     [shapes]="only on request: every shape"
 )
-default=(build bench tests sanitizer)
+default=(build bench tests sanitizer training)
 known=("${default[@]}" compiled shapes)
 test_files=(
     tests/kernels/test_triton_augment.py tests/kernels/test_triton_gather.py tests/kernels/test_triton_softmax.py
     tests/ops/test_backends.py tests/ops/test_operators.py
 )
+# What is trained, on random images, by the names of their files; each once plain, compiled and in CUDA graphs.
+declare -A recipe=(
+    [simclr]="simclr_vit_base_imagenet model.backbone=vit_small_patch16_224 batch_size=256"
+    [dino]="dino_vit_small_imagenet batch_size=128"
+    [mae]="mae_vit_base_imagenet batch_size=256"
+    [moco]="moco_v3_vit_base_imagenet model.backbone=vit_small_patch16_224 batch_size=256"
+)
+cases=()
+for mode in false graphs true; do
+    for name in simclr dino mae moco; do cases+=("$name $mode"); done
+done
 python=${PYTHON:-python3}
 
 plan() {
@@ -37,6 +49,7 @@ plan() {
         printf '%-10s %4s s  %s\n' "$name" "$((limit[$name] + grace))" "${what[$name]}"
     done
     printf 'tests: %s\n' "${test_files[*]}"
+    for name in simclr dino mae moco; do printf 'training: %s\n' "${recipe[$name]}"; done
 }
 
 if [ $# -lt 1 ]; then sed -n '2,13p' "$0"; exit 2; fi
@@ -138,6 +151,42 @@ run_sanitizer() {
     return $worst
 }
 
+# A case after the other as long as there is time, each in files of its own, so that another call goes on with the rest.
+# One that fails, or needs more than $most seconds, is left out by later calls: its file .failed says so.
+run_training() {
+    local most=280 end=$((SECONDS + limit[training])) worst=0 case name mode file left code beside
+    if ! "$python" -c 'import pydantic, timm, yaml' 2> "$out/training.log"; then
+        skipped="it needs the package's requirements: $(tail -1 "$out/training.log")"
+        return 0
+    fi
+    mkdir -p "$out/training"
+    for case in "${cases[@]}"; do
+        read -r name mode <<< "$case"
+        file=$out/training/$name-$mode
+        if [ -e "$file.json" ] || [ -e "$file.failed" ]; then continue; fi
+        left=$((end - SECONDS))
+        if [ $left -lt 60 ]; then
+            echo "training: there are more cases: call it again" | tee -a "$out/summary.txt"
+            break
+        fi
+        beside=()
+        if [ "$case" = "dino false" ] && "$python" -c 'import lightly' 2> /dev/null; then beside=(--lightly-views); fi
+        # shellcheck disable=SC2086 # words of their own
+        within $((left < most ? left : most)) "$python" tools/bench_train.py ${recipe[$name]} compile="$mode" \
+            source=noise eval.linear.enabled=false --no-memory --rounds 20 "${beside[@]}" ${TRAINING:-} \
+            --json "$file.json" > "$file.txt" 2>&1
+        code=$?
+        if [ $code -eq 0 ]; then
+            echo "$name, compile=$mode:"
+            tail -n $((2 + ${#beside[@]})) "$file.txt"
+        elif [ $left -ge $most ] || [ $code -ne 124 ]; then
+            echo "$name, compile=$mode: failed (exit $code): $(tail -1 "$file.txt")" | tee "$file.failed"
+            worst=$code
+        fi
+    done
+    return $worst
+}
+
 {
     nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv
     nvcc --version | tail -2
@@ -155,6 +204,7 @@ for name in "${steps[@]}"; do
         bench) run_bench bench --goals --rounds 50 "${others[@]}" ;;
         tests) run_tests ;;
         sanitizer) run_sanitizer ;;
+        training) run_training ;;
         compiled) run_bench compiled --goals --rounds 20 --baselines compiled ;;
         shapes) run_bench shapes --rounds 20 "${others[@]}" ;;
     esac
