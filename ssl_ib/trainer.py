@@ -464,8 +464,8 @@ class Trainer:
 
     def _infinite(self) -> list[str]:
         """The parameters that are not finite; of a sharded one this process knows its own rows."""
-        named = self.state.named_parameters()
-        return [name for name, parameter in named if not distributed.local(parameter).isfinite().all()]
+        own = {name: distributed.local(parameter) for name, parameter in self.state.named_parameters()}
+        return [name for name, rows in own.items() if not checkpoint.extremes(rows).isfinite().all()]
 
     @cached_property
     def _fingerprint(self) -> dict[str, int]:

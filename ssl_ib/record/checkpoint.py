@@ -83,7 +83,12 @@ def not_numbers(state: dict[str, Any]) -> list[str]:
     for number, kept in state["optimizer"].get("state", {}).items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in kept.items()}
     floating = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and v.ndim and v.is_floating_point()}
-    return [name for name, tensor in floating.items() if distributed.local(tensor).isnan().any()]
+    return [name for name, tensor in floating.items() if extremes(distributed.local(tensor)).isnan().any()]
+
+
+def extremes(x: torch.Tensor) -> torch.Tensor:
+    """The least and the largest number, [2], both NaN where one is: read once, which `isnan` and `isfinite` do not."""
+    return torch.stack(torch.aminmax(x)) if x.numel() else x.new_zeros(2)
 
 
 def saved(folder: Path) -> list[Path]:

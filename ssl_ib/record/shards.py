@@ -13,6 +13,7 @@ Tensors are named `parts.NAME` and `optimizer.NUMBER.KEY`.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -26,7 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from .. import distributed
@@ -139,17 +142,25 @@ class _Storage(dcp.HuggingFaceStorageWriter):
         return plan
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        done = super().write_data(plan, planner)
-        done.wait()
-        for file in {self.fresh / result.storage_data.relative_path for result in done.value()}:
-            file.with_suffix(".sum").write_text(f"{file.stat().st_size} {checksum(file)}")
+        """Writes this process's file, and answers its name, size and checksum.
+
+        In place of torch's own way, which copies all tensors twice in calls during which the training cannot go on.
+        """
+        done: torch.futures.Future[list] = torch.futures.Future()
+        written = []
+        if plan.items:
+            file = self.fresh / f"shard-{distributed.rank():05}.safetensors"
+            tensors = {item.index.fqn: planner.resolve_data(item).detach().contiguous() for item in plan.items}
+            begins = {item.index.fqn: {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets} for item in plan.items}
+            save_file(tensors, file, {CUSTOM_METADATA_KEY: json.dumps(begins)})
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            written = [(file.name, file.stat().st_size, checksum(file))]
+        done.set_result(written)
         return done
 
     def finish(self, metadata: Any, results: list) -> None:
-        sums = {file.with_suffix(".safetensors").name: file for file in self.fresh.glob("*.sum")}
-        files = {name: tuple(map(int, file.read_text().split())) for name, file in sums.items()}
-        for file in sums.values():
-            file.unlink()
+        files = {name: (size, value) for written in results for name, size, value in written}
         fresh = self.fresh / f"{STATE}.tmp"
         with fresh.open("wb") as stream:
             torch.save(self.state | {"files": files}, stream)
