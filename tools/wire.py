@@ -1,142 +1,226 @@
-"""How many bytes a step sends between processes, counted, and what that would mean on more GPUs, modelled.
+"""Counts the bytes that a step sends between GPUs, and models from them how fast 8 to 512 GPUs would be.
 
-    python tools/wire.py simclr_vit_base_imagenet mae_vit_base_imagenet dino_vit_small_imagenet svib_vit_small_imagenet
+    python tools/wire.py simclr_vit_base_imagenet mae_vit_base_imagenet svib_vit_small_imagenet
 
-Two processes take steps of each recipe on digits, with a few images each, and every call of torch.distributed is
-counted with the bytes that it is given; twice, with twice as many images, which tells what grows with the batch.
-Gradients are those of the trained parameters, in float32, as DDP sends them. From there on it is a model:
+Counted: one process takes steps of the recipe as it is, but on a few images of noise, once with DDP and once with
+FSDP. Every call of torch.distributed is counted with the bytes it is given. A stand-in for a second process answers
+each call as if that one had the same tensors. Steps with twice as many images tell what grows with the batch. All else
+is a model:
 
-- a ring sends, of x bytes in each of R processes, 2 (R-1)/R x for an all-reduce, (R-1) x for an all-gather,
-  (R-1)/R x for an all-to-all, x for a broadcast;
-- each GPU keeps the recipe's batch divided by `--published` GPUs, and sends at `--gigabytes` a second;
-- computing takes the counted operations at `--tflops`, and gradients travel while the backward's second half computes.
+- a ring sends, of x bytes in each of R processes, 2 (R-1)/R x for an all-reduce, (R-1) x for an all-gather, (R-1)/R x
+  for a reduce-scatter or an all-to-all, and x for a broadcast;
+- a GPU sends at `--between` GB/s where processes are on several machines of `--machine` GPUs, else at `--inside`;
+  a message's delay, however small it is, is left out;
+- computing takes the operations that were counted, at `--tflops`;
+- DDP sends gradients during the later half of the backward pass, which is a third of the computing; FSDP sends weights
+  and gradients during all of it; rows of a loss that compares images of all GPUs are sent while nothing is computed;
+- reading and augmenting images never makes a GPU wait.
+
+"as published" gives each GPU the recipe's batch divided by `--published`, whatever the number of GPUs; "one batch"
+divides the recipe's batch by their number.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import socket
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-#: What each kind of call sends, in parts of the bytes it is given, with R processes.
+from ssl_ib import register_source, sharding  # noqa: E402
+from ssl_ib.config.config import resolve  # noqa: E402
+from ssl_ib.data.sources.base import ImageSet, Source  # noqa: E402
+from ssl_ib.run import build_run, parameter_counts  # noqa: E402
+from ssl_ib.trainer import Trainer  # noqa: E402
+from ssl_ib.types import Sample  # noqa: E402
+
+#: Processes of the step that is counted, and images of each.
+PROCESSES, FEW = 2, 2
+#: What each kind of call sends, in parts of the bytes that a process gives it, with R processes.
 SENT = {
-    "all_reduce": lambda r: 2 * (r - 1) / r,
-    "all_gather_into_tensor": lambda r: r - 1,
-    "all_to_all_single": lambda r: (r - 1) / r,
+    "all-reduce": lambda r: 2 * (r - 1) / r,
+    "all-gather": lambda r: r - 1,
+    "reduce-scatter": lambda r: (r - 1) / r,
+    "all-to-all": lambda r: (r - 1) / r,
     "broadcast": lambda r: 1.0,
 }
-#: Bytes of a call's tensor that grow with the number of processes, since it holds something for each of them.
-FOR_EACH = {"all_to_all_single"}
-FEW = 4
-PROCESSES = 2
-STEPS = 2
+#: torch's names of them.
+KINDS = {
+    "allreduce_": "all-reduce",
+    "allgather_": "all-gather",
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "alltoall_base_": "all-to-all",
+    "broadcast_": "broadcast",
+}
 
 
-def count(recipe: str, batch: int) -> dict:
-    """In one of the processes: bytes given to each kind of call in a step, trained parameters and operations."""
-    import torch
-    import torch.distributed as dist
+class Noise(ImageSet):
+    """As many images as ImageNet has, all of them noise."""
 
-    from ssl_ib import distributed
-    from ssl_ib.config.config import resolve
-    from ssl_ib.run import build_run, parameter_counts
-    from ssl_ib.trainer import Trainer
+    in_memory = True
 
-    torch.set_num_threads(1)
-    distributed.initialise("cpu")
-    size = resolve(recipe, []).batch_size
-    overrides = [f"batch_size={PROCESSES * batch}", "parallel=ddp", "precision=fp32", "accumulate=1", "compile=false"]
-    config = resolve(recipe, [*overrides, "source=digits", "source.size=32", "workers=0", "logger=[]"])
-    trainer = Trainer(build_run(config), None)
-    sent: Counter[str] = Counter()
-    for name in SENT:
-        function = getattr(dist, name)
-
-        def counted(*tensors, _function=function, _name=name, **keywords):
-            given = tensors[0] if _name in ("all_reduce", "broadcast") else tensors[1]
-            sent[_name] += given.nbytes
-            return _function(*tensors, **keywords)
-
-        setattr(dist, name, counted)
-    samples = trainer.loader.epoch(0)
-    for _ in range(STEPS):
-        sent.clear()
-        trainer.train_step(next(samples))
-    return {
-        "sent": dict(sent),
-        "trained": parameter_counts(trainer.run)["trained"],
-        "operations": trainer.flops / batch,
-        "batch": size,
-    }
+    def gather(self, index: torch.Tensor) -> Sample:
+        images = torch.randint(256, (len(index), 3, 256, 256), dtype=torch.uint8)
+        return self.sample(images, torch.full((len(index), 2), 256), index)
 
 
-def counted(recipe: str, batch: int) -> dict:
-    """What `count` finds in the first of the processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, "--count", str(batch), recipe]
-    variables = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = []
-    for rank in range(PROCESSES):
-        environment = os.environ | variables | {"RANK": str(rank)}
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    answers = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        sys.exit(f"wire.py: {recipe} failed")
-    return json.loads(answers[0].splitlines()[-1])
+@register_source("noise")
+class NoiseSource(Source):
+    """Images of noise."""
+
+    def __init__(self):
+        self._images = Noise(torch.full((1_281_167,), -1), [])
+
+    def train(self) -> ImageSet:
+        return self._images
 
 
-def model(recipe: str, options: argparse.Namespace) -> str:
-    """The lines of a recipe: bytes a step by the number of GPUs, and the share of a step that they would take."""
-    few, more = counted(recipe, FEW), counted(recipe, 2 * FEW)
-    kinds = sorted({*few["sent"], *more["sent"]})
-    # A part that does not depend on the batch, and one in proportion to it.
-    grows = {kind: (more["sent"].get(kind, 0) - few["sent"].get(kind, 0)) / FEW for kind in kinds}
-    fixed = {kind: few["sent"].get(kind, 0) - FEW * grows[kind] for kind in kinds}
-    batch, gradient = few["batch"] / options.published, 4.0 * few["trained"]
-    compute = batch * few["operations"] / (1e12 * options.tflops)
-    names = ", ".join(f"{kind} {fixed[kind]:.0f} + {grows[kind]:.0f} an image" for kind in kinds) or "nothing"
-    lines = [
-        f"{recipe}: {few['trained'] / 1e6:.1f} M trained parameters, {batch:g} images a GPU; counted: {names} bytes"
-    ]
-    for gpus in options.gpus:
-        rows = sum(
-            SENT[kind](gpus) * (fixed[kind] + batch * grows[kind]) * (gpus / PROCESSES if kind in FOR_EACH else 1)
-            for kind in kinds
-        )
-        gradients = SENT["all_reduce"](gpus) * gradient
-        waiting = rows / options.gigabytes / 1e9 + max(gradients / options.gigabytes / 1e9 - compute / 3, 0.0)
-        lines.append(
-            f"| {recipe} | {gpus} | {gradients / 1e6:.0f} | {rows / 1e6:.1f} | {1e3 * compute:.0f} | "
-            f"{1e3 * waiting:.1f} | {compute / (compute + waiting):.0%} |"
-        )
-    return "\n".join(lines)
+class Counted(TorchDispatchMode):
+    """Counts the bytes given to each kind of call, and answers as if the other processes had the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.given: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function._schema.name.removeprefix("c10d::")
+            kind = KINDS.get(name)
+            if kind in ("all-reduce", "broadcast"):
+                self.given[kind] += sum(tensor.nbytes for tensor in args[0])
+            elif name == "allgather_":
+                (answers,), (given,) = args[:2]
+                self.given[kind] += given.nbytes
+                for answer in answers:
+                    answer.copy_(given)
+            elif kind is not None:
+                answer, given = args[:2]
+                self.given[kind] += given.nbytes
+                repeated = given.reshape(-1).repeat(-(-answer.numel() // given.numel()))
+                answer.copy_(repeated[: answer.numel()].view_as(answer))
+            elif name != "barrier":
+                sys.exit(f"wire.py: a step calls {name}, of which the bytes are not known")
+        return function(*args, **(kwargs or {}))
+
+
+def as_it_is(state, bucket):
+    """Takes the place of DDP's sum over the processes; what it sends is known from the parameters."""
+    found = torch.futures.Future()
+    found.set_result(bucket.buffer())
+    return found
+
+
+def count(recipe: str, parallel: str, images: int) -> tuple[Counter[str], Trainer]:
+    """Bytes that a process gives to each kind of call in a step with so many images of its own, and the trainer."""
+    few = [f"batch_size={PROCESSES * images}", "accumulate=1", f"parallel={parallel}", "compile=false", "device=cpu"]
+    config = resolve(recipe, [*few, "source=noise", "workers=0", "logger=[]"])
+    with Counted() as counted:
+        trainer = Trainer(build_run(config), None, mesh=sharding.mesh(parallel, torch.device("cpu")))
+        if parallel == "ddp":
+            trainer.step_module.register_comm_hook(None, as_it_is)
+        samples = trainer.loader.epoch(0)
+        for _ in range(3):  # The first two do what later ones do not, such as DDP's agreement on an order.
+            counted.given.clear()
+            trainer.train_step(next(samples))
+        return Counter(counted.given), trainer
+
+
+class Step:
+    """What is known of a recipe's step; bytes are those that a process gives."""
+
+    def __init__(self, recipe: str):
+        self.batch = resolve(recipe, []).batch_size
+        few, trainer = count(recipe, "ddp", FEW)
+        more, _ = count(recipe, "ddp", 2 * FEW)
+        sharded, _ = count(recipe, "fsdp", FEW)
+        # What the batch has no influence on, and what grows with it.
+        self.grows = {kind: (more[kind] - few[kind]) / FEW for kind in SENT}
+        self.fixed = {kind: few[kind] - FEW * self.grows[kind] for kind in SENT}
+        self.trained = parameter_counts(trainer.run)["trained"]
+        self.operations = trainer.flops / FEW
+        #: The weights, whole, as often as they come together; and the gradients that are summed to shards.
+        self.weights = PROCESSES * (sharded["all-gather"] - few["all-gather"])
+        self.gradients = sharded["reduce-scatter"] - few["reduce-scatter"]
+
+    def rows(self, gpus: int, images: float) -> float:
+        """Bytes that a GPU sends of rows, besides weights and gradients."""
+        given = {kind: self.fixed[kind] + images * self.grows[kind] for kind in SENT}
+        given["all-to-all"] *= gpus / PROCESSES  # Of the rows of every process.
+        return sum(SENT[kind](gpus) * given[kind] for kind in SENT)
+
+    def parameters(self, parallel: str, gpus: int, machine: int) -> tuple[float, float]:
+        """Bytes that a GPU sends of weights and gradients: inside a machine, and between machines."""
+        inside = min(gpus, machine)
+        if parallel == "ddp":
+            sent = SENT["all-reduce"](gpus) * 4.0 * self.trained
+        elif parallel == "fsdp":
+            sent = SENT["reduce-scatter"](gpus) * (self.weights + self.gradients)
+        else:
+            shards = SENT["reduce-scatter"](inside) * (self.weights + self.gradients)
+            return shards, SENT["all-reduce"](gpus // inside) * self.gradients / inside
+        return (sent, 0.0) if gpus <= machine else (0.0, sent)
+
+    def share(self, parallel: str, gpus: int, images: float, options: argparse.Namespace) -> float:
+        """The share of a step in which GPUs compute, in the model."""
+        inside, between = 1e9 * options.inside, 1e9 * options.between
+        compute = images * self.operations / (1e12 * options.tflops)
+        near, far = self.parameters(parallel, gpus, options.machine)
+        hidden = compute / 3 if parallel == "ddp" else compute
+        waiting = max(near / inside + far / between - hidden, 0.0)
+        waiting += self.rows(gpus, images) / (inside if gpus <= options.machine else between)
+        return compute / (compute + waiting)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("recipes", nargs="+", metavar="RECIPE")
     p.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512], metavar="R")
+    p.add_argument("--machine", type=int, default=8, help="GPUs of a machine")
     p.add_argument("--published", type=int, default=32, help="GPUs that the recipe's batch is spread over")
-    p.add_argument("--gigabytes", type=float, default=40.0, help="that a GPU sends a second (400 Gb/s a GPU: 50)")
+    p.add_argument("--inside", type=float, default=300.0, help="GB/s that a GPU sends inside a machine")
+    p.add_argument("--between", type=float, default=40.0, help="GB/s that a GPU sends between machines (400 Gb/s: 50)")
     p.add_argument("--tflops", type=float, default=300.0, help="that a GPU computes a second")
-    p.add_argument("--count", type=int, help=argparse.SUPPRESS)
     options = p.parse_args()
-    if options.count:
-        print(json.dumps(count(options.recipes[0], options.count)), flush=True)
-        return
-    print("| recipe | GPUs | gradients, MB | rows, MB | computing, ms | waiting, ms | efficiency |")
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", rank=0, world_size=PROCESSES, store=FakeStore())
+    steps = {}
     for recipe in options.recipes:
-        print(model(recipe, options), flush=True)
+        print(f"{recipe} ...", file=sys.stderr, flush=True)
+        steps[recipe] = Step(recipe)
+    names = " | ".join(map(str, options.gpus))
+    columns = "|---" * (3 + len(options.gpus)) + "|"
+    print(f"Bytes that a GPU sends in a step as published, MB, on {names} GPUs\n")
+    print(f"| recipe | trained parameters, M | sent | {names} |\n{columns}")
+    for recipe, step in steps.items():
+        images = step.batch / options.published
+        sent = {"rows": [step.rows(gpus, images) for gpus in options.gpus]}
+        for parallel in ("ddp", "fsdp"):
+            sent[parallel] = [sum(step.parameters(parallel, gpus, options.machine)) for gpus in options.gpus]
+        hybrid = [step.parameters("hybrid", gpus, options.machine) for gpus in options.gpus]
+        sent |= {"hybrid, inside": [near for near, _ in hybrid], "hybrid, between": [far for _, far in hybrid]}
+        for what, values in sent.items():
+            found = " | ".join(f"{value / 1e6:,.1f}" if value < 1e7 else f"{value / 1e6:,.0f}" for value in values)
+            print(f"| {recipe} | {step.trained / 1e6:.1f} | {what} | {found} |")
+    print("\nShare of a step in which GPUs compute: as published, one batch\n")
+    print(f"| recipe | images a GPU as published | parallel | {names} |\n{columns}")
+    for recipe, step in steps.items():
+        images = step.batch / options.published
+        for parallel in ("ddp", "fsdp", "hybrid"):
+            found = []
+            for gpus in options.gpus:
+                one = f"{step.share(parallel, gpus, step.batch / gpus, options):.2f}" if gpus <= step.batch else "-"
+                found.append(f"{step.share(parallel, gpus, images, options):.2f}, {one}")
+            print(f"| {recipe} | {images:g} | {parallel} | {' | '.join(found)} |")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
