@@ -11,12 +11,14 @@ The choice is `use_backend(...)`, or the environment's `SSL_IB_OPS`; "auto" foll
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,9 +180,10 @@ def library(kernel: str, backend: str) -> ModuleType:
 
 
 def function(kernel: str, name: str, backend: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Callable:
-    """The raw function `name` of a kernel on `backend` for such tensors (of `dtype`, if given); recorders hear of it.
+    """The function `name` of a kernel on `backend` for such tensors (of `dtype`, if given); recorders hear of it.
 
-    Raises UserError where the backend cannot run them.
+    Raises UserError where the backend cannot run them. Called, it raises UserError for tensors on several devices, and
+    torch's float32 products within it are exact, whatever the user has chosen for products elsewhere (TF32).
     """
     device, dtype = tensor.device.type, dtype or tensor.dtype
     backend = crossover.INSTEAD.get((kernel, backend), backend)
@@ -190,7 +193,25 @@ def function(kernel: str, name: str, backend: str, tensor: Tensor, dtype: torch.
     if reason is not None:
         raise UserError(f"{kernel}: the backend {backend!r} cannot run: {reason}")
     ran(name, backend)
-    return getattr(library(kernel, backend), name)
+    return functools.partial(_run, getattr(library(kernel, backend), name))
+
+
+def _run(raw: Callable, *arguments: Any) -> Any:
+    devices = {x.device for x in arguments if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise UserError(f"{raw.__name__}: expected tensors on one device, got them on {found}")
+    on_gpu = any(device.type == "cuda" for device in devices)
+    products = torch.backends.cuda.matmul if on_gpu else torch.backends.mkldnn.matmul
+    chosen = products.fp32_precision
+    if chosen in ("none", "ieee"):
+        return raw(*arguments)
+    # Until it is what it was, torch refuses to read its older flags (allow_tf32), which nothing in here does.
+    products.fp32_precision = "ieee"
+    try:
+        return raw(*arguments)
+    finally:
+        products.fp32_precision = chosen
 
 
 def check_range(op: str, name: str, index: Tensor, low: int, high: int) -> None:

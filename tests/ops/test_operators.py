@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_ib import UserError, ops
 from ssl_ib.ops import backend, crossover, gather_operators, mixture_operators, products, softmax_operators
@@ -212,3 +214,54 @@ def test_unknown_backends_are_refused():
 def test_indices_out_of_range_are_named(name):
     with ops.use_backend(name), pytest.raises(UserError, match=r"keep in \[0, 4\), got numbers from 0 to 4"):
         ops.token_gather(draw(1, 4, 3), torch.tensor([[0, 4]]))
+
+
+def pretend(monkeypatch, token_gather):
+    """Makes a function of this name every backend's, on any device."""
+    monkeypatch.setattr(backend, "why_not", lambda *_: None)
+    monkeypatch.setattr(backend, "library", lambda *_: SimpleNamespace(token_gather=token_gather))
+
+
+@pytest.mark.parametrize("name", ["chunked", "triton", "cuda"])
+def test_tensors_on_two_devices_are_refused_whatever_the_backend(monkeypatch, name):
+    def token_gather(x, keep):
+        raise AssertionError("it was called")
+
+    pretend(monkeypatch, token_gather)
+    run = backend.function("token_gather", "token_gather", name, draw(1, 2, 3))
+    with pytest.raises(UserError, match="token_gather: expected tensors on one device, got them on cpu, meta"):
+        run(draw(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64, device="meta"))
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", "bf16"), ("cpu", "none"), ("cuda", "tf32"), ("cuda", "none")])
+def test_products_within_a_backend_are_exact_and_the_users_choice_stays(monkeypatch, device, chosen):
+    products = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
+    seen = []
+
+    def token_gather(x):
+        seen.append(products.fp32_precision)
+        raise RuntimeError("and if it fails")
+
+    pretend(monkeypatch, token_gather)
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = chosen
+        with FakeTensorMode(), pytest.raises(RuntimeError, match="and if it fails"):
+            x = torch.empty(1, 2, 3, device=device)
+            backend.function("token_gather", "token_gather", "chunked", x)(x)
+        assert seen == ["none" if chosen == "none" else "ieee"] and products.fp32_precision == chosen
+    finally:
+        products.fp32_precision = before
+
+
+def test_under_cuda_what_csrc_has_no_kernel_for_runs_in_triton_and_the_log_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(backend, "_announced", set())
+    monkeypatch.setattr(backend, "why_not", lambda *_: None)
+    with caplog.at_level("INFO", logger="ssl_ib"), ops.use_backend("cuda"):
+        chosen = {op: [backend.choose(op, draw(2), 1) for _ in range(2)] for op in ("masked_patch_mse", "token_gather")}
+    assert chosen == {"masked_patch_mse": ["triton"] * 2, "token_gather": ["cuda"] * 2}
+    assert caplog.messages == ["ops: masked_patch_mse runs on triton (cuda has no such function)"]
+    monkeypatch.setattr(backend, "why_not", lambda *_: "no GPU")
+    refused = r"'cuda' was asked for and cannot run: no GPU \(cuda has no such function, so triton would run\)"
+    with ops.use_backend("cuda"), pytest.raises(UserError, match=refused):
+        backend.choose("patch_embed_gather", draw(2), 1)
