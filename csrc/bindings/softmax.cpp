@@ -258,8 +258,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> posterior_(const Tensor& t_, const Te
     const Logits logits = logits_of(t, c, width, temperature);
     const Tensor workspace = floats(t, {forward_workspace(logits, true, true, false)});
     const Tensor bound = measured(device, t, c);
-    posterior_forward(logits, float_pointer(log_prior), bound_or_null(bound, t, true), lse.mutable_data_ptr<float>(), mean.mutable_data_ptr<float>(),
-                      expected.mutable_data_ptr<float>(), room(workspace), device.stream());
+    posterior_forward(logits, float_pointer(log_prior), bound_or_null(bound, t, true), lse.mutable_data_ptr<float>(),
+                      mean.mutable_data_ptr<float>(), expected.mutable_data_ptr<float>(), room(workspace),
+                      device.stream());
     const Tensor marginal = floats(t, {want_marginal ? num_prototypes : 0});
     if (want_marginal) {
         const Logits transposed = logits_of(c, t, width, temperature);

@@ -59,15 +59,15 @@ void lse_gradient_from_mean(const Logits& logits, const LseSide& owned, const La
 
 // Owned t, streamed c: lse [R], mean [R, d] and expected [R]: the mean of log_prior [S] (zeros where that is null).
 // bound: as of `lse_forward`.
-void posterior_forward(const Logits& logits, const float* log_prior, const unsigned* bound, float* lse, float* mean, float* expected,
-                       float* workspace, Stream stream);
+void posterior_forward(const Logits& logits, const float* log_prior, const unsigned* bound, float* lse, float* mean,
+                       float* expected, float* workspace, Stream stream);
 
 // Owned c, streamed t: marginal [R], the sum over t's rows of their probabilities, given their lse [S].
 // Workspace: gradient_workspace(R, S, 1).
 void posterior_marginal(const Logits& logits, const float* lse, float* marginal, float* workspace, Stream stream);
 
-// The gradient of the logits is p (a.c + e u + w + h l - r); through the values comes p v. Null: zeros. a and v are
-// [N, s] of dtype, aligned as the operands; lse, r, h, e [N]; u, w [K].
+// The letters of the gradient that stands at the top of posterior.cu. a and v are [N, s] of dtype, aligned as the
+// operands; lse, r, h, e [N]; u, w [K].
 struct PosteriorTerms {
     const float *lse, *r, *h, *e, *u, *w;
     const void *a, *v;

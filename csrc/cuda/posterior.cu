@@ -1,5 +1,21 @@
 // Softmax over prototypes seen as attention whose keys are its values: its statistics, and their gradients.
 //
+// With the logits l[n, k] = t[n] . c[k] / temperature, the gradient of any loss of these answers is
+//
+//     dl[n, k] = p[n, k] (a[n] . c[k] + e[n] u[k] + w[k] + h[n] l[n, k] - r[n])
+//     dt[n]    = sum_k dl[n, k] c[k] / temperature
+//     dc[k]    = sum_n dl[n, k] t[n] / temperature + p[n, k] v[n]
+//
+// where every letter is null if its term is absent, and
+//
+//     a [N, d]  the gradient of the mean prototype, to go through p; null where p is a constant in the mean
+//     v [N, d]  the same gradient, to go through the prototypes that the mean is of
+//     e [N]     the gradient of the expected log prior
+//     u [K]     the log prior itself
+//     w [K]     the gradient of the marginal
+//     h [N]     minus the gradient of the entropy
+//     r [N]     the mean under p[n] of the four terms before it, minus the gradient of the logsumexp
+//
 // Shapes: N rows of t, K prototypes c, R owned rows, S streamed rows, d width.
 #include "../common/combine.h"
 

@@ -2,6 +2,22 @@
 
 The posterior p = softmax(t . c / temperature) [N, K] is never stored: every pass recomputes its tiles.
 
+With the logits l[n, k] = t[n] . c[k] / temperature, the gradient of any loss of these answers is
+
+    dl[n, k] = p[n, k] (a[n] . c[k] + e[n] u[k] + w[k] + h[n] l[n, k] - r[n])
+    dt[n]    = sum_k dl[n, k] c[k] / temperature
+    dc[k]    = sum_n dl[n, k] t[n] / temperature + p[n, k] v[n]
+
+where every letter is None if its term is absent, and
+
+    a [N, d]  the gradient of the mean prototype, to go through p; None where p is a constant in the mean
+    v [N, d]  the same gradient, to go through the prototypes that the mean is of
+    e [N]     the gradient of the expected log prior
+    u [K]     the log prior itself
+    w [K]     the gradient of the marginal
+    h [N]     minus the gradient of the entropy
+    r [N]     the mean under p[n] of the four terms before it, minus the gradient of the logsumexp
+
 Shapes: N rows t, K prototypes c, d width; in the kernels X rows that programs own, Y rows that each walks over,
 D width.
 """
@@ -228,10 +244,8 @@ def posterior_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to t [N, d] and c [K, d] in their dtype, empty where not wanted.
 
-    With dl[n, k] = p[n, k] (a[n] . c[k] + e[n] u[k] + w[k] + h[n] l[n, k] - r[n]) they are
-    dt[n] = sum_k dl[n, k] c[k] / temperature and dc[k] = sum_n dl[n, k] t[n] / temperature + p[n, k] v[n].
-    lse [N], r [N], h [N], a [N, d], v [N, d], e [N], u [K], w [K]: float32, or None for a term that is absent; e u is
-    absent without one of them. a and v are rounded to the dtype of t.
+    lse [N]: what `posterior` gave; r, h, a, v, e, u, w: as at the top of this file, float32; the term e u is absent
+    without one of them. a and v are rounded to the dtype of t.
     """
     d_t, d_c = t.new_empty(0), c.new_empty(0)
     if e is None or u is None:
