@@ -44,17 +44,12 @@ __device__ __forceinline__ void store_pair(T* row, int column, int width, float 
 struct ForwardProblem : Sweep {
     const int* self;  // [N], or null
     Labels row_label;
-    bool drop;         // whether pairs of one label are left out of the logsumexp
+    bool drop;              // whether pairs of one label are left out of the logsumexp
     const unsigned* bound;  // [2]: the bits of the greatest squared lengths on either side, or null
     // Of every split, one after another: lse [N], mean [N, d], average [N]; sums of the positives' logits and their
     // numbers [2, N].
     float *lse, *mean, *average, *positive;
 };
-
-// Whether the lengths of owned and streamed rows keep all logits within kSafe.
-__device__ __forceinline__ bool is_bounded(const unsigned* bound, float scale) {
-    return bound && sqrtf(__uint_as_float(bound[0])) * sqrtf(__uint_as_float(bound[1])) * scale <= kSafe;
-}
 
 // Row by row the logsumexp of the logits, the mean of the streamed rows by their softmax, and the mean of a number; with
 // masks also what the positives add up to, the columns of a row's label but its own.
@@ -79,7 +74,8 @@ struct Forward {
         : problem(problem),
           first_row(first_row),
           own_piece(own_piece),
-          bounded(is_bounded(problem.bound, problem.scale * kLog2E)) {
+          bounded(problem.bound && is_bounded(__uint_as_float(problem.bound[0]), __uint_as_float(problem.bound[1]),
+                                              problem.scale * kLog2E)) {
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot) {
             if (bounded) online[slot].max = 0.0f;

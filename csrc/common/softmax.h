@@ -42,8 +42,13 @@ struct Online {
 };
 
 // Where lengths bound the logits, in powers of two, by this, no maximum need be subtracted: sums of 2^40 weights, and
-// weights that are small beside them, are far inside float32.
-constexpr float kSafe = 60.0f;
+// weights that are small beside them, are inside float32. Unit vectors stay within it where 2 / temperature < 87.
+constexpr float kSafe = 64.0f;
+
+// Whether the greatest squared lengths of owned and streamed rows, times the logits' scale in powers of two, do.
+__host__ __device__ inline bool is_bounded(float owned, float streamed, float scale) {
+    return sqrtf(owned) * sqrtf(streamed) * scale <= kSafe;
+}
 
 // The share that a part of a row's columns has in the whole: both logsumexps may be minus infinity.
 __device__ __forceinline__ float share(float lse_of_part, float lse) { return __expf(lse_of_part - pivot(lse)); }

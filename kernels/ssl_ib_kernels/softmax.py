@@ -27,8 +27,8 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 #: Logits within this bound, in powers of two, need no maximum: sums of 2^40 weights, and weights that are small beside
-#: them, are far inside float32. Unit vectors get there from a temperature of 0.024 on.
-SAFE: tl.constexpr = tl.constexpr(60.0)
+#: them, are inside float32. Unit vectors stay within it where 2 / temperature < 87, a temperature of 0.023 or more.
+SAFE: tl.constexpr = tl.constexpr(64.0)
 
 #: Triton's interpreter takes the bits of bfloat16 for integers when it multiplies matrices.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)

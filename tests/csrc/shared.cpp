@@ -186,4 +186,8 @@ void part(int tiles, int split, int splits, int* begin_and_end) {
 int piece(int step, int own, int pieces) { return piece_at(step, own, pieces); }
 
 int splits(long blocks, long tiles, long slots, long most) { return splits_for(blocks, tiles, slots, most); }
+
+bool bounded(float owned, float streamed, float inverse_temperature) {
+    return is_bounded(owned, streamed, inverse_temperature * kLog2E);
+}
 }

@@ -1,5 +1,6 @@
 """csrc's bindings, emulated, without the tensors that they may do without: each one of them, and all at once."""
 
+import many_columns
 import out_of_range
 import pytest
 import torch
@@ -35,3 +36,15 @@ def test_an_index_out_of_range_names_nothing(csrc, name):
         out_of_range.check_columns(csrc.lse)
     else:
         out_of_range.check_gather(getattr(csrc, name), name)
+
+
+def test_sums_over_65536_columns(csrc):
+    many_columns.check_answers(csrc.posterior, torch.bfloat16, many_columns.TEMPERATURES[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", many_columns.TEMPERATURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+def test_all_sums_over_65536_columns(csrc, dtype, temperature):
+    many_columns.check_answers(csrc.posterior, dtype, temperature)
+    many_columns.check_gradients(csrc.lse, csrc.lse_backward, csrc.posterior_backward, dtype, temperature)

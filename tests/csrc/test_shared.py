@@ -26,6 +26,7 @@ class Library:
     def __init__(self, path):
         self.functions = ctypes.CDLL(str(path))
         self.functions.probability_of.restype = ctypes.c_float
+        self.functions.bounded.restype = ctypes.c_bool
 
     def __getattr__(self, name):
         function = getattr(self.functions, name)
@@ -295,6 +296,13 @@ def test_a_block_s_own_piece_comes_last(shared, pieces):
     for own in range(pieces):
         order = [shared.piece(step, own, pieces) for step in range(pieces)]
         assert sorted(order) == list(range(pieces)) and order[-1] == own
+
+
+def test_lengths_bound_the_logits_of_unit_vectors_where_twice_their_inverse_temperature_is_below_87(shared):
+    assert shared.bounded(1.0, 1.0, 87 / 2) and not shared.bounded(1.0, 1.0, 90 / 2)
+    assert not shared.bounded(9.0, 1.0, 87 / 2) and not shared.bounded(1.0, 9.0, 87 / 2)
+    # A number that is none bounds nothing, and neither does an infinite one.
+    assert not shared.bounded(math.nan, 1.0, 1.0) and not shared.bounded(math.inf, 1.0, 1.0)
 
 
 def test_splits_fill_the_device_and_no_more(shared):

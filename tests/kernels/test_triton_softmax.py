@@ -5,6 +5,7 @@ Shapes: N rows, M columns, K prototypes, d width.
 
 import math
 
+import many_columns
 import out_of_range
 import pytest
 import torch
@@ -245,24 +246,40 @@ def test_symmetric_gradient_of_wide_rows(device):
     assert_close("whole", whole(z, vectors, left_out)[1], reference, truth, torch.bfloat16)
 
 
-@pytest.mark.parametrize("temperature", [0.03, 0.02])
-def test_short_vectors_need_no_maximum_and_long_ones_get_it(temperature, device, monkeypatch):
-    """What the kernels measure decides: 1 / 0.03 is within the bound and 1 / 0.02 is not, nor are vectors of length 9.
-
-    Where a kernel without a maximum ran on logits that are out of bounds, its sums overflow; and where one with a
-    maximum ran on bounded ones, the answers are right too, so what ran is seen by what another bound makes of it.
-    """
+def test_short_vectors_need_no_maximum_and_long_ones_get_it(device, monkeypatch):
+    """What the kernels measure decides: unit vectors need none down to a temperature of 2 / 87, and long ones do."""
     rows, cols = unit(20, 24, torch.float32, 0, device), unit(70, 24, torch.float32, 1, device)
     bound = softmax_kernels.longest(rows, 3 * cols).view(torch.float32)
     assert_close("bound", bound, bound, torch.tensor([1.0, 9.0], device=device).double(), torch.float32)
-    for length in (1.0, 9.0):
+    cases = {(1.0, 2 / 87): True, (1.0, 2 / 90): False, (3.0, 2 / 87): False, (300.0, 2 / 87): False}
+    for length, temperature in cases:
         check_lse(length * rows, cols, draw(20, seed=2, device=device), None, None, None, False,
                   temperature=temperature, logits=length / temperature, scale=length / temperature)  # fmt: skip
-    far = softmax_kernels.forward(100 * rows, 100 * cols, temperature, None)[0]
-    assert far.isfinite().all()
-    monkeypatch.setattr(softmax_kernels, "longest", lambda x, y: torch.zeros(2, dtype=torch.int32, device=device))
-    wrong = softmax_kernels.forward(100 * rows, 100 * cols, temperature, None)[0]
-    assert not wrong.isfinite().all(), "no kernel without a maximum ran"
+    launch_walk, no_number = softmax_kernels.launch_walk, torch.tensor(torch.nan, device=device)
+
+    def without_a_maximum(kernel, walk, sizes, temperature, integers, **tensors):
+        if integers["BOUNDED"]:
+            tensors["lse"].copy_(no_number)
+            launch_walk(kernel, walk, sizes, temperature, integers, **tensors)
+
+    monkeypatch.setattr(softmax_kernels, "launch_walk", without_a_maximum)
+    for (length, temperature), runs in cases.items():
+        answer = softmax_kernels.forward(length * rows, cols, temperature, with_mean=False)[0]
+        assert answer.isfinite().all() if runs else answer.isnan().all(), (length, temperature)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "dtype"), list(zip(many_columns.TEMPERATURES, [torch.float32, torch.bfloat16], strict=True))
+)
+def test_sums_over_65536_columns(dtype, temperature, device, not_compiled, monkeypatch):
+    """With large tiles: a step takes the interpreter the same time whatever its size."""
+    few, many = tiling.Tiles(16, 2048, 32, 32, 4, 1), tiling.Tiles(4096, 16, 32, 32, 4, 1)
+    of_rows, row_tile = ("softmax_forward", "gradient_from_mean"), softmax_kernels.row_tile
+    monkeypatch.setattr(softmax_kernels, "tiles", lambda kernel, *_: few if kernel in of_rows else many)
+    monkeypatch.setattr(softmax_kernels, "row_tile", lambda width, _: row_tile(width, 2**19))
+    many_columns.check_answers(posterior_kernels.posterior, dtype, temperature, device)
+    functions = lse_kernels.lse, lse_kernels.lse_backward, posterior_kernels.posterior_backward
+    many_columns.check_gradients(*functions, dtype, temperature, device)
 
 
 def test_rows_that_are_no_numbers_are_not_bounded(device):

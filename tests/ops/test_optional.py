@@ -1,15 +1,18 @@
-"""The kernel functions without the tensors that they may do without: each one of them, and all at once.
+"""The kernel functions at their edges: without the tensors that they may do without, each one of them, and all at once;
+with indices out of range; over 65,536 columns.
 
 In plain torch here; of csrc's, emulated, and of Triton's the tests stand beside those of the kernels. With a GPU csrc
 is tested here too.
 """
 
+import many_columns
 import out_of_range
 import pytest
 import torch
 from optional_tensors import ARGUMENTS, absences, check
 
 from ssl_ib.ops import backend, crossover
+from ssl_ib.ops.chunked import softmax as chunked_softmax
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RUNS = [("cpu", "chunked", dtype) for dtype in DTYPES]
@@ -41,3 +44,20 @@ def test_an_index_out_of_range_names_nothing(device, library, name):
         out_of_range.check_columns(function, device)
     else:
         out_of_range.check_gather(function, name, device)
+
+
+@pytest.mark.parametrize("temperature", many_columns.TEMPERATURES)
+@pytest.mark.parametrize(("device", "library", "dtype"), RUNS, ids=lambda x: str(x).removeprefix("torch."))
+def test_sums_over_65536_columns(device, library, dtype, temperature):
+    functions = backend.library("lse", library)
+    many_columns.check_answers(functions.posterior, dtype, temperature, device)
+    check = many_columns.check_gradients
+    check(functions.lse, functions.lse_backward, functions.posterior_backward, dtype, temperature, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unit_vectors_need_no_maximum_where_twice_their_inverse_temperature_is_below_87(dtype):
+    rows, cols = many_columns.vectors(dtype)
+    bounded = {t: chunked_softmax._Logits(rows, cols, t).bounded() for t in (2 / 87, 2 / 90)}
+    assert bounded == {2 / 87: True, 2 / 90: False}
+    assert not chunked_softmax._Logits(3 * rows, cols, 2 / 87).bounded()

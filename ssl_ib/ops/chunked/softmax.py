@@ -2,8 +2,8 @@
 
 The logits are kept in base 2, l2 = log2(e) rows . cols / temperature, since exp2 is the faster function; the factor is
 part of the rows. Where the vectors' lengths bound |l2| by SAFE, sums of exp2(l2) neither overflow nor lose a term, so
-no maximum is taken: unit vectors get there from a temperature of 0.024 on. Otherwise a first pass finds each row's
-maximum.
+no maximum is taken: for unit vectors where 2 / temperature < 87, a temperature of 0.023 or more. Otherwise a first pass
+finds each row's maximum.
 
 Shapes: N rows, M columns, d embedding, K prototypes.
 """
@@ -20,8 +20,8 @@ from . import positives
 from .gather import accumulator, piece, spans
 from .positives import Groups
 
-#: Numbers from 2^-60 to 2^60, and sums of 2^40 of them times gradients of 2^-20, are far inside float32.
-SAFE = 60.0
+#: Numbers from 2^-64 to 2^64, and sums of 2^40 of them times gradients of 2^-20, are inside float32.
+SAFE = 64.0
 LN2 = math.log(2)
 
 
