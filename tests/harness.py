@@ -68,7 +68,7 @@ def start(out: Path, *arguments: str, **variables: str) -> subprocess.Popen:
 def wait_for_step(out: Path, process: subprocess.Popen, step: int) -> None:
     """Waits until a run in another process has recorded the step."""
     metrics = out / "metrics.jsonl"
-    for _ in range(6000):
+    for _ in range(30000):  # A busy machine takes its time.
         assert process.poll() is None, process.communicate()
         if metrics.exists() and f'"step": {step},' in metrics.read_text():
             return

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,26 @@ from ssl_ib.record.weights import read_file
 
 #: Nothing that goes by the process: batch norm of its own rows.
 SAME = ("model.projector_norm=false", "model.projector_layers=1", "batch_size=96", "device=cpu")
+#: Seconds, for a busy machine.
+WAIT = 600
 LONG = (*SAME, "epochs=3", "eval.every_epochs=3", "checkpoint.every_steps=2", "--auto-resume")
 
 
-def torchrun(out: Path, ranks: int, *arguments: str, script: list[str] | None = None) -> subprocess.Popen:
+@pytest.fixture
+def begun() -> Iterator[list[subprocess.Popen]]:
+    """What `torchrun` has begun; those still there at the end are ended, with all of their processes."""
+    found: list[subprocess.Popen] = []
+    yield found
+    for process in found:
+        process.terminate()  # A launcher that is killed leaves its processes behind.
+        process.communicate()
+
+
+def torchrun(begun, out: Path, ranks: int, *arguments: str, script: list[str] | None = None) -> subprocess.Popen:
     words = command(out, *LONG, "parallel=fsdp", *arguments)[2:]
     words = ["-m", *words] if script is None else [*script, *words[1:]]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*launcher, *words],
         env=environment(),
         cwd=out.parent,
@@ -30,6 +43,8 @@ def torchrun(out: Path, ranks: int, *arguments: str, script: list[str] | None = 
         stderr=subprocess.STDOUT,
         text=True,
     )
+    begun.append(process)
+    return process
 
 
 def assert_like_one_process(out: Path, folder: Path) -> None:
@@ -44,19 +59,16 @@ def assert_like_one_process(out: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_and_three_processes_and_then_one(tmp_path):
+def test_a_killed_rank_and_three_processes_and_then_one(begun, tmp_path):
     out = tmp_path / "run"
-    first = torchrun(out, 2)
-    try:
-        wait_for_step(out, first, 6)
-        os.kill(_rank(first.pid, 1), signal.SIGKILL)
-        first.communicate(timeout=120)
-        second = torchrun(out, 3)
-        wait_for_step(out, second, STEPS + 8)
-        second.terminate()
-        said = second.communicate(timeout=120)[0]
-    finally:
-        first.kill()
+    first = torchrun(begun, out, 2)
+    wait_for_step(out, first, 6)
+    os.kill(_rank(first.pid, 1), signal.SIGKILL)
+    first.communicate(timeout=WAIT)
+    second = torchrun(begun, out, 3)
+    wait_for_step(out, second, STEPS + 8)
+    second.terminate()
+    said = second.communicate(timeout=WAIT)[0]
     assert "resumed    at step" in said
     # One process reads the shards, and writes a file again.
     assert (out / "checkpoints" / "last").is_dir()
@@ -67,17 +79,17 @@ def test_a_killed_rank_and_three_processes_and_then_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["before", "after", "last"])
-def test_a_kill_within_a_save(place, tmp_path):
+def test_a_kill_within_a_save(begun, place, tmp_path):
     out = tmp_path / "run"
     script = [str(ROOT / "tests" / "faults" / "dies_in_save.py"), place]
-    process = torchrun(out, 2, script=script)
-    process.communicate(timeout=200)
+    process = torchrun(begun, out, 2, script=script)
+    process.communicate(timeout=WAIT)
     assert process.returncode != 0 and not (out / "results.json").exists()
     # The one before is whole.
     saved = read_file(out / "checkpoints" / "last")
     assert saved["step"] == 2
-    process = torchrun(out, 3)
-    said = process.communicate(timeout=200)[0]
+    process = torchrun(begun, out, 3)
+    said = process.communicate(timeout=WAIT)[0]
     assert process.returncode == 0, said
     assert "resumed    at step" in said and rows(out)
     assert not list((out / "checkpoints").glob("*.tmp"))

@@ -38,7 +38,7 @@ if behaviour == "stubborn":
 if behaviour in ("hang", "stop_parent") and not again:
     if behaviour == "stop_parent":
         os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(60)
+    time.sleep(600)  # Longer than a busy machine takes to send it.
 (folder / "results.json").write_text(results)
 if behaviour == "done_but_killed":
     os.kill(os.getpid(), signal.SIGKILL)

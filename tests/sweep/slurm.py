@@ -15,6 +15,14 @@ from pathlib import Path
 role, *words = sys.argv[1:]
 place = Path(os.environ["SLURM_TEST"])
 
+
+def say(name: str, state: str, begun: int = 0) -> None:
+    """Writes what is known of a job, of which nobody reads a part."""
+    fresh = place / f"{name}.{os.getpid()}"
+    fresh.write_text(f"{state}\n" + "begun\n" * begun)
+    fresh.replace(place / name)
+
+
 if role == "sbatch":
     number = 101 + len(list(place.glob("*.sh")))
     file = shutil.copy(words[0], place / f"{number}.sh")
@@ -22,7 +30,7 @@ if role == "sbatch":
     for index in range(int(array[1]) + 1) if array else [None]:
         name = str(number) if index is None else f"{number}_{index}"
         more = {} if index is None else {"SLURM_ARRAY_JOB_ID": str(number), "SLURM_ARRAY_TASK_ID": str(index)}
-        (place / name).write_text("PENDING\n")
+        say(name, "PENDING")
         subprocess.Popen(
             [sys.executable, "-S", __file__, "begin", name, file],
             env={**os.environ, **more, "SLURM_JOB_ID": str(number)},
@@ -38,9 +46,9 @@ elif role == "begin":
     while begun == 0 or (place / f"{name}.requeue").exists():
         (place / f"{name}.requeue").unlink(missing_ok=True)
         begun += 1
-        (place / name).write_text("RUNNING\n" + "begun\n" * begun)
+        say(name, "RUNNING", begun)
         subprocess.run(["bash", file], check=False)
-    (place / name).write_text("COMPLETED\n" + "begun\n" * begun)
+    say(name, "COMPLETED", begun)
 elif role == "srun":
     while words[0].startswith("-"):
         option = words.pop(0)
