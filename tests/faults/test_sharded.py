@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,8 +32,8 @@ def begun() -> Iterator[list[subprocess.Popen]]:
         process.communicate()
 
 
-def torchrun(begun, out: Path, ranks: int, *arguments: str, script: list[str] | None = None) -> subprocess.Popen:
-    words = command(out, *LONG, "parallel=fsdp", *arguments)[2:]
+def torchrun(begun, out: Path, ranks: int, script: list[str] | None = None) -> subprocess.Popen:
+    words = command(out, *LONG, "parallel=fsdp")[2:]
     words = ["-m", *words] if script is None else [*script, *words[1:]]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     process = subprocess.Popen(
@@ -75,6 +76,47 @@ def test_a_killed_rank_and_three_processes_and_then_one(begun, tmp_path):
     assert train(out, *LONG) == 0
     assert (out / "checkpoints" / "last.pt").is_file() and not (out / "checkpoints" / "last").exists()
     assert_like_one_process(out, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_launcher(begun, tmp_path):
+    """Its processes go on without it, and keep others from their folder; stopped, they have saved themselves."""
+    out = tmp_path / "run"
+    first = torchrun(begun, out, 2)
+    wait_for_step(out, first, 2)
+    ranks = [_rank(first.pid, rank) for rank in (0, 1)]
+    reached = len(losses(out))
+    first.kill()
+    first.wait()
+    wait_for_step(out, Alive(ranks[0]), reached + 1)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)  # So that the others find them there.
+    second = torchrun(begun, out, 3)
+    said = second.communicate(timeout=WAIT)[0]
+    assert second.returncode != 0 and f"process {ranks[0]} on host" in said
+    for pid in ranks:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)
+    for pid in ranks:
+        while Alive(pid).poll() is None:
+            time.sleep(0.1)
+    third = torchrun(begun, out, 3)
+    said = third.communicate(timeout=WAIT)[0]
+    assert third.returncode == 0 and "resumed    at step" in said
+    assert_like_one_process(out, tmp_path)
+
+
+class Alive:
+    """A process that is no child of this one."""
+
+    def __init__(self, pid: int):
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        return None if Path(f"/proc/{self.pid}").exists() else 0
+
+    def communicate(self) -> str:
+        return "it has ended"
 
 
 @pytest.mark.slow
