@@ -12,6 +12,7 @@ from PIL import Image
 
 from ssl_ib.data import decode
 from ssl_ib.data.decode import image_files
+from ssl_ib.data.sources import archive
 from ssl_ib.data.sources.archive import Archive
 from ssl_ib.data.sources.folder import Folder
 from ssl_ib.embed.listing import look, walk
@@ -119,8 +120,24 @@ def test_looking_into_a_compressed_tar_is_bounded(tmp_path):
         file.write(member.tobuf())
         file.write(bytes(member.size))
         file.write(tar())
-    with pytest.raises(UserError, match="takes more than source.memory_gb=0.01 decompressed"):
+    with pytest.raises(UserError, match=r"^source.path: \S+ takes more than source.memory_gb=0.01 decomp"):
         Archive(str(tmp_path / "bomb.tar.gz"), memory_gb=0.01)
+
+
+def test_what_is_decompressed_is_neither_read_nor_passed_over_beyond_the_bound():
+    file = archive._UpTo(io.BytesIO(b"abcdef"), 4, lambda: UserError("too large"))
+    assert file.seek(4) == 4 and file.seek(0) == 0 and file.read(4) == b"abcd"
+    with pytest.raises(UserError, match="too large"):
+        file.read(1)
+    with pytest.raises(UserError, match="too large"):
+        file.seek(5)
+
+
+def test_a_member_that_lies_outside_is_an_unreadable_image():
+    archive._bounded(2, 8, 10)
+    for size, offset in ((3, 8), (1, -1)):
+        with pytest.raises(OSError, match="it lies outside the archive"):
+            archive._bounded(size, offset, 10)
 
 
 @pytest.fixture
