@@ -28,7 +28,7 @@ def test_time_is_that_of_the_steps(tmp_path):
     assert lines[1] == ["0", "0.0", "0.2500"]
     # 60 s for the first half, 120 for the second.
     assert lines[2] == ["1", "3.0", "0.5000", "96"]
-    assert lines[3][-1] == "12" and "projection" in lines[3]
+    assert lines[3][-2:] == ["12", "minutes"] and "projection," in lines[3]
     (tmp_path / "config.yaml").write_text("batch_size: 128\nepochs: 1\n")
     assert "projection" not in table(tmp_path)
 

@@ -33,7 +33,7 @@ def table(folder: Path) -> str:
     if rates and done < epochs:
         whole = seconds / done * epochs / 60
         so_far = f"{done:.2f} of {epochs} epochs after {seconds / 60:.1f} minutes"
-        lines.append(f"{so_far}: a projection to all is {whole:.0f}")
+        lines.append(f"{so_far}; a projection, not a measurement, for all of them: {whole:.0f} minutes")
     return "\n".join(lines)
 
 
