@@ -14,8 +14,9 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from ranks import answers_of, join
 
-from ssl_ib import UserError, random
+from ssl_ib import UserError, distributed, random
 from ssl_ib.cli import data
 from ssl_ib.data import found_shards, remote
 from ssl_ib.data.loader import Loader
@@ -148,6 +149,32 @@ def test_each_image_once_over_ranks_workers_and_a_restart_on_another_number_of_t
     stopped = steps(2, 2, 0, 2) + steps(3, 0, 2, 3) + steps(1, 2, 3, 4)
     assert stopped == steps(1, 0, 0, 4)
     assert sorted(sum(stopped, [])) == [number for number in range(TRAIN) if number != 8]
+
+
+def visit(rank: int, port: int, folder: str) -> None:
+    """What a process of a run does: it visits its share of some steps of an epoch, and saves which images they have."""
+    ranks, start, stop = torch.load(Path(folder) / "plan.pt")
+    join(rank, ranks, port)
+    images = source(Path(folder) / "shards", buffer=3).train()
+    loader = Loader(images, 6 // ranks, 5, workers=1, rank=distributed.rank(), world_size=distributed.world_size())
+    torch.save(numbers(loader, 7, start, stop), Path(folder) / f"{rank}.pt")
+    loader.close()
+    distributed.shutdown()
+
+
+@pytest.mark.slow
+def test_each_image_once_in_real_processes(photos: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(photos, tmp_path / "whole"))
+    (whole / "train" / "ant" / "08.png").unlink()
+    sharded(whole, tmp_path / "shards")
+    visited: list[int] = []
+    for ranks, start, stop in ((2, 0, 1), (3, 1, 3), (1, 3, 4)):
+        torch.save((ranks, start, stop), tmp_path / "plan.pt")
+        shares = answers_of(visit, ranks, tmp_path)
+        visited += [image for step in zip(*shares, strict=True) for share in step for image in share]
+    assert sorted(visited) == [number for number in range(TRAIN) if number != 8]
+    one = numbers(Loader(source(tmp_path / "shards", buffer=3).train(), 6, 5), 7, 0, 4)
+    assert visited == sum(one, [])
 
 
 def test_a_run_goes_on_only_with_the_same_order(shards: str) -> None:
@@ -319,7 +346,7 @@ def server(shards: str, tmp_path: Path):
         def log_message(self, *_) -> None: ...
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{running.server_port}", folder, fetched
         running.shutdown()
