@@ -9,8 +9,11 @@ is a model:
 
 - a ring sends, of x bytes in each of R processes, 2 (R-1)/R x for an all-reduce, (R-1) x for an all-gather, (R-1)/R x
   for a reduce-scatter or an all-to-all, and x for a broadcast;
-- a GPU sends at `--between` GB/s where processes are on several machines of `--machine` GPUs, else at `--inside`;
-  a message's delay, however small it is, is left out;
+- in a machine of `--machine` GPUs each sends at `--inside` GB/s, and between machines at `--between`, by a network card
+  of its own. Over several machines as many rings as a machine has GPUs share the work, as NCCL lays them, so that every
+  card is in use: the slower of `--inside` and all cards of a machine together counts. Rows of an all-to-all, and the
+  gradients of hybrid shards between machines, go through each GPU's card alone. What a message takes whatever its size
+  is left out;
 - computing takes the operations that were counted, at `--tflops`;
 - DDP sends gradients during the later half of the backward pass, which is a third of the computing; FSDP sends weights
   and gradients during all of it; rows of a loss that compares images of all GPUs are sent while nothing is computed;
@@ -151,32 +154,32 @@ class Step:
         self.weights = PROCESSES * (sharded["all-gather"] - few["all-gather"])
         self.gradients = sharded["reduce-scatter"] - few["reduce-scatter"]
 
-    def rows(self, gpus: int, images: float) -> float:
-        """Bytes that a GPU sends of rows, besides weights and gradients."""
-        given = {kind: self.fixed[kind] + images * self.grows[kind] for kind in SENT}
-        given["all-to-all"] *= gpus / PROCESSES  # Of the rows of every process.
-        return sum(SENT[kind](gpus) * given[kind] for kind in SENT)
+    def rows(self, gpus: int, images: float) -> tuple[float, float]:
+        """Bytes that a GPU sends of rows, besides weights and gradients: in rings, and to every other GPU."""
+        sent = {kind: SENT[kind](gpus) * (self.fixed[kind] + images * self.grows[kind]) for kind in SENT}
+        # It is given the rows of every process.
+        to_each = sent.pop("all-to-all") * gpus / PROCESSES
+        return sum(sent.values()), to_each
 
     def parameters(self, parallel: str, gpus: int, machine: int) -> tuple[float, float]:
-        """Bytes that a GPU sends of weights and gradients: inside a machine, and between machines."""
-        inside = min(gpus, machine)
+        """Bytes that a GPU sends of weights and gradients: in rings of all (hybrid: of a machine), and beyond these."""
         if parallel == "ddp":
-            sent = SENT["all-reduce"](gpus) * 4.0 * self.trained
-        elif parallel == "fsdp":
-            sent = SENT["reduce-scatter"](gpus) * (self.weights + self.gradients)
-        else:
-            shards = SENT["reduce-scatter"](inside) * (self.weights + self.gradients)
-            return shards, SENT["all-reduce"](gpus // inside) * self.gradients / inside
-        return (sent, 0.0) if gpus <= machine else (0.0, sent)
+            return SENT["all-reduce"](gpus) * 4.0 * self.trained, 0.0
+        inside = gpus if parallel == "fsdp" else min(gpus, machine)
+        shards = SENT["reduce-scatter"](inside) * (self.weights + self.gradients)
+        return shards, SENT["all-reduce"](gpus // inside) * self.gradients / inside
 
     def share(self, parallel: str, gpus: int, images: float, options: argparse.Namespace) -> float:
         """The share of a step in which GPUs compute, in the model."""
-        inside, between = 1e9 * options.inside, 1e9 * options.between
+        inside, card = 1e9 * options.inside, 1e9 * options.between
+        one_machine = gpus <= options.machine
+        rings = inside if one_machine else min(inside, options.machine * card)
         compute = images * self.operations / (1e12 * options.tflops)
         near, far = self.parameters(parallel, gpus, options.machine)
         hidden = compute / 3 if parallel == "ddp" else compute
-        waiting = max(near / inside + far / between - hidden, 0.0)
-        waiting += self.rows(gpus, images) / (inside if gpus <= options.machine else between)
+        waiting = max(near / (inside if parallel == "hybrid" else rings) + far / card - hidden, 0.0)
+        near, far = self.rows(gpus, images)
+        waiting += near / rings + far / (inside if one_machine else card)
         return compute / (compute + waiting)
 
 
@@ -196,30 +199,30 @@ def main() -> None:
     for recipe in options.recipes:
         print(f"{recipe} ...", file=sys.stderr, flush=True)
         steps[recipe] = Step(recipe)
-    names = " | ".join(map(str, options.gpus))
-    columns = "|---" * (3 + len(options.gpus)) + "|"
-    print(f"Bytes that a GPU sends in a step as published, MB, on {names} GPUs\n")
-    print(f"| recipe | trained parameters, M | sent | {names} |\n{columns}")
+    most, counts = options.gpus[-1], ", ".join(map(str, options.gpus))
+    print(
+        f"Sent by a GPU in a step, in MB; weights and gradients on {most} GPUs, rows on {counts} GPUs as published:\n"
+    )
+    print("| recipe | trained parameters, M | DDP | FSDP | hybrid: in a machine, between machines | rows |")
+    print("|---|---|---|---|---|---|")
     for recipe, step in steps.items():
         images = step.batch / options.published
-        sent = {"rows": [step.rows(gpus, images) for gpus in options.gpus]}
-        for parallel in ("ddp", "fsdp"):
-            sent[parallel] = [sum(step.parameters(parallel, gpus, options.machine)) for gpus in options.gpus]
-        hybrid = [step.parameters("hybrid", gpus, options.machine) for gpus in options.gpus]
-        sent |= {"hybrid, inside": [near for near, _ in hybrid], "hybrid, between": [far for _, far in hybrid]}
-        for what, values in sent.items():
-            found = " | ".join(f"{value / 1e6:,.1f}" if value < 1e7 else f"{value / 1e6:,.0f}" for value in values)
-            print(f"| {recipe} | {step.trained / 1e6:.1f} | {what} | {found} |")
-    print("\nShare of a step in which GPUs compute: as published, one batch\n")
-    print(f"| recipe | images a GPU as published | parallel | {names} |\n{columns}")
+        sent = {name: step.parameters(name, most, options.machine) for name in ("ddp", "fsdp", "hybrid")}
+        cells = [f"{sent['ddp'][0] / 1e6:.0f}", f"{sent['fsdp'][0] / 1e6:.0f}"]
+        cells.append(", ".join(f"{each / 1e6:.0f}" for each in sent["hybrid"]))
+        cells.append(", ".join(f"{sum(step.rows(gpus, images)) / 1e6:.1f}" for gpus in options.gpus))
+        print(f"| `{recipe}` | {step.trained / 1e6:.1f} | {' | '.join(cells)} |")
+    print(f"\nShare of a step in which GPUs compute, on {counts} GPUs:\n")
+    print("| recipe | images a GPU as published | parallel | as published | one batch |\n|---|---|---|---|---|")
     for recipe, step in steps.items():
         images = step.batch / options.published
         for parallel in ("ddp", "fsdp", "hybrid"):
-            found = []
+            found = [[], []]
             for gpus in options.gpus:
-                one = f"{step.share(parallel, gpus, step.batch / gpus, options):.2f}" if gpus <= step.batch else "-"
-                found.append(f"{step.share(parallel, gpus, images, options):.2f}, {one}")
-            print(f"| {recipe} | {images:g} | {parallel} | {' | '.join(found)} |")
+                found[0].append(f"{step.share(parallel, gpus, images, options):.2f}")
+                one = gpus <= step.batch
+                found[1].append(f"{step.share(parallel, gpus, step.batch / gpus, options):.2f}" if one else "-")
+            print(f"| `{recipe}` | {images:g} | `{parallel}` | {' | '.join(map(', '.join, found))} |")
     dist.destroy_process_group()
 
 
