@@ -23,7 +23,7 @@ from ssl_ib.data.sources.webdataset import WebDataset
 
 def decoded(sample: dict) -> tuple[torch.Tensor, int]:
     (image,) = (data for key, data in sample.items() if key in ("jpg", "jpeg", "png"))
-    return decode(image, 512), int(sample["cls"])
+    return decode(image, 512), int(sample.get("cls", -1))
 
 
 def stacked(samples: list) -> tuple[torch.Tensor, torch.Tensor]:

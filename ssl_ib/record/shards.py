@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
@@ -139,6 +140,7 @@ class _Storage(dcp.HuggingFaceStorageWriter):
         return super().prepare_global_plan(plans)
 
     def prepare_local_plan(self, plan: Any) -> Any:
+        _give_way()
         return plan
 
     def write_data(self, plan: Any, planner: Any) -> Any:
@@ -170,6 +172,12 @@ class _Storage(dcp.HuggingFaceStorageWriter):
         settle(self.folder)
         if self.keep_as is not None:
             _alias(self.folder / "last", self.folder / Path(self.keep_as).stem)
+
+
+def _give_way() -> None:
+    """Lets this thread, which a save has for itself, run where the cores have nothing else to do."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def settle(folder: Path) -> None:

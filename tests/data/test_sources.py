@@ -294,7 +294,7 @@ def test_a_larger_image_late_in_the_set_grows_the_canvas(tmp_path: Path) -> None
 
 
 def test_threads_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_sources, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(file_sources, "WORTH_THREADS", 0)
     monkeypatch.setattr(file_sources, "num_threads", lambda: 4)
     for number in range(200):
         write(tmp_path / f"{number:03}.png", number)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ... import random
 from ...errors import UserError
 from ...types import Sample
-from ..decode import Unreadable, decode_file, num_threads, pack
+from ..decode import WORTH_THREADS, Unreadable, decode_file, num_threads, pack
 from ..statistics import KNOWN, Statistics, measure
 
 log = logging.getLogger(__name__)
@@ -195,11 +195,15 @@ class Streamed(ImageSet):
         A worker process calls this, and the parent records: the set's own list lives there. The sample is None where
         so many files are unreadable that `record` will raise.
         """
-        if threads > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(self._nearest_readable, numbers))
+        found = self._readable(numbers[:1])
+        first = found[0][1] if found else None
+        rest = numbers[1:]
+        if threads == 1 or first is None or first[0].numel() < WORTH_THREADS:
+            found += self._readable(rest)
         else:
-            found = [self._nearest_readable(number) for number in numbers]
+            with ThreadPoolExecutor(threads) as pool:
+                shares = list(pool.map(self._readable, (rest[i::threads] for i in range(threads))))
+            found += [shares[i % threads][i // threads] for i in range(len(rest))]
         unreadable = [file for _, _, skipped in found for file in skipped]
         images = [image for _, image, _ in found if image is not None]
         if len(images) < len(found):
@@ -210,6 +214,9 @@ class Streamed(ImageSet):
     def decode(self, number: int) -> Tensor | Unreadable:
         """One image, uint8 [3, H, W], or what is wrong with it; from any thread or process."""
         return decode_file(self.read, self.names[number], self.max_side)
+
+    def _readable(self, numbers: Sequence[int]) -> list[tuple[int, Tensor | None, list[Unreadable]]]:
+        return [self._nearest_readable(number) for number in numbers]
 
     def _nearest_readable(self, number: int) -> tuple[int, Tensor | None, list[Unreadable]]:
         """The first readable image from `number` on, its number, and the unreadable files before it."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...config.hints import Positive, PositiveInt, Ratio
 from ...device import require_memory
 from .. import statistics as known_statistics
-from ..decode import Unreadable, num_threads, pack
+from ..decode import WORTH_THREADS, Unreadable, num_threads, pack
 from ..statistics import KNOWN, Statistics
 from . import layout
 from .base import MAX_UNREADABLE, ImageSet, InMemory, Source, Streamed, stratified
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 #: Files handed to a thread at a time.
 _BLOCK = 64
-#: Below so many pixels an image, threads wait for Python's lock longer than they decode (measured).
-_WORTH_THREADS = 96 * 96
 
 
 class Files(ABC):
@@ -64,7 +62,7 @@ def _decoded(images: Streamed) -> Iterator[list[Tensor | Unreadable]]:
     first = work(blocks[0])
     yield first
     largest = max((image[0].numel() for image in first if isinstance(image, Tensor)), default=0)
-    if largest < _WORTH_THREADS or num_threads() == 1:
+    if largest < WORTH_THREADS or num_threads() == 1:
         yield from map(work, blocks[1:])
         return
     with ThreadPoolExecutor(num_threads()) as pool:
