@@ -21,8 +21,9 @@ import pytest
 from hypothesis import HealthCheck, configuration, given, seed, settings
 from hypothesis import strategies as st
 
-from ssl_ib import device, run
+from ssl_ib import contract, device, run
 from ssl_ib.config import plugins
+from ssl_ib.contract import check_step
 from ssl_ib.sweep import runner
 from ssl_ib.trainer import Trainer
 
@@ -37,6 +38,8 @@ DONE: Counter[tuple[str, int]] = Counter()
 #: Seconds after which a case hangs, and bytes of memory that the machine seems to have; the process can have a few
 #: times as many, and what takes them without asking fails.
 PATIENCE, MEMORY = 60, 1.5e9
+#: Pixels of a view with which the first step is tried: attention over a million patches is work, and no hang.
+WIDEST = 512
 #: Characters of what a command may say: it quotes, it does not repeat.
 LONGEST = 20_000
 
@@ -111,6 +114,7 @@ def holds(target: str, main: Callable[[list[str]], int], *arguments: str, folder
         patch.setenv("XDG_CACHE_HOME", str(Path(tempfile.gettempdir()) / "ssl_ib_fuzz_cache"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(Trainer, "fit", _reached)
+        patch.setattr(contract, "check_step", _tried)
         patch.setattr(runner, "run_all", lambda *given: ({}, 0))
         patch.setattr(run, "DRY_BATCH", 2)
         patch.setattr(plugins, "entry_points", lambda group: ())  # Looking for them takes longer than many a case.
@@ -135,6 +139,12 @@ def holds(target: str, main: Callable[[list[str]], int], *arguments: str, folder
 
 def _reached(trainer: Trainer) -> None:
     raise Reached
+
+
+def _tried(task, model, criterion, sample, plain, *more):
+    if plain.shape[-1] > WIDEST:
+        raise Reached
+    return check_step(task, model, criterion, sample, plain, *more)
 
 
 @contextlib.contextmanager
