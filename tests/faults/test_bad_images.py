@@ -10,7 +10,7 @@ import zipfile
 import pytest
 from PIL import Image
 
-from ssl_ib.data import decode
+from ssl_ib.data import decode, tars
 from ssl_ib.data.decode import image_files
 from ssl_ib.data.sources import archive
 from ssl_ib.data.sources.archive import Archive
@@ -167,6 +167,18 @@ def test_a_member_that_says_it_is_huge_is_an_unreadable_image(zipped):
     path.write_bytes(data)
     images = Archive(str(path), val_fraction=0.0).train()
     assert images.bad == ["a/0.png"] and "at most 1,073,741,824 are read" in images._unreadable["a/0.png"]
+
+
+def test_the_members_of_an_archive_are_bounded(zipped, tmp_path, monkeypatch):
+    data, _, path = zipped
+    path.write_bytes(data)
+    (tmp_path / "images.tar").write_bytes(tar())
+    for name in ("images.zip", "images.tar"):
+        monkeypatch.setattr(tars, "MOST_MEMBERS", COUNT)
+        assert len(names(Archive(str(tmp_path / name)))) == COUNT
+        monkeypatch.setattr(tars, "MOST_MEMBERS", COUNT - 1)
+        with pytest.raises(UserError, match=f"cannot read the archive .*more than {COUNT - 1} members"):
+            Archive(str(tmp_path / name)).train()
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
