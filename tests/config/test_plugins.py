@@ -151,5 +151,6 @@ def test_a_mistake_in_a_helper_is_found_there(tmp_path):
 
 def test_a_taken_name_names_both_places(tmp_path):
     path = write(tmp_path / "parts.py", name="random")
-    with pytest.raises(UserError, match=r"masker 'random' is registered twice: at .*random.py:\d+ and at .*parts.py:4"):
+    says = r"^masker 'random' is registered twice: at .*random.py:\d+ and at .*parts.py:4"
+    with pytest.raises(UserError, match=says):
         load_plugins([str(path)])

@@ -238,6 +238,16 @@ def test_an_image_of_too_many_pixels_is_unreadable(folder, monkeypatch, kind):
     assert names(Folder(str(folder), val_fraction=0.0)) == [f"{n}/{i}.png" for n in "ab" for i in range(3)][1:]
 
 
+def test_what_is_about_more_than_one_image_is_no_unreadable_image():
+    """Such as a server that does not answer."""
+
+    def read(name):
+        raise UserError("no server")
+
+    with pytest.raises(UserError, match="^no server$"):
+        decode.decode_file(read, "a.png", None)
+
+
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_the_bound_of_pixels_is_above_the_cameras_and_below_pillows():
     data = io.BytesIO()
