@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton
 
 from .variant import capability_of
 
@@ -66,6 +67,10 @@ NARROW = {"large": (128, 64, 8, 3), "small": (128, 32, 8, 2)}
 PIECES = {"large": (128, 32, 8, 3), "small": (64, 32, 8, 2)}
 
 
+#: Triton 3.6 finds no registers for 64 rows of y in `lse_gradient` on Hopper and would spill; 3.9 does.
+OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+
+
 def tiles(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
     """The sizes for operands of `dtype` and `width`; kernel: "logsumexp" is `softmax_forward` without a mean."""
     size = "large" if capability_of(device) in (90, 100, 103) else "small"
@@ -91,6 +96,8 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
     if dtype == torch.float16 and kernel in ("lse_gradient", "row_gradient", "prototype_gradient"):
         # The units of `add_product` take registers.
         block_y = max(16, block_y // 2)
+    if kernel == "lse_gradient" and OLDER_TRITON:
+        block_y = min(block_y, 32)
     return Tiles(block_x, block_y, 256, 256, *launch)
 
 
