@@ -148,6 +148,18 @@ class Sharded:
                 module.set_reshard_after_backward(True, recurse=False)
             for unit in self.units:
                 unit.set_reshard_after_forward(True, recurse=False)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Forgets in which order modules ran, which FSDP notes for a backward pass that did not come here.
+
+        A process with a smaller share of the work ran fewer. It would fetch other weights ahead than the rest do.
+        """
+        for module in self._modules():
+            state = module._get_fsdp_state()
+            state._comm_ctx.post_forward_order.clear()
+            if state._fsdp_param_group is not None:
+                state._fsdp_param_group._post_forward_indices.clear()
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
