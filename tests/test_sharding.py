@@ -21,6 +21,7 @@ from ssl_ib.models.student_teacher import StudentTeacher
 from ssl_ib.part import Step, parts
 from ssl_ib.run import build_run
 from ssl_ib.trainer import Trainer
+from ssl_ib.types import Sample
 
 STEPS, BATCH = 10, 12
 #: Makes a recipe's model tiny, by what its backbone is.
@@ -113,6 +114,13 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return (x.full_tensor() if distributed.is_sharded(x) else x).clone()
 
 
+def evaluated_by_one(trainer: Trainer, sample: Sample) -> None:
+    """An evaluation of so little that the other processes have no share in it."""
+    with trainer.gathered(), trainer.online.evaluating(), distributed.alone(), torch.no_grad():
+        if int(os.environ.get("RANK", 0)) == 0:
+            trainer.run.model.encode(trainer.run.views.center(sample[:2]))
+
+
 def learned(recipe: str, mesh=None) -> dict[str, torch.Tensor]:
     """Losses and norms of some steps, gradients of the first, and all parameters and what hooks keep after the last."""
     trainer = trainer_of(recipe, mesh)
@@ -124,6 +132,7 @@ def learned(recipe: str, mesh=None) -> dict[str, torch.Tensor]:
             found |= {f"gradient {name}": whole(gradient) for name, gradient in grads.items()}
         if trainer.step == STEPS // 2:
             trainer._hook("on_epoch_end")
+            evaluated_by_one(trainer, sample)
         if trainer.step == STEPS:
             break
     for key in ("loss", "gradient_norm"):

@@ -7,8 +7,10 @@ import pytest
 from harness import save_encoder
 
 import ssl_ib
+from ssl_ib import device
 from ssl_ib.errors import UserError
 from ssl_ib.evals.results import Results
+from ssl_ib.record import backbone
 from ssl_ib.record.log import RunLog
 from ssl_ib.sweep import report
 from ssl_ib.sweep.points import Point, Run
@@ -89,6 +91,22 @@ def test_what_describes_no_encoder(tmp_path, change, says):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=says):
         ssl_ib.load(out)
+
+
+def test_an_encoder_beyond_the_memory_is_said_as_such(tmp_path, monkeypatch):
+    out = Path(save_encoder(tmp_path / "run", "vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=3))
+    file = out / "backbone.json"
+    large = {"embed_dim": 3072, "depth": 64, "num_heads": 3}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"arguments": large}))
+    monkeypatch.setattr(device, "free_memory", lambda device=None: 1e8)
+    with pytest.raises(UserError, match="^(?!expected the weights).*memory"):
+        ssl_ib.load(out)
+
+
+def test_encoders_of_a_checkpoint_are_a_mapping():
+    assert backbone.from_checkpoint({}) == {}
+    with pytest.raises(UserError, match="describes no encoder: its backbones are no mapping"):
+        backbone.from_checkpoint({"backbones": [3]})
 
 
 def test_one_damaged_run_costs_the_sweep_no_other(tmp_path, capsys):
