@@ -451,7 +451,9 @@ class Trainer:
             "backbones": self._backbones,
             "rows": self.log.count,
         }
-        if spoiled := _some([*self._infinite(), *checkpoint.not_numbers(state)]):
+        # A save stops the step for this: each tensor is read once.
+        parameters = {name for name, _ in self.state.named_parameters()}
+        if spoiled := _some([*self._infinite(), *checkpoint.not_numbers(state, but=parameters)]):
             last = checkpoint.last(self.out / "checkpoints")
             good = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
             raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,13 @@ def _alias(file: Path, name: Path) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def not_numbers(state: dict[str, Any]) -> list[str]:
-    """Names of a checkpoint's tensors, of the parts and of the optimiser, that have a NaN in them.
+def not_numbers(state: dict[str, Any], but: Collection[str] = ()) -> list[str]:
+    """Names of a checkpoint's tensors, of the parts and of the optimiser, that have a NaN in them; `but` is not read.
 
     Infinite numbers are let pass, as a buffer may begin with one, and so is a lone number that is NaN: a statistic that
     is not known yet.
     """
-    tensors = dict(state["parts"])
+    tensors = {name: value for name, value in state["parts"].items() if name not in but}
     for number, kept in state["optimizer"].get("state", {}).items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in kept.items()}
     floating = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and v.ndim and v.is_floating_point()}
