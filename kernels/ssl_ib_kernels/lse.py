@@ -48,6 +48,15 @@ from .variant import Variant, recording
 FEW: tl.constexpr = tl.constexpr(16)
 
 
+@triton.jit
+def positive_pairs(x_label, x_self, y_label, y_index, Y):
+    """[BLOCK_X, BLOCK_Y]: where y is a positive of x; x_self [BLOCK_X, 1]: the y that x does not see, None for none."""
+    same = same_label(x_label, y_label, y_index < Y)
+    if x_self is not None:
+        same = same & (x_self != y_index[None, :])
+    return same
+
+
 @triton.jit(do_not_specialize=["X", "Y", "steps"])
 def positives(
     x_pointer,
@@ -83,9 +92,7 @@ def positives(
         y_index = start + tl.arange(0, BLOCK_Y)
         y_label = tl.load(y_label_pointer + y_index, mask=y_index < Y, other=0)
         if meet(low, high, y_label, y_index < Y):
-            same = same_label(x_label, y_label, y_index < Y)
-            if self_pointer is not None:
-                same = same & (own != y_index[None, :])
+            same = positive_pairs(x_label, own, y_label, y_index, Y)
             here = tl.sum(same.to(tl.float32), axis=1)
             if tl.max(here, axis=0) > 0:
                 y = load_tile(y_pointer, start, Y, 0, BLOCK_Y, D, BLOCK_D)
@@ -270,9 +277,7 @@ def gradient_from_mean(
             y_index = start + tl.arange(0, BLOCK_Y)
             y_label = tl.load(y_label_pointer + y_index, mask=y_index < Y, other=0)
             if meet(low, high, y_label, y_index < Y):
-                same = same_label(x_label, y_label, y_index < Y)
-                if x_self_pointer is not None:
-                    same = same & (x_self != y_index[None, :])
+                same = positive_pairs(x_label, x_self, y_label, y_index, Y)
                 if tl.max(tl.max(same.to(tl.int32), axis=1), axis=0) > 0:
                     y = load_tile(y_pointer, start, Y, piece, BLOCK_Y, D, BLOCK_D)
                     total = dot(tl.where(same, 1.0, 0.0).to(y.dtype), y, total)
