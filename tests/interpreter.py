@@ -11,13 +11,23 @@ import json
 import os
 import pkgutil
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
+#: Before 3.7 the interpreter makes an int of an array of one number, which numpy refuses since 2.4.
+fits_numpy = pytest.mark.skipif(
+    find_spec("triton") is not None
+    and Version(version("triton")) < Version("3.7")
+    and Version(np.__version__) >= Version("2.4"),
+    reason="the interpreter of Triton before 3.7 needs numpy before 2.4",
+)
 #: The file to add the variants to, a line each; none are counted without it.
 VARIANTS = "SSL_IB_TEST_VARIANTS"
 

@@ -37,8 +37,8 @@ from .. import distributed
 from ..errors import UserError
 
 STATE = "state.pt"
-#: Bytes of a file that are read at once for its checksum.
-PIECE = 1 << 24
+#: Bytes of a file that are read at once for its checksum: few enough to stay in a core's cache until they are summed.
+PIECE = 1 << 18
 
 
 def split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -75,8 +75,10 @@ class Writer:
         # Its own, as it works while the processes train.
         self._group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT)
         self._pending: Future | None = None
-        # The copies that are written, kept because making room for them takes longer than copying.
+        # The copies that are written, kept because making room for them takes longer than copying, and who writes what
+        # of them, as agreeing on that takes as long as writing.
         self._copies: dict[str, Tensor] = {}
+        self._planner = _Planner()
 
     def save(self, state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Path:
         """Begins to write `state` to `folder`/last, and returns that path: the tensors may change afterwards.
@@ -89,15 +91,14 @@ class Writer:
         rest, tensors = split(state)
         if distributed.is_main():
             rest = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), rest)
-        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         storage = _Storage(folder, rest, keep_as)
         if self._copies.keys() == tensors.keys():
             for name, tensor in tensors.items():
                 distributed.local(self._copies[name]).copy_(distributed.local(tensor.detach()))
         else:
-            self._copies = BlockingAsyncStager().stage(tensors)
+            self._copies, self._planner = BlockingAsyncStager().stage(tensors), _Planner()
         self._pending = dcp.async_save(
-            dict(self._copies), storage_writer=storage, planner=planner, process_group=self._group
+            {_Planner.ALL: self._copies}, storage_writer=storage, planner=self._planner, process_group=self._group
         )
         return folder / "last"
 
@@ -119,6 +120,36 @@ class Writer:
                 f"could not save the checkpoint: process {rank}: {found}; the one before is intact. Free some space, "
                 "then continue with --resume"
             ) from None
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Who writes what, which the processes agree on once, for checkpoints of the same tensors.
+
+    torch's own cache of plans is one for all planners of a process, and still has each process make its plan anew.
+    """
+
+    #: The name of the one entry that holds all tensors: torch logs each entry of what it is given.
+    ALL = "tensors"
+
+    def __init__(self):
+        super().__init__(dedup_save_to_lowest_rank=True)
+        self._agreed: dcp.SavePlan | None = None
+
+    def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False):
+        super().set_up_planner(state_dict[self.ALL], storage_meta, is_coordinator)
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        return super().create_local_plan() if self._agreed is None else dcp.SavePlan([])
+
+    def create_global_plan(self, all_plans: list[dcp.SavePlan]) -> tuple[list[dcp.SavePlan], dcp.Metadata]:
+        if self._agreed is None:
+            return super().create_global_plan(all_plans)
+        return all_plans, self.metadata
+
+    def finish_plan(self, new_plan: dcp.SavePlan) -> dcp.SavePlan:
+        if self._agreed is None:
+            self._agreed = super().finish_plan(new_plan)
+        return self._agreed
 
 
 class _Storage(dcp.HuggingFaceStorageWriter):

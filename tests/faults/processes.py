@@ -1,6 +1,7 @@
 """Tiny runs in processes of their own, to which a test does what it likes; forked from a server, so that they start
 at once."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -53,7 +54,13 @@ class Running:
     def code(self) -> int:
         """The exit code, when it has ended; -n where signal n has killed it."""
         self.process.join(PATIENCE)
-        assert self.process.exitcode is not None, self.said()
+        if self.process.exitcode is None:
+            # Of all runs, as the one that is waited for may itself wait for another.
+            for run in _CONTEXT.active_children():
+                os.kill(run.pid, signal.SIGUSR2)
+            time.sleep(2.0)
+            logs = [f"{log.name}:\n{log.read_text(encoding='utf-8')}" for log in self.out.parent.glob("*.log")]
+            raise AssertionError("\n".join([f"no end within {PATIENCE:g} s", *logs]))
         return self.process.exitcode
 
     def said(self) -> str:
@@ -91,4 +98,5 @@ def _run(
     os.dup2(file if stdout is None else os.open(stdout, os.O_WRONLY | os.O_NOCTTY), 1)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+    faulthandler.register(signal.SIGUSR2, file=2)
     sys.exit(train(out, *arguments, recipe=recipe))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import VARIANTS
+from interpreter import VARIANTS, fits_numpy
 
 TESTS = Path(__file__).resolve().parents[1]
 #: The variants that a GPU may have to compile for a module's tests, at 1 to 3 seconds each; and for these modules and
@@ -16,6 +16,7 @@ MOST = {"test_triton_augment.py": 25, "test_triton_gather.py": 135, "test_triton
 MOST_IN_ALL = 450
 
 pytestmark = [
+    fits_numpy,
     pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels' tests run compiled, in this process"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on in this process"),
 ]

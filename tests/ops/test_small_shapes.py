@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreter import fits_numpy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,6 +18,7 @@ def small_shapes(*arguments: str, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@fits_numpy
 def test_triton_interpreted():
     child = small_shapes("chunked", "triton", "--device", "cpu", TRITON_INTERPRET="1")
     assert child.returncode == 0 and "wrong: 0" in child.stdout, child.stdout + child.stderr
