@@ -464,6 +464,7 @@ class Trainer:
         self._check_folder()
         return state
 
+    @torch.no_grad()
     def _infinite(self) -> list[str]:
         """The parameters that are not finite; of a sharded one this process knows its own rows."""
         own = {name: distributed.local(parameter) for name, parameter in self.state.named_parameters()}

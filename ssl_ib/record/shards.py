@@ -80,6 +80,7 @@ class Writer:
         self._copies: dict[str, Tensor] = {}
         self._planner = _Planner()
 
+    @torch.no_grad()
     def save(self, state: dict[str, Any], folder: Path, keep_as: str | None = None) -> Path:
         """Begins to write `state` to `folder`/last, and returns that path: the tensors may change afterwards.
 
@@ -94,7 +95,7 @@ class Writer:
         storage = _Storage(folder, rest, keep_as)
         if self._copies.keys() == tensors.keys():
             for name, tensor in tensors.items():
-                distributed.local(self._copies[name]).copy_(distributed.local(tensor.detach()))
+                distributed.local(self._copies[name]).copy_(distributed.local(tensor))
         else:
             self._copies, self._planner = BlockingAsyncStager().stage(tensors), _Planner()
         self._pending = dcp.async_save(
