@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -290,19 +291,28 @@ def test_one_process_shards_nothing(caplog):
 
 
 def differs(rank: int, port: int, path: str) -> None:
+    """Two processes with other code of one plugin, and two with other configurations."""
     join(rank, 2, port)
-    said = ""
-    try:
-        more = ["optim.lr=0.5", "device=cpu"] if rank else ["device=auto"]
-        api._check_alike(configure("simclr_digits", more, []))
-    except ssl_ib.UserError as error:
-        said = f"{type(error).__name__}: {error}"
-    torch.save({"said": said}, f"{path}/{rank}.pt")
+    plugin = Path(path) / f"plugin{rank}.py"
+    plugin.write_text(f"VERSION = {rank}\n")
+    said = {}
+    for what, overrides, plugins in (
+        ("code", [], [str(plugin)]),
+        ("configuration", ["optim.lr=0.5", "device=cpu"] if rank else ["device=auto"], []),
+    ):
+        try:
+            api._check_alike(configure("simclr_digits", overrides, plugins))
+        except ssl_ib.UserError as error:
+            said[what] = f"{type(error).__name__}: {error}"
+    torch.save(said, f"{path}/{rank}.pt")
     distributed.shutdown()
 
 
-def test_processes_of_different_configurations_are_refused(tmp_path):
-    first, second = (answer["said"] for answer in answers_of(differs, 2, tmp_path))
-    assert second.startswith("UserError: process 1 does not run what process 0 runs")
-    assert "optim.lr: 0.002 -> 0.5." in second and "device" not in second
-    assert first.startswith("EndedElsewhere: process 1 has failed")
+def test_processes_of_different_configurations_or_code_are_refused(tmp_path):
+    first, second = answers_of(differs, 2, tmp_path)
+    refused = "UserError: process 1 does not run what process 0 runs, and they share one run: "
+    assert second["configuration"].startswith(f"{refused}optim.lr: 0.002 -> 0.5.")
+    assert second["code"].startswith(refused)
+    before, after = re.search(r"code of ssl_ib and plugins: '(.*?)' -> '(.*?)'", second["code"]).groups()
+    assert before != after and before.startswith(f"{ssl_ib.__version__}, ")
+    assert all(first[what].startswith("EndedElsewhere: process 1 has failed") for what in second)
