@@ -74,7 +74,7 @@ for number, (pixels, label) in enumerate(zip(digits.images[:120], digits.target[
     Image.fromarray((pixels * 15).astype("uint8")).resize((24, 24)).save(folder / f"{number}.png")
 PY
     set=(views.size=16 epochs=2 batch_size=32 workers=0 "model.backbone_args={patch_size: 8, embed_dim: 24, depth: 1}")
-    epochs=60
+    epochs=12
 else
     tar -xJf "$data/imagenette96.tar.xz" && mv imagenette96 labelled && tar -xJf "$data/camvid.tar.xz" || exit 1
     set=(views.size=64 epochs=2 batch_size=64 "model.backbone_args={embed_dim: 96, depth: 4}")
