@@ -91,7 +91,7 @@ class Writer:
         self.wait()
         rest, tensors = split(state)
         if distributed.is_main():
-            rest = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), rest)
+            rest = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to("cpu", copy=True), rest)
         storage = _Storage(folder, rest, keep_as)
         if self._copies.keys() == tensors.keys():
             for name, tensor in tensors.items():

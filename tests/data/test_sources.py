@@ -15,8 +15,8 @@ from ssl_ib import UserError
 from ssl_ib.config.registry import SOURCES, build_part, check_part
 from ssl_ib.data import decode as decoding
 from ssl_ib.data.decode import decode, is_image, pack
+from ssl_ib.data.sources import base, folder
 from ssl_ib.data.sources import files as file_sources
-from ssl_ib.data.sources import folder
 from ssl_ib.data.sources.archive import Archive
 from ssl_ib.data.sources.base import InMemory, Streamed, stratified
 from ssl_ib.data.sources.digits import Digits
@@ -300,6 +300,21 @@ def test_threads_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         write(tmp_path / f"{number:03}.png", number)
     images = everything(Folder(str(tmp_path), val_fraction=0).train())
     assert all(torch.equal(image, chw(noise(number))) for number, image in enumerate(images))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_keep_the_order_of_streamed_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads) -> None:
+    monkeypatch.setattr(base, "WORTH_THREADS", 0)
+    for number in range(7):
+        write(tmp_path / f"{number}.png", number)
+    (tmp_path / "4.png").write_bytes(b"spoilt")
+    images = Folder(str(tmp_path), val_fraction=0, memory_gb=STREAM, max_unreadable=1.0).train()
+    asked = [3, 6, 4, 0, 5, 1, 2]
+    sample, unreadable = images.fetch(asked, threads)
+    alone, also = images.fetch(asked)
+    assert sample.index.tolist() == alone.index.tolist() == [3, 6, 5, 0, 5, 1, 2]
+    assert torch.equal(sample.images, alone.images) and [file.name for file in unreadable] == ["4.png"]
+    assert [file.name for file in also] == ["4.png"]
 
 
 def test_memory_decides(tmp_path: Path) -> None:

@@ -195,9 +195,9 @@ class Streamed(ImageSet):
         A worker process calls this, and the parent records: the set's own list lives there. The sample is None where
         so many files are unreadable that `record` will raise.
         """
-        found = self._readable(numbers[:1])
-        first = found[0][1] if found else None
         rest = numbers[1:]
+        found = self._readable(numbers[:1])
+        _, first, _ = found[0]
         if threads == 1 or first is None or first[0].numel() < WORTH_THREADS:
             found += self._readable(rest)
         else:
